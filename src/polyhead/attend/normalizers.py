@@ -1,0 +1,156 @@
+"""Normalisers: how the logits of a row become weights.
+
+A `Normalizer` sees whole rows, `(B, H, r, c)` with all visible keys of each row and -inf at forbidden pairs.
+Its backward is in closed form from the weights alone, so nothing but the weights of one strip is held.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from polyhead.description import Part
+from polyhead.errors import ConfigError
+
+__all__ = ["Normalizer", "sigmoid", "softmax"]
+
+
+class Normalizer(Part):
+    """A map from rows of logits to rows of weights."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """The weights of whole rows; exactly 0 where `scores` is -inf. May overwrite `scores`.
+
+        A row of only -inf has no defined weights: what stands there is for the caller to zero.
+        """
+        raise NotImplementedError
+
+    def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradient for the scores, and those for the tensors of this part in the order of `flatten`.
+
+        Args:
+            weights: what `weights` returned, rows of only -inf zeroed.
+            grad: the gradient for the weights; may be overwritten.
+        """
+        raise NotImplementedError
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """The weights under autograd: `scores` is kept as it is, rows of only -inf give zeros."""
+        spec, tensors = self.flatten()
+        return _Rows.apply(spec, scores, *tensors)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: Normalizer, scores: Tensor, *tensors: Tensor) -> Tensor:
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = spec.unflatten(tensors).weights(scores.clone()).masked_fill(nothing, 0.0)
+        ctx.spec = spec
+        ctx.save_for_backward(weights, *tensors)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *tensors = ctx.saved_tensors
+        for_scores, own = ctx.spec.unflatten(tuple(tensors)).vjp(weights, grad.clone())
+        return (None, for_scores, *own)
+
+
+def _per_head(name: str, value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or not value.is_floating_point():
+            raise ConfigError(
+                f"{name} must be a number or a floating-point tensor (H,), got {value.dtype} {tuple(value.shape)}"
+            )
+    elif value is not None and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+
+
+def _column(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or `(H,)` as a tensor that broadcasts against `(B, H, r, 1)`."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+def _to_heads(grad: Tensor, like: Tensor) -> Tensor:
+    """`(B, H, r, 1)` summed to the `(H,)` or `(1,)` of a head-wise tensor."""
+    return grad.sum((0, 2, 3)).sum_to_size(like.shape).to(like.dtype)
+
+
+class Softmax(Normalizer):
+    """w_j = exp(s_j) / (exp(sink) + sum_k exp(s_k)), without the sink term when `sink` is None."""
+
+    sink: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        _per_head("sink", self.sink)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        if self.sink is None:
+            return torch.softmax(scores, -1)
+        if scores.shape[-1] == 0:
+            return scores
+        sink = _column(self.sink, scores)
+        top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+        scores = scores.sub_(top).exp_()
+        return scores.div_(scores.sum(-1, keepdim=True).add_((sink - top).exp_()))
+
+    def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inner = torch.linalg.vecdot(weights, grad).unsqueeze(-1)
+        own: tuple[Tensor, ...] = ()
+        if isinstance(self.sink, Tensor):
+            taken = 1 - weights.sum(-1, keepdim=True)
+            own = (_to_heads(-taken * inner, self.sink),)
+        return grad.sub_(inner).mul_(weights), own
+
+    def lse(self, scores: Tensor) -> Tensor:
+        """The logarithm of each row's denominator, `(B, H, r)`, the sink's term included."""
+        lse = torch.logsumexp(scores, -1)
+        if self.sink is None:
+            return lse
+        return torch.logaddexp(lse, _column(self.sink, scores).squeeze(-1))
+
+
+def softmax(*, sink: Tensor | float | None = None) -> Softmax:
+    """Softmax over the visible keys of a row.
+
+    Args:
+        sink: a logit that joins the denominator only, for all heads or `(H,)` for one a head (learned if
+            it requires gradient): a row can then give less than 1 in sum, as in GPT-OSS. `sink=0.0` is
+            "softmax plus one". Default None: rows sum to 1.
+    """
+    return Softmax(sink)
+
+
+class Sigmoid(Normalizer):
+    """w_j = 1 / (1 + exp(-(s_j + bias)))."""
+
+    bias: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        _per_head("bias", self.bias)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        if self.bias is not None:
+            scores = scores.add_(_column(self.bias, scores))
+        return scores.sigmoid_()
+
+    def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        grad = torch.addcmul(weights, weights, weights, value=-1).mul_(grad)
+        own = (_to_heads(grad, self.bias),) if isinstance(self.bias, Tensor) else ()
+        return grad, own
+
+
+def sigmoid(*, bias: Tensor | float | None = None) -> Sigmoid:
+    """Sigmoid attention: each key is weighted by itself, rows need not sum to 1.
+
+    Args:
+        bias: added to every logit, a number or `(H,)`. Default None, which is 0. Ramapuram et al., "Theory,
+            Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431, set it to
+            `-math.log(S)` for sequences of length S, so that the sum of a row starts near 1.
+    """
+    return Sigmoid(bias)
