@@ -1,0 +1,65 @@
+"""Masks: who may look at whom, as a small algebra.
+
+`causal() & (window(255) | sink(4))` is a value: it prints as it is written, compares, hashes, goes through
+JSON, answers for single pairs and for whole tiles. Query row r of a call with L queries and S keys stands at
+position i = r + (S - L); keys stand at j = 0..S-1.
+"""
+
+from polyhead.attend.masks.algebra import And, Mask, Not, Or
+from polyhead.attend.masks.content import (
+    Documents,
+    Padding,
+    PerHead,
+    Where,
+    documents,
+    padding,
+    per_head,
+    where,
+)
+from polyhead.attend.masks.positional import (
+    Blocks,
+    Dilated,
+    Prefix,
+    Sink,
+    Strided,
+    Window,
+    blocks,
+    causal,
+    dilated,
+    prefix,
+    sink,
+    strided,
+    window,
+)
+from polyhead.attend.masks.tilemap import TileMap, densify, tile_map
+
+__all__ = [
+    "And",
+    "Blocks",
+    "Dilated",
+    "Documents",
+    "Mask",
+    "Not",
+    "Or",
+    "Padding",
+    "PerHead",
+    "Prefix",
+    "Sink",
+    "Strided",
+    "TileMap",
+    "Where",
+    "Window",
+    "blocks",
+    "causal",
+    "densify",
+    "dilated",
+    "documents",
+    "padding",
+    "per_head",
+    "prefix",
+    "sink",
+    "strided",
+    "tile_map",
+    "where",
+    "window",
+]

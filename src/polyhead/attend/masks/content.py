@@ -1,0 +1,230 @@
+"""Masks that come with data: packed documents, padding, a mask per head, a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks.algebra import Bounds, Mask
+from polyhead.attend.masks.checks import brief, is_integer_tensor
+from polyhead.attend.masks.ranges import range_max
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = ["Documents", "Padding", "PerHead", "Where", "documents", "padding", "per_head", "where"]
+
+
+class Documents(Mask):
+    """Keys of the query's own document; positions with a negative id see nothing and are not seen."""
+
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        if not is_integer_tensor(self.ids) or self.ids.ndim not in (1, 2):
+            got = (
+                f"shape {tuple(self.ids.shape)} and {self.ids.dtype}"
+                if isinstance(self.ids, Tensor)
+                else type(self.ids).__name__
+            )
+            raise ConfigError(f"documents: ids must be an integer tensor (S,) or (B, S); got {got}")
+
+    def __repr__(self) -> str:
+        return f"documents({brief(self.ids)})"
+
+    def _rows(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids as `(B, S)`, and the index into its rows."""
+        ids = self.ids.to(b.device, torch.int64)
+        ids = ids if ids.ndim == 2 else ids[None]
+        return ids, b if len(ids) != 1 else torch.zeros((), dtype=torch.int64, device=b.device)
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ids, row = self._rows(b)
+        length = ids.shape[1]
+        if length == 0:
+            return torch.zeros((), dtype=torch.bool, device=j.device)
+        own = ids[row, i.clamp(0, length - 1)]
+        known = (own >= 0) & (i >= 0) & (i < length)
+        return known & (own == ids[row, j.clamp(max=length - 1)]) & (j < length)
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        ids, row = self._rows(b)
+        length = ids.shape[1]
+        if length == 0:
+            no = torch.zeros((), dtype=torch.bool, device=j0.device)
+            return no, no
+        # negated, the smallest id of a range is a maximum too, and positions of no document never win
+        nobody = ids < 0
+        highest = ids.masked_fill(nobody, _NONE)
+        lowest = (-ids).masked_fill(nobody, _NONE)
+
+        def ends(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            top, low = range_max((highest, lowest), row, start, stop, nothing=_NONE)
+            missing = nobody.long().cumsum(1)
+            missing = torch.cat([missing.new_zeros(len(ids), 1), missing], dim=1)
+            outside = (start < 0) | (stop >= length)
+            holes = missing[row, stop.clamp(-1, length - 1) + 1] - missing[row, start.clamp(0, length)]
+            return top, -low, outside | (holes > 0)
+
+        q_top, q_low, q_holes = ends(i0, i1)
+        k_top, k_low, k_holes = ends(j0, j1)
+        occupied = (q_top > _NONE) & (k_top > _NONE)
+        some = occupied & (q_low <= k_top) & (k_low <= q_top)
+        one = (q_low == q_top) & (k_low == k_top) & (q_low == k_low)
+        return some, occupied & one & ~q_holes & ~k_holes
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        _fits("documents", "ids", self.ids, batch)
+        length = self.ids.shape[-1]
+        if keys > length:
+            raise ShapeError(f"documents: ids has {length} positions but there are {keys} keys")
+
+
+_NONE = torch.iinfo(torch.int64).min // 2
+
+
+def documents(ids: Tensor | Sequence[Any]) -> Mask:
+    """Keys of the query's own document, for sequences packed into one row.
+
+    Args:
+        ids: integer tensor `(S,)` or `(B, S)`: the document of every position, in any order. A negative id
+            is no document (padding). Ids longer than the call are allowed: positions are absolute, so the
+            same mask serves while a sequence grows.
+    """
+    return Documents(ids if isinstance(ids, Tensor) else torch.as_tensor(ids))
+
+
+class Padding(Mask):
+    """Real keys only: j is seen where `mask[b, j]` is True."""
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            got = (
+                f"shape {tuple(self.mask.shape)} and {self.mask.dtype}"
+                if isinstance(self.mask, Tensor)
+                else type(self.mask).__name__
+            )
+            raise ConfigError(
+                f"padding: mask must be a bool tensor (B, S), True at real tokens; got {got}"
+                " (a mask of zeros and ones becomes one by .bool())"
+            )
+
+    def __repr__(self) -> str:
+        return f"padding({brief(self.mask)})"
+
+    def _row(self, b: Tensor) -> Tensor:
+        return b if len(self.mask) != 1 else torch.zeros((), dtype=torch.int64, device=b.device)
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.mask.to(j.device)[self._row(b), j]
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        real = self.mask.to(j0.device).long().cumsum(1)
+        real = torch.cat([real.new_zeros(len(real), 1), real], dim=1)
+        row = self._row(b)
+        seen = real[row, j1 + 1] - real[row, j0]
+        return seen > 0, seen == j1 - j0 + 1
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        _fits("padding", "mask", self.mask, batch)
+        length = self.mask.shape[1]
+        if keys != length:
+            raise ShapeError(f"padding: mask has {length} positions but there are {keys} keys")
+
+
+def padding(mask: Tensor) -> Mask:
+    """Real keys only: `mask` is a bool tensor `(B, S)`, True at real tokens. Queries are not touched."""
+    return Padding(mask)
+
+
+class PerHead(Mask):
+    """A mask of its own for every query head."""
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.masks, tuple | list)
+            or not self.masks
+            or not all(isinstance(m, Mask) for m in self.masks)
+        ):
+            raise ConfigError(f"per_head: masks must be a list of masks, one for each head; got {self.masks!r}")
+        object.__setattr__(self, "masks", tuple(self.masks))
+
+    def __repr__(self) -> str:
+        return f"per_head([{', '.join(map(repr, self.masks))}])"
+
+    def _groups(self, h: Tensor) -> list[tuple[Mask, Tensor]]:
+        """Each different mask, with the heads among `h` that have it."""
+        different = list(dict.fromkeys(self.masks))
+        which = torch.tensor([different.index(m) for m in self.masks], device=h.device)[h]
+        return [(mask, which == n) for n, mask in enumerate(different)]
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        (first, _), *others = self._groups(h)
+        found = first.allowed(b, h, i, j)
+        for mask, here in others:
+            found = torch.where(here, mask.allowed(b, h, i, j), found)
+        return found
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        (first, _), *others = self._groups(h)
+        some, every = first.bounds(b, h, i0, i1, j0, j1)
+        for mask, here in others:
+            any_here, all_here = mask.bounds(b, h, i0, i1, j0, j1)
+            some, every = torch.where(here, any_here, some), torch.where(here, all_here, every)
+        return some, every
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        if len(self.masks) != heads:
+            raise ShapeError(
+                f"per_head: {len(self.masks)} masks for {heads} heads; give one mask for each query head"
+            )
+        for mask in dict.fromkeys(self.masks):
+            mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=offset)
+
+
+def per_head(masks: Sequence[Mask]) -> Mask:
+    """A mask of its own for every query head: `masks[h]` for head h."""
+    return PerHead(masks)  # type: ignore[arg-type]
+
+
+class Where(Mask):
+    """Whatever `function(b, h, i, j)` allows."""
+
+    function: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ConfigError(f"where: function must be callable as (b, h, i, j); got {self.function!r}")
+
+    def __repr__(self) -> str:
+        return f"where({getattr(self.function, '__qualname__', repr(self.function))})"
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        found = self.function(b, h, i, j)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool:
+            got = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"where: {self!r} must return a bool tensor; got {got}")
+        return found
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        no = torch.zeros((), dtype=torch.bool, device=j0.device)
+        return ~no, no  # nothing is known in advance
+
+
+def where(function: Callable[..., Tensor]) -> Mask:
+    """Any rule: `function(b, h, i, j)` takes index tensors that broadcast, and returns a bool tensor.
+
+    Nothing is known about its tiles in advance, so each one is asked. Join it with masks that leave tiles
+    out: `causal() & window(255) & where(f)`.
+    """
+    return Where(function)
+
+
+def _fits(owner: str, name: str, tensor: Tensor, batch: int) -> None:
+    if tensor.ndim == 2 and len(tensor) not in (1, batch):
+        raise ShapeError(f"{owner}: {name} has {len(tensor)} rows but the batch has {batch} items")

@@ -1,0 +1,236 @@
+"""Masks of the two positions alone: windows, prefixes, strides, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks.algebra import Bounds, Mask
+from polyhead.attend.masks.checks import brief, is_integer_tensor, whole
+from polyhead.attend.masks.intervals import EMPTY, FULL, Intervals, Threshold, key_of
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = [
+    "Blocks",
+    "Dilated",
+    "Prefix",
+    "Sink",
+    "Strided",
+    "Window",
+    "blocks",
+    "causal",
+    "dilated",
+    "prefix",
+    "sink",
+    "strided",
+    "window",
+]
+
+
+class Window(Mask):
+    """Keys from `left` positions before the query to `right` positions after it; None is unbounded."""
+
+    left: int | None
+    right: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if value is not None:
+                hint = "window" if value != -1 else "window (for an unbounded side pass None, not -1)"
+                object.__setattr__(self, name, whole(hint, name, value, 0))
+
+    def __repr__(self) -> str:
+        if (self.left, self.right) == (None, 0):
+            return "causal()"
+        return f"window({self.left})" if self.right == 0 else f"window({self.left}, {self.right})"
+
+    def _span(self) -> Intervals:
+        return Intervals.of(None if self.left is None else -self.left, self.right)
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if self.left is None and self.right is None:
+            return torch.ones((), dtype=torch.bool, device=j.device)
+        if self.left is None:
+            return j <= (i + self.right if self.right else i)
+        near = j >= i - self.left
+        if self.right is None:
+            return near
+        return near & (j <= (i + self.right if self.right else i))
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        ((low, high),) = self._span().parts
+        nearest, farthest = j0 - i1, j1 - i0
+        return (farthest >= low) & (nearest <= high), (nearest >= low) & (farthest <= high)
+
+    def distances(self, within: Mapping[object, bool]) -> Intervals | None:
+        return self._span()
+
+
+def causal() -> Mask:
+    """Keys up to the query itself: j <= i. The same as `window(None, 0)`."""
+    return Window(None, 0)
+
+
+def window(left: int | None, right: int | None = 0) -> Mask:
+    """Keys near the query: i - left <= j <= i + right; None leaves a side unbounded.
+
+    `window(w)` sees w + 1 keys, the query's own among them (FlashAttention's convention). What
+    transformers calls `sliding_window=W` is `window(W - 1)`.
+    """
+    return Window(left, right)
+
+
+class Prefix(Mask):
+    """The first `n` keys; `n` is a number, or an integer tensor `(B,)` with one number per batch item."""
+
+    n: int | Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, Tensor) and self.n.ndim > 0:
+            if not is_integer_tensor(self.n) or self.n.ndim != 1:
+                raise ConfigError(
+                    "prefix: n must be a number or an integer tensor (B,); "
+                    f"got a tensor of shape {tuple(self.n.shape)} and {self.n.dtype}"
+                )
+        else:
+            object.__setattr__(self, "n", whole("prefix", "n", self.n, 0))
+
+    def __repr__(self) -> str:
+        return f"prefix({brief(self.n)})"
+
+    def _ends(self, b: Tensor, j: Tensor) -> Tensor | int:
+        return self.n.to(j)[b] if isinstance(self.n, Tensor) else self.n
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j < self._ends(b, j)
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        end = self._ends(b, j0)
+        return j0 < end, j1 < end
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        if isinstance(self.n, Tensor) and len(self.n) != batch:
+            raise ShapeError(f"prefix: n has {len(self.n)} entries but the batch has {batch} items")
+
+    def thresholds(self) -> tuple[Threshold, ...]:
+        return (self.n,)
+
+    def distances(self, within: Mapping[object, bool]) -> Intervals | None:
+        return FULL if within[key_of(self.n)] else EMPTY
+
+
+class Sink(Prefix):
+    """The first `n` keys, kept because heads park their attention there."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", whole("sink", "n", self.n, 0))
+
+    def __repr__(self) -> str:
+        return f"sink({self.n})"
+
+
+def sink(n: int) -> Mask:
+    """The first `n` keys: j < n. Where a query must not look ahead, add `causal() &`."""
+    return Sink(n)
+
+
+def prefix(n: int | Tensor) -> Mask:
+    """The first `n` keys, seen by every query: the prefix part of a prefix language model.
+
+    `n` is a number or an integer tensor `(B,)`. A prefix language model is `causal() | prefix(n)`.
+    """
+    return Prefix(n)
+
+
+class Dilated(Mask):
+    """Every `dilation`-th key: `window` of them before the query, itself, and `right` after it."""
+
+    window: int
+    dilation: int
+    right: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 0), ("dilation", 1), ("right", 0)):
+            object.__setattr__(self, name, whole("dilated", name, getattr(self, name), least))
+
+    def __repr__(self) -> str:
+        right = f", {self.right}" if self.right else ""
+        return f"dilated({self.window}, {self.dilation}{right})"
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        back = i - j
+        reach = (back <= self.window * self.dilation) & (back >= -self.right * self.dilation)
+        return reach & (back % self.dilation == 0)
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        low, high = i0 - j1, i1 - j0
+        least, most = -self.right * self.dilation, self.window * self.dilation
+        some = _has_multiple(low.clamp(min=least), high.clamp(max=most), self.dilation)
+        inside = (low >= least) & (high <= most)
+        return some, inside & _only_multiples(low, high, self.dilation)
+
+
+def dilated(window: int, dilation: int, right: int = 0) -> Mask:
+    """Keys at j = i - m * dilation for m from 0 to `window`, and for m from -`right` on."""
+    return Dilated(window, dilation, right)
+
+
+class Strided(Mask):
+    """Keys whose distance from the query is a multiple of `stride`."""
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stride", whole("strided", "stride", self.stride, 1))
+
+    def __repr__(self) -> str:
+        return f"strided({self.stride})"
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j) % self.stride == 0
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        low, high = i0 - j1, i1 - j0
+        return _has_multiple(low, high, self.stride), _only_multiples(low, high, self.stride)
+
+
+def strided(stride: int) -> Mask:
+    """Keys with (i - j) % stride == 0, before and after the query."""
+    return Strided(stride)
+
+
+class Blocks(Mask):
+    """Keys in the same block of `size` positions as the query."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", whole("blocks", "size", self.size, 1))
+
+    def __repr__(self) -> str:
+        return f"blocks({self.size})"
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i // self.size == j // self.size
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        first, last, left, right = (x // self.size for x in (i0, i1, j0, j1))
+        return (first <= right) & (left <= last), (first == right) & (left == last)
+
+
+def blocks(size: int) -> Mask:
+    """Diagonal blocks: i // size == j // size."""
+    return Blocks(size)
+
+
+def _has_multiple(low: Tensor, high: Tensor, step: int) -> Tensor:
+    return high // step * step >= low  # also False where high < low
+
+
+def _only_multiples(low: Tensor, high: Tensor, step: int) -> Tensor:
+    if step == 1:
+        return low <= high
+    return (low == high) & (low % step == 0)
