@@ -1,0 +1,11 @@
+"""One file a backend; `BACKENDS` has them in the planner's order, fastest first."""
+
+from polyhead.attend.backends.flex import Flex
+from polyhead.attend.backends.reference import Reference
+from polyhead.attend.backends.sdpa import Sdpa
+from polyhead.attend.backends.tiles import Tiles
+from polyhead.attend.plan import Backend
+
+__all__ = ["BACKENDS"]
+
+BACKENDS: tuple[Backend, ...] = (Sdpa(), Tiles(), Flex(), Reference())

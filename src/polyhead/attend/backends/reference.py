@@ -1,0 +1,58 @@
+"""The dense backend: any combination, any dtype, plain torch operations in the order of the definition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import densify
+from polyhead.attend.normalizers import Softmax
+from polyhead.attend.plan import Request
+from polyhead.attend.tile import Tile
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    """Holds all B·H·L·S scores: the truth that the other backends are held against."""
+
+    name = "reference"
+    dense = True
+    opt_in = ""
+
+    def refuse(self, request: Request) -> str:
+        if request.want_lse and not isinstance(request.problem.normalizer, Softmax):
+            return f"return_lse is defined for softmax only, not for {request.problem.normalizer}"
+        return ""
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        q, k, v, problem = request.q, request.k, request.v, request.problem
+        batch, heads, queries, _ = q.shape
+        keys, repeat = k.shape[2], heads // max(k.shape[1], 1)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
+        scores = q.to(wide) * problem.scale @ k.transpose(-1, -2)
+        if problem.score is not None:
+            offset = keys - queries
+            tile = Tile(
+                batch,
+                heads,
+                torch.arange(queries, device=q.device) + offset,
+                torch.arange(keys, device=q.device),
+                consecutive=True,
+            )
+            scores = problem.score.apply(scores, tile)
+        if problem.mask is not None:
+            allowed = densify(
+                problem.mask, batch=batch, heads=heads, queries=queries, keys=keys, device=q.device
+            )
+            scores = scores.masked_fill(~allowed, -math.inf)
+        lse = None
+        if request.want_lse:
+            assert isinstance(problem.normalizer, Softmax)
+            lse = problem.normalizer.lse(scores).float()
+        weights = problem.normalizer(scores)
+        weights = torch.dropout(weights, problem.dropout, train=problem.dropout > 0)
+        return (weights @ v).to(q.dtype), lse

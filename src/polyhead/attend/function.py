@@ -1,0 +1,234 @@
+"""`attend`: the operator. `explain`: which backend would run it, and why each other one would not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import overload, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polyhead.attend.backends import BACKENDS
+from polyhead.attend.backends.sdpa import plain
+from polyhead.attend.masks import Mask, Window
+from polyhead.attend.normalizers import Normalizer, Softmax, softmax
+from polyhead.attend.plan import Plan, Request, choose
+from polyhead.attend.scores import Score, chain
+from polyhead.attend.tiles import Consumer, Problem, observe_tiles
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = ["attend", "explain", "observe"]
+
+_SOFTMAX = softmax()
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "B H L Dv"] | tuple[Float[Tensor, "B H L Dv"], Float[Tensor, "B H L"]]:
+    """Multi-head attention: out_i = sum_j w_ij v_j with w_i = normalizer(score(scale · q_i·k_j) masked).
+
+    Query head h reads key/value head h // (H / G). With L queries and S keys, query row r stands at
+    position r + S - L: queries are the last positions, as in decoding. A row that may look at nothing
+    gives zeros.
+
+    Args:
+        q: queries `(B, H, L, D)`.
+        k: keys `(B, G, S, D)`, G dividing H.
+        v: values `(B, G, S, Dv)`.
+        mask: who may look at whom, such as `causal() & window(255)`; None: everybody at everything.
+        score: maps of the logits, one or a sequence applied in order, such as `(alibi(8), soft_cap(30.0))`.
+        normalizer: how a row's logits become weights. Default `softmax()`.
+        scale: factor of q·k. Default 1/sqrt(D).
+        dropout: probability with which a weight is dropped; drawn from torch's default generator.
+        return_lse: also return the log-sum-exp of each row's logits, -inf where there are none (softmax).
+        backend: `"auto"`, or the name of the one that has to run: see `explain`.
+
+    Returns:
+        `(B, H, L, Dv)` in the dtype of q; with `return_lse` also `(B, H, L)` in float32.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit together.
+        ConfigError: a value is not allowed.
+        BackendRefused: the named backend cannot run this call; the message says why.
+        DenseFallback: under `strict()`, only dense O(L·S) memory can serve the call.
+    """
+    if (
+        backend == "auto"
+        and score is None
+        and normalizer is _SOFTMAX
+        and not dropout
+        and not return_lse
+        and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
+    ):
+        # the common call, decided without building a plan: the planner would say the same
+        if _is_plain(q, k, v, mask is not None):
+            return plain(q, k, v, causal=mask is not None, scale=scale)
+    request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
+    chosen, _ = choose(request, BACKENDS, backend)
+    out, lse = chosen.run(request)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def explain(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Plan:
+    """The plan of the same call of `attend`: the chosen backend, and for each other one why not."""
+    request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
+    return choose(request, BACKENDS, backend)[1]
+
+
+def observe(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
+    consumers: Iterable[Consumer],
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    scale: float | None = None,
+) -> Float[Tensor, "B H L Dv"]:
+    """The output of `attend`, while `consumers` see all weights, strip by strip, in O(L) memory.
+
+    Every consumer's `visit(tile, logits, weights)` is called for each strip of whole rows: the tile says
+    which batch items, heads, query and key positions it holds; pairs outside the tiles have weight 0.
+    The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
+    """
+    request = _request(q, k, v, mask, score, normalizer, scale, 0.0, False)
+    return observe_tiles(request.q, request.k, request.v, request.problem, tuple(consumers))
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        return False
+    batch, heads, queries, width = q.shape
+    kv_batch, kv_heads, keys, key_width = k.shape
+    return (
+        v.shape == k.shape
+        and kv_batch == batch
+        and key_width == width
+        and keys > 0
+        and queries > 0
+        and width > 0
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and (not causal or queries in (1, keys))
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+    )
+
+
+def _request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    score: Score | Sequence[Score] | None,
+    normalizer: Normalizer,
+    scale: float | None,
+    dropout: float,
+    return_lse: bool,
+) -> Request:
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
+        )
+    _check_tensors(q, k, v)
+    if mask is not None and not isinstance(mask, Mask):
+        raise ConfigError(
+            f"mask must be a polyhead mask such as causal(), got {type(mask).__name__}; "
+            "for a boolean (B, S) tensor of real keys use padding(tensor), for other tensors where(function)"
+        )
+    if not isinstance(normalizer, Normalizer):
+        raise ConfigError(f"normalizer must be one such as softmax() or entmax(1.5), got {normalizer!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if mask is not None:
+        batch, heads, queries, _ = q.shape
+        mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
+    return Request(q, k, v, problem, return_lse, grad)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x, shape in (("q", q, "(B, H, L, D)"), ("k", k, "(B, G, S, D)"), ("v", v, "(B, G, S, Dv)")):
+        if x.ndim != 4:
+            raise ShapeError(f"{name} must have four dimensions {shape}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ShapeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ShapeError(f"q, k and v must have one dtype; q has {q.dtype}, {name} has {x.dtype}")
+        if x.device != q.device:
+            raise ShapeError(f"q, k and v must be on one device; q is on {q.device}, {name} on {x.device}")
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if k.shape[:3] != v.shape[:3]:
+        raise ShapeError(f"k and v must agree in batch, heads and length; {shapes}")
+    if q.shape[0] != k.shape[0]:
+        raise ShapeError(f"q and k must agree in batch; {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ShapeError(f"q and k must agree in head dim D; {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(
+            f"the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key/value heads; {shapes}"
+        )

@@ -1,0 +1,131 @@
+"""Choosing a backend: each says yes or the reason why not, the planner takes the fastest yes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from polyhead.attend.tiles import Problem
+from polyhead.errors import BackendRefused, ConfigError, DenseFallback
+
+__all__ = ["Backend", "Plan", "Request", "choose", "strict"]
+
+_STRICT: ContextVar[bool] = ContextVar("polyhead_strict", default=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call of `attend`, checked and complete.
+
+    Attributes:
+        q, k, v: the tensors of the call.
+        problem: mask, score, normaliser, scale and dropout.
+        want_lse: whether the log-sum-exp of the rows is asked for.
+        needs_grad: whether autograd has to follow.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    problem: Problem
+    want_lse: bool
+    needs_grad: bool
+
+
+class Backend(Protocol):
+    """One way to run a call.
+
+    Attributes:
+        name: what `backend=` calls it.
+        dense: whether it holds O(L·S) scores.
+        opt_in: why the planner does not choose it by itself; empty when it may.
+    """
+
+    name: str
+    dense: bool
+    opt_in: str
+
+    def refuse(self, request: Request) -> str:
+        """Why this backend cannot run the call; empty when it can."""
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """Output `(B, H, L, Dv)` and, if wanted, log-sum-exp `(B, H, L)`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which backend runs a call, and why each other one does not.
+
+    Attributes:
+        backend: name of the chosen backend.
+        refused: for every other backend, its reason.
+        dense: whether the chosen one holds O(L·S) scores.
+    """
+
+    backend: str
+    refused: dict[str, str]
+    dense: bool
+
+    def __str__(self) -> str:
+        width = max(map(len, (self.backend, *self.refused)))
+        lines = [f"{self.backend:<{width}}  runs" + (", in O(L·S) memory" if self.dense else "")]
+        lines += [f"{name:<{width}}  {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Within this context, a call that only dense O(L·S) memory can serve raises `DenseFallback`."""
+    token = _STRICT.set(True)
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+def choose(request: Request, backends: tuple[Backend, ...], name: str) -> tuple[Backend, Plan]:
+    """The backend for a call, by name or (`"auto"`) the first that accepts, fastest first.
+
+    Raises:
+        ConfigError: no backend has that name.
+        BackendRefused: the named backend cannot run the call.
+        DenseFallback: under `strict()`, only a dense backend can.
+    """
+    if name != "auto":
+        named = {b.name: b for b in backends}
+        if name not in named:
+            raise ConfigError(f"backend must be 'auto' or one of {', '.join(map(repr, named))}; got {name!r}")
+        reason = named[name].refuse(request)
+        if reason:
+            raise BackendRefused(f"backend {name!r} cannot run this call: {reason}; leave backend='auto'")
+    refused: dict[str, str] = {}
+    chosen: Backend | None = None
+    for backend in backends:
+        reason = backend.refuse(request)
+        if not reason and name == "auto":
+            reason = backend.opt_in
+        if not reason and chosen is None and name in ("auto", backend.name):
+            chosen = backend
+        elif not reason:
+            why = (
+                f"{name!r} was asked for" if name != "auto" else f"{chosen.name if chosen else '?'} is faster"
+            )
+            refused[backend.name] = f"could run it, but {why}"
+        else:
+            refused[backend.name] = reason
+    if chosen is None:
+        raise BackendRefused(
+            "no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in refused.items())
+        )
+    plan = Plan(chosen.name, refused, chosen.dense)
+    if _STRICT.get() and chosen.dense:
+        raise DenseFallback(
+            f"under polyhead.strict() the dense O(L·S) backend {chosen.name!r} may not run this call; "
+            f"the others refused it:\n{plan}"
+        )
+    return chosen, plan

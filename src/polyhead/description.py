@@ -1,0 +1,191 @@
+"""Descriptions: the small frozen dataclasses that say what an attention is.
+
+Masks, scores, normalisers, mechanism configurations are all `Part`s: values that can be compared,
+hashed, printed, nested and sent through JSON. A part may hold tensors (the ids of packed documents, a
+learned bias); they count by content when parts are compared, and `flatten` takes them out, so that what
+remains is a cheap hashable key and what was taken out can meet autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Self, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, unknown_name
+
+__all__ = ["Part", "Slot", "from_json", "to_json"]
+
+_KINDS: dict[str, type[Part]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of a tensor that `Part.flatten` took out."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in under which equal values are equal, tensors by shape and dtype only."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _key(v)) for k, v in value.items()))
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.shape == b.shape
+            and a.dtype == b.dtype
+            and (a is b or torch.equal(a, b.to(a.device)))
+        )
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _map_tensors(value: Any, visit: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor | Slot):
+        return visit(value)
+    if isinstance(value, Part):
+        return value._map(visit)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(v, visit) for v in value)
+    return value
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+class Part:
+    """A frozen dataclass that compares by content and round-trips through JSON.
+
+    Subclassing is enough: the subclass becomes a frozen dataclass and is known to `from_json` by its
+    class name. Fields may hold numbers, strings, booleans, None, dtypes, tensors, functions that can be
+    imported, other parts, and tuples of these.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, eq=False, repr="__repr__" not in cls.__dict__)(cls)
+        cls.kind = cls.__name__
+        _KINDS[cls.kind] = cls
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return type(self) is type(other) and _equal(self._values(), other._values())  # type: ignore[attr-defined]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, *map(_key, self._values())))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hashes of strings differ between processes: what is cached stays behind
+        names = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in self.__dict__.items() if name in names}
+
+    def _map(self, visit: Callable[[Any], Any]) -> Self:
+        values = self._values()
+        mapped = tuple(_map_tensors(v, visit) for v in values)
+        if all(a is b for a, b in zip(values, mapped, strict=True)):
+            return self
+        clone = object.__new__(type(self))  # not replace(): a Slot would fail the checks of __post_init__
+        for field, value in zip(dataclasses.fields(self), mapped, strict=True):  # type: ignore[arg-type]
+            object.__setattr__(clone, field.name, value)
+        return clone
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors held by this part and the parts inside it, in a fixed order."""
+        return self.flatten()[1]
+
+    def flatten(self) -> tuple[Self, tuple[Tensor, ...]]:
+        """This part with a `Slot` in place of every tensor, and the tensors."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Slot:
+            found.append(tensor)
+            return Slot(len(found) - 1, tuple(tensor.shape), tensor.dtype)
+
+        spec = self._map(take)
+        return spec, tuple(found)
+
+    def unflatten(self, tensors: tuple[Tensor, ...]) -> Self:
+        """The inverse of `flatten`: this part with `tensors` put back into its slots."""
+        return self._map(lambda slot: tensors[slot.index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """This part with its tensors on `device`, the floating-point ones in `dtype`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+        return self._map(move)
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON data for a part (or what may stand inside one); `from_json` gives it back."""
+    if isinstance(value, Part):
+        fields = dataclasses.fields(value)  # type: ignore[arg-type]
+        return {"part": value.kind} | {f.name: to_json(getattr(value, f.name)) for f in fields}
+    if isinstance(value, Tensor):
+        return {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value):
+        name = f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', '?')}"
+        if "<" in name or name.startswith(("__main__", "?")):
+            raise ConfigError(
+                f"function {name} cannot go through JSON because it cannot be imported by name; "
+                "define it at the top level of a module"
+            )
+        return {"function": name}
+    raise ConfigError(f"a value of type {type(value).__name__} cannot go through JSON: {value!r}")
+
+
+def from_json(data: Any) -> Any:
+    """What `to_json` made into plain data, made again."""
+    if isinstance(data, list):
+        return tuple(from_json(v) for v in data)
+    if not isinstance(data, Mapping):
+        return data
+    if "part" in data:
+        kind = data["part"]
+        if kind not in _KINDS:
+            raise unknown_name("part", str(kind), _KINDS)
+        return _KINDS[kind](**{k: from_json(v) for k, v in data.items() if k != "part"})
+    if "tensor" in data:
+        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
+    if "dtype" in data:
+        return getattr(torch, data["dtype"])
+    if "function" in data:
+        module, _, name = data["function"].partition(":")
+        found: Any = importlib.import_module(module)
+        for step in name.split("."):
+            found = getattr(found, step)
+        return found
+    raise ConfigError(f"not a description: a JSON object with the keys {sorted(data)}")
