@@ -6,6 +6,7 @@ position i = r + (S - L); keys stand at j = 0..S-1.
 """
 
 from polyhead.attend.masks.algebra import And, Mask, Not, Or
+from polyhead.attend.masks.bands import Band, band, span
 from polyhead.attend.masks.content import (
     Documents,
     Padding,
@@ -16,6 +17,7 @@ from polyhead.attend.masks.content import (
     per_head,
     where,
 )
+from polyhead.attend.masks.neighborhood import Neighborhood, neighborhood
 from polyhead.attend.masks.positional import (
     Blocks,
     Dilated,
@@ -35,10 +37,12 @@ from polyhead.attend.masks.tilemap import TileMap, densify, tile_map
 
 __all__ = [
     "And",
+    "Band",
     "Blocks",
     "Dilated",
     "Documents",
     "Mask",
+    "Neighborhood",
     "Not",
     "Or",
     "Padding",
@@ -49,15 +53,18 @@ __all__ = [
     "TileMap",
     "Where",
     "Window",
+    "band",
     "blocks",
     "causal",
     "densify",
     "dilated",
     "documents",
+    "neighborhood",
     "padding",
     "per_head",
     "prefix",
     "sink",
+    "span",
     "strided",
     "tile_map",
     "where",

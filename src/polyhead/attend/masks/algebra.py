@@ -128,7 +128,7 @@ def pieces(mask: Mask) -> list[Piece] | None:
         if distances is None:
             return None
         last = found[-1] if found else None
-        if last and last.distances == distances and last.high + 1 == piece.low and last.within == piece.within:
+        if last and last.distances == distances and last.high + 1 == piece.low:
             found[-1] = dataclasses.replace(last, high=piece.high)
         else:
             found.append(dataclasses.replace(piece, distances=distances))
@@ -263,5 +263,3 @@ class Not(Mask):
     def distances(self, within: Mapping[object, bool]) -> Intervals | None:
         inner = self.mask.distances(within)
         return None if inner is None else ~inner
-
-

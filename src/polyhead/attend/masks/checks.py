@@ -32,7 +32,9 @@ def per_axis(owner: str, name: str, value: Any, axes: int, kind: type) -> tuple[
     """One setting for every axis: a single value is repeated, a sequence must have `axes` entries."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * axes
     if len(values) != axes:
-        raise ConfigError(f"{owner}: {name} needs one value, or one for each of the {axes} axes; got {value!r}")
+        raise ConfigError(
+            f"{owner}: {name} needs one value, or one for each of the {axes} axes; got {value!r}"
+        )
     if kind is bool:
         for entry in values:
             if not isinstance(entry, bool):

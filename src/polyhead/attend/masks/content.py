@@ -151,7 +151,9 @@ class PerHead(Mask):
             or not self.masks
             or not all(isinstance(m, Mask) for m in self.masks)
         ):
-            raise ConfigError(f"per_head: masks must be a list of masks, one for each head; got {self.masks!r}")
+            raise ConfigError(
+                f"per_head: masks must be a list of masks, one for each head; got {self.masks!r}"
+            )
         object.__setattr__(self, "masks", tuple(self.masks))
 
     def __repr__(self) -> str:

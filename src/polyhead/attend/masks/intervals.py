@@ -8,7 +8,7 @@ whether some or every pair of the tile is allowed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -69,6 +69,7 @@ def key_of(threshold: Threshold) -> object:
 def cut(thresholds: Sequence[Threshold]) -> list[tuple[Piece, dict[object, bool]]] | None:
     """The key axis in pieces, each with the truth of every threshold there; None if there are too many."""
     numbers = sorted({n for n in thresholds if not isinstance(n, Tensor)})
+    ends = [0, *(n for n in numbers if n > 0), FAR]  # keys start at 0
     tensors = list({id(n): n for n in thresholds if isinstance(n, Tensor)}.values())
     if len(tensors) > MOST_TENSORS:
         return None
@@ -76,7 +77,7 @@ def cut(thresholds: Sequence[Threshold]) -> list[tuple[Piece, dict[object, bool]
     for sides in product((True, False), repeat=len(tensors)):
         within = tuple(n for n, side in zip(tensors, sides, strict=True) if side)
         beyond = tuple(n for n, side in zip(tensors, sides, strict=True) if not side)
-        for low, high in pairwise([-FAR, *numbers, FAR]):
+        for low, high in pairwise(ends):
             truth: dict[object, bool] = {key_of(n): low < n for n in numbers}
             truth |= {key_of(n): side for n, side in zip(tensors, sides, strict=True)}
             found.append((Piece(low, high - 1, within, beyond, EMPTY), truth))

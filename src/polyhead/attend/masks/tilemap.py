@@ -148,9 +148,7 @@ def densify(
     return _spread(mask.allowed(b, h, i, j), queries, keys)
 
 
-def _batch_and_head(
-    batch: int, heads: int, device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
+def _batch_and_head(batch: int, heads: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     return b, torch.arange(heads, device=device).view(-1, 1, 1)
 
