@@ -12,12 +12,13 @@ On Linux the CPU build of torch is preferred, because the plain wheel brings gig
 TORCH_INDEX may name a package index that has CPU builds, if pip's own indexes have none.
 """
 
-# ruff: noqa: E402  (the version check comes before imports that old Pythons lack)
 import sys
 
 if sys.version_info < (3, 11):
     found = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(f"error: Polyhead needs Python 3.11 or newer, {sys.executable} is {found}; try: make PYTHON=python3.12")
+    sys.exit(
+        f"error: Polyhead needs Python 3.11 or newer, {sys.executable} is {found}; try: make PYTHON=python3.12"
+    )
 
 import argparse
 import contextlib
@@ -53,6 +54,7 @@ def locked(name: str) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        os.set_inheritable(file.fileno(), True)  # a pip that outlives a killed set-up keeps the lock
         yield
 
 
@@ -77,7 +79,7 @@ def pip_install(python: Path, *arguments: str, index: str = "", quiet: bool = Fa
     command += ["--root-user-action", "ignore", "-c", str(CONSTRAINTS), *arguments]
     if index:
         command += ["--extra-index-url", index]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False)
     if done.returncode and not quiet:
         sys.stderr.write(done.stdout + done.stderr)
     return done.returncode == 0
