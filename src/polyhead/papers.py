@@ -43,6 +43,7 @@ class Paper:
     Attributes:
         number: its number here, three digits as text: "059".
         name: what its mechanism, measurement or idea is called here: "multi_query".
+        aliases: what further parts of it are called here.
         short: what the field calls it: "MQA".
         title: the title of the paper.
         year: when it came out, as a preprint where there was one.
@@ -54,6 +55,7 @@ class Paper:
 
     number: str
     name: str
+    aliases: tuple[str, ...]
     short: str
     title: str
     year: int
@@ -82,19 +84,23 @@ class Paper:
 def papers() -> tuple[Paper, ...]:
     """Every paper, by number."""
     text = resources.files("polyhead").joinpath("data", "papers.json").read_text(encoding="utf-8")
-    return tuple(Paper(**row) for row in json.loads(text))
+    return tuple(Paper(**row | {"aliases": tuple(row["aliases"])}) for row in json.loads(text))
 
 
 def paper(which: str) -> Paper:
-    """The paper with this number ("059", "59") or name ("multi_query", "MQA").
+    """The paper with this number ("059", "59") or name ("multi_query", "MQA"); our names go before the field's.
 
     Raises:
         UnknownName: no paper has it; the message suggests the nearest names.
     """
-    wanted = which.strip().lower()
-    for one in papers():
-        if wanted in {one.name.lower(), one.short.lower(), one.number} or wanted.zfill(3) == one.number:
-            return one
+    wanted = which.strip()
+    for names in (
+        lambda one: (one.number, one.name, *one.aliases),
+        lambda one: (one.short.lower(), one.short.partition(" / ")[0].lower()),
+    ):
+        for one in papers():
+            if wanted.lower() in names(one) or wanted.zfill(3) == one.number:
+                return one
     raise unknown_name("paper", which, (one.name for one in papers()))
 
 

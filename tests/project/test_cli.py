@@ -1,0 +1,239 @@
+"""The command line: what it prints, and how it ends when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from typer.testing import CliRunner
+
+import polyhead
+from polyhead import benchmarks, cli
+from polyhead.errors import PolyheadError
+from polyhead.papers import papers
+
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"polyhead {polyhead.__version__}\n"
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "polyhead", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("polyhead ")
+
+
+def test_papers_lists_every_paper():
+    result = run("papers")
+    assert result.exit_code == 0
+    for one in papers():
+        assert one.number in result.stdout
+    assert f"{len(papers())} papers" in result.stdout
+
+
+def test_papers_json_and_filters():
+    rows = json.loads(run("papers", "--json").stdout)
+    assert len(rows) == len(papers())
+    built = json.loads(run("papers", "--json", "--built").stdout)
+    missing = json.loads(run("papers", "--json", "--missing").stdout)
+    assert all(row["built_in"] for row in built)
+    assert not any(row["built_in"] for row in missing)
+    assert {row["number"] for row in built + missing} == {row["number"] for row in rows}
+    pooling = json.loads(run("papers", "--json", "--theme", "POOLING").stdout)
+    assert pooling
+    assert {row["theme"] for row in pooling} == {"pooling"}
+
+
+def test_papers_unknown_theme_names_the_themes():
+    result = run("papers", "--theme", "cooking")
+    assert result.exit_code == 2
+    assert "no theme contains 'cooking'; the themes are: " in result.stderr
+    assert "pooling" in result.stderr
+
+
+def test_catalog_and_show_agree_with_the_registry():
+    from polyhead.mechanisms import registry
+
+    rows = json.loads(run("catalog", "--json").stdout)
+    assert [row["name"] for row in rows] == [entry.name for entry in registry.catalog()]
+    table = run("catalog").stdout
+    for row in rows:
+        assert row["name"] in table
+        result = run("show", row["name"])
+        assert result.exit_code == 0, result.output
+        for fact in ("equation", "supports", "cost", "parameters", row["file"]):
+            assert fact in result.stdout, (row["name"], fact)
+        shown = json.loads(run("show", row["name"], "--json").stdout)
+        assert shown["cost"]["parameters"] > 0
+        for alias in row["aliases"]:
+            assert json.loads(run("show", alias, "--json").stdout)["name"] == row["name"]
+
+
+def test_show_unknown_name():
+    result = run("show", "multi_qery")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "'multi_qery'" in result.stderr
+    assert "multi_query" in result.stderr
+
+
+def test_show_with_sizes_that_do_not_fit():
+    result = run("show", "multi_query", "--heads", "0")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "heads" in result.stderr
+
+
+def test_an_error_is_one_line_without_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise PolyheadError("the [red]model[/red] is not there; " + "look again, " * 40)
+
+    monkeypatch.setattr("polyhead.papers.papers", fail)
+    result = run("papers")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: the [red]model[/red] is not there")
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polyhead.papers.papers", interrupted)
+    result = run("papers")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_a_mistake_of_our_own_is_not_hidden(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("polyhead.papers.papers", broken)
+    assert isinstance(run("papers").exception, ZeroDivisionError)
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "from polyhead.cli import app; app(prog_name='polyhead')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "papers", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_reaches_a_running_program(tmp_path):
+    checkout(tmp_path, forever='"""Waits."""\nimport time\nprint("begun", flush=True)\ntime.sleep(60)\n')
+    code = """
+import pathlib
+from polyhead import benchmarks, cli
+benchmarks._folder = lambda: pathlib.Path("benchmarks")
+cli.app(["bench", "forever", "--save", "kept"], prog_name="polyhead")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while "begun" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert not (tmp_path / "kept").exists()
+
+
+def checkout(root, **scripts):
+    """A checkout with these benchmarks."""
+    (root / "benchmarks").mkdir()
+    (root / "pyproject.toml").touch()
+    for name, source in scripts.items():
+        (root / "benchmarks" / f"{name}.py").write_text(textwrap.dedent(source))
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    checkout(
+        tmp_path,
+        good='"""Measures good things.\n\nMore."""\nimport sys\nprint("ratio 2.0", *sys.argv[1:])\n',
+        bad='"""Fails."""\nprint("so far")\nraise SystemExit(3)\n',
+        _shared="def helper(): ...\n",
+    )
+    monkeypatch.setattr(benchmarks, "_folder", lambda: tmp_path / "benchmarks")
+    return tmp_path
+
+
+def test_bench_lists_scripts_but_no_helpers(bench):
+    result = run("bench", "--list")
+    assert "Measures good things." in result.stdout
+    assert "bad" in result.stdout
+    assert "_shared" not in result.stdout
+
+
+def test_bench_runs_and_keeps_what_was_printed(bench, capfd):
+    result = run("bench", "good", "--save", bench / "kept", "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    assert (bench / "kept" / "good.txt").read_text() == "ratio 2.0 --device cuda\n"
+
+
+def test_bench_that_fails_keeps_nothing(bench):
+    result = run("bench", "bad", "--save", bench / "kept")
+    assert result.exit_code == 2
+    assert "so far" in result.stdout
+    assert "benchmark 'bad' failed with exit code 3" in result.stderr
+    assert not (bench / "kept").exists()
+
+
+def test_bench_unknown_name(bench):
+    result = run("bench", "goot")
+    assert result.exit_code == 2
+    assert "no benchmark is called 'goot'; did you mean 'good'?" in result.stderr
+
+
+def test_bench_outside_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmarks, "__file__", str(tmp_path / "a" / "b" / "c" / "benchmarks.py"))
+    monkeypatch.chdir(tmp_path)
+    result = run("bench")
+    assert result.exit_code == 2
+    assert "run `polyhead bench` from a checkout" in result.stderr
+
+
+def test_fetch_unknown_model():
+    result = run("fetch", "gpt5")
+    assert result.exit_code == 2
+    assert "no demo model is called 'gpt5'" in result.stderr
+
+
+def test_report_hands_its_options_over(monkeypatch, tmp_path):
+    from polyhead.report import job
+
+    seen = {}
+    monkeypatch.setattr(job, "run", lambda model, **options: seen.update(model=model, **options))
+    result = run("report", "smollm2", "--text", tmp_path / "a.txt", "--out", tmp_path, "--seeds", 2)
+    assert result.exit_code == 0, result.output
+    assert seen["model"] == "smollm2"
+    assert seen["text"] == tmp_path / "a.txt"
+    assert seen["out"] == tmp_path
+    assert seen["seeds"] == 2

@@ -1,0 +1,45 @@
+"""`import polyhead` is light: what only some commands need is imported when they need it."""
+
+import subprocess
+import sys
+
+HEAVY = ("transformers", "accelerate", "plotly", "pandas", "jinja2", "safetensors", "gguf", "scipy")
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.splitlines()}
+
+
+def test_import_is_light():
+    loaded = modules_after("import polyhead")
+    assert not loaded & set(HEAVY)
+
+
+def test_every_public_name_exists_in_any_order():
+    # a room must not hide a function of the same name once it has been imported (`polyhead.attend`)
+    code = """
+import random
+import polyhead
+names = list(polyhead.__all__)
+for seed in range(3):
+    random.Random(seed).shuffle(names)
+    for name in names:
+        getattr(polyhead, name)
+assert callable(polyhead.attend), "polyhead.attend is the module, not the function"
+assert callable(polyhead.papers), "polyhead.papers is the module, not the function"
+"""
+    modules_after(code)
+
+
+def test_command_line_starts_without_torch():
+    assert "torch" not in modules_after("import polyhead.cli")
+
+
+def test_dir_lists_what_is_public():
+    import polyhead
+
+    assert set(polyhead.__all__) <= set(dir(polyhead))
+    assert len(polyhead.__all__) == len(set(polyhead.__all__))
