@@ -1,0 +1,10 @@
+"""The bridge to Hugging Face transformers: models that Polyhead looks into and acts on.
+
+Nothing here imports transformers before it is used.
+"""
+
+from polyhead.hf.attach import Attachment, attach
+from polyhead.hf.call import Call, Handler, LayerInfo
+from polyhead.hf.handles import KVHandle
+
+__all__ = ["Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "attach"]

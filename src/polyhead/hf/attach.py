@@ -1,0 +1,256 @@
+"""Attaching Polyhead to a pretrained model, through the seams that transformers offers for it.
+
+    with attach(model) as attachment:           # or: attachment = attach(model); ...; attachment.detach()
+        attachment.layers                       # [LayerInfo(index, name, kind, heads, kv_heads, ...), ...]
+        with attachment.handling(handler):      # handler(call: Call) -> output (B, H, L, Dv)
+            model(**inputs)
+
+While a model is attached, every one of its attention layers runs as one `Call` (q, k, v, mask, score,
+normalizer, scale: see `polyhead.hf.call`), which goes to the handler on top. A handler answers it by
+itself, or hands it on: `call.proceed()` asks the handlers below, at the bottom `polyhead.attend`, and
+`call.replace(mask=..., q=...)` changes it first. Without handlers the model computes what it computed
+before.
+
+    def without_sink(call):
+        mask = ~sink(1) if call.mask is None else call.mask & ~sink(1)
+        return call.replace(mask=mask).proceed()
+
+    def measure(call):                          # consumers see all weights, strip by strip
+        return call.observe([consumer])
+
+Attachments nest: each adds its handlers on top of those that are there, and takes only its own away.
+What `update` of a transformers `Cache` returns reaches the handler untouched, also when it is a `KVHandle`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from polyhead.errors import MissingExtra, UnsupportedModel
+from polyhead.hf.call import Call, Handler, LayerInfo
+from polyhead.hf.handles import KVHandle
+from polyhead.hf.layers import find_layers, pretrained_parts
+from polyhead.hf.translate import WrittenMasks, attention_call
+
+__all__ = ["NAME", "Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "attach"]
+
+NAME = "polyhead"
+
+# what stands on each attention module: one entry for each attachment and handler, the top one last
+_entries: WeakKeyDictionary[nn.Module, tuple[_Entry, ...]] = WeakKeyDictionary()
+# configs switched to Polyhead: by id, the config, what it said before, and by how many attachments
+_switched: dict[int, tuple[Any, str | None, int]] = {}
+_lock = threading.RLock()
+
+
+class _Entry:
+    """One attachment's (handler, layer) on a module; compared by identity."""
+
+    __slots__ = ("handler", "layer", "memory")
+
+    def __init__(self, handler: Handler | None, layer: LayerInfo, memory: WrittenMasks) -> None:
+        self.handler = handler
+        self.layer = layer
+        self.memory = memory
+
+
+def attach(model: nn.Module, *, handler: Handler | None = None) -> Attachment:
+    """Let Polyhead compute the attention of a transformers model.
+
+    Args:
+        model: any transformers model that uses the attention interface, or a module that holds some.
+        handler: answers every attention call; default: `polyhead.attend`, which changes nothing.
+
+    Returns:
+        The `Attachment`, already in force. Leave it as a context manager, or call `.detach()`.
+
+    Raises:
+        UnsupportedModel: the architecture does not use the interface; the message says what to do.
+        MissingExtra: transformers is not installed.
+    """
+    return Attachment(model, handler)
+
+
+class Attachment:
+    """A model whose attention goes through Polyhead, until it is detached.
+
+    Attributes:
+        model: the model.
+        layers: its attention layers, in forward order.
+    """
+
+    def __init__(self, model: nn.Module, handler: Handler | None = None) -> None:
+        _register()
+        self.model = model
+        self._handler = handler
+        self._parts = pretrained_parts(model)
+        self._found = find_layers(model)
+        self.layers: list[LayerInfo] = [layer for _, layer in self._found]
+        self._depth = 0
+        self._own: list[dict[nn.Module, _Entry]] = []
+        self._configs: list[Any] = []
+        self._attach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the attachment is in force."""
+        return bool(self._own)
+
+    def _attach(self) -> None:
+        with _lock:
+            self._configs = _switch(self._parts, [module for module, _ in self._found])
+            self._push(self._handler)
+
+    def detach(self) -> None:
+        """Take the attachment's handlers away and give the model back its own attention."""
+        with _lock:
+            while self._own:
+                self._pop(self._own[-1])
+            _restore(self._configs)
+            self._configs = []
+
+    @contextmanager
+    def handling(self, handler: Handler) -> Iterator[Attachment]:
+        """Within the block, `handler` is on top: it gets every call first."""
+        if not self.attached:
+            raise UnsupportedModel(
+                "this attachment is detached; attach(model) again before handling its calls"
+            )
+        with _lock:
+            own = self._push(handler)
+        try:
+            yield self
+        finally:
+            with _lock:
+                self._pop(own)
+
+    def _push(self, handler: Handler | None) -> dict[nn.Module, _Entry]:
+        memory = WrittenMasks()
+        own = {module: _Entry(handler, layer, memory) for module, layer in self._found}
+        for module, entry in own.items():
+            _entries[module] = (*_entries.get(module, ()), entry)
+        self._own.append(own)
+        return own
+
+    def _pop(self, own: dict[nn.Module, _Entry]) -> None:
+        if own not in self._own:
+            return
+        self._own.remove(own)
+        for module, entry in own.items():
+            left = tuple(e for e in _entries.get(module, ()) if e is not entry)
+            if left:
+                _entries[module] = left
+            else:
+                _entries.pop(module, None)
+
+    def __enter__(self) -> Attachment:
+        if not self.attached:
+            self._attach()
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"Attachment({type(self.model).__name__}, {len(self.layers)} attention layers, {state})"
+
+
+def _register() -> None:
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "attaching to a pretrained model") from error
+    from polyhead.hf.masks import mask_function
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+
+
+def _of_parts(parts: list[Any]) -> list[Any]:
+    """The configs of the models and of everything inside them, each once, outer ones first."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+            return
+        found[id(config)] = config
+        for key in getattr(config, "sub_configs", {}):
+            add(getattr(config, key, None))
+
+    for part in parts:
+        for module in part.modules():
+            add(getattr(module, "config", None))
+    return list(found.values())
+
+
+def _switch(parts: list[Any], modules: list[nn.Module]) -> list[Any]:
+    """Make every config of the models say Polyhead, remembering what they said."""
+    configs = _of_parts(parts)
+    former = {id(config): config._attn_implementation for config in configs}
+    try:
+        for part in parts:
+            part.set_attn_implementation(NAME)
+        for module in modules:
+            now = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            if now != NAME:
+                raise UnsupportedModel(
+                    f"transformers does not let {type(module).__name__} change its attention: "
+                    f"set_attn_implementation left it at {now!r}. Use a version of the model's code that "
+                    "looks "
+                    "its attention up by ALL_ATTENTION_FUNCTIONS.get_interface"
+                )
+    except BaseException:
+        _set_back([(config, former[id(config)]) for config in configs])
+        raise
+    for config in configs:
+        before = _switched.get(id(config), (config, former[id(config)], 0))
+        _switched[id(config)] = (config, before[1], before[2] + 1)
+    return configs
+
+
+def _restore(configs: list[Any]) -> None:
+    ready = []
+    for config in configs:
+        _, before, users = _switched.pop(id(config))
+        if users > 1:
+            _switched[id(config)] = (config, before, users - 1)
+        else:
+            ready.append((config, before))
+    _set_back(ready)
+
+
+def _set_back(former: list[tuple[Any, str | None]]) -> None:
+    for config, before in former:
+        config._attn_implementation = before  # also sets what lies inside, which follows in its turn
+
+
+def attention_function(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **arguments: Any
+) -> tuple[Tensor, None]:
+    """What transformers' models call: q, k, v in, `(B, L, H, Dv)` out, and no weights."""
+    entries = _entries.get(module)
+    if entries:
+        layer, memory = entries[-1].layer, entries[-1].memory
+        below = tuple([(entry.handler, entry.layer) for entry in entries if entry.handler is not None])
+    else:
+        layer, memory, below = _stranger(module, query, key), WrittenMasks(), ()
+    call = attention_call(layer, below, memory, module, query, key, value, attention_mask, **arguments)
+    return call.proceed().transpose(1, 2).contiguous(), None
+
+
+def _stranger(module: nn.Module, query: Tensor, key: Any) -> LayerInfo:
+    """A module that was not there when its model was attached, such as one in a copy of the model."""
+    return LayerInfo(-1, type(module).__name__, "decoder", query.shape[1], key.shape[1], query.shape[-1])

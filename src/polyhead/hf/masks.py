@@ -1,0 +1,216 @@
+"""Transformers' masks as Polyhead's: the mask function that an attached model calls.
+
+Transformers describes a mask by a function of (batch, head, query, key), put together from a handful of
+pieces, and offsets that say which tokens the queries and keys are. The pieces are recognised by their code
+and written in the mask algebra; what is not recognised stays a function that is asked pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import And, Mask, Or, blocks, causal, documents, padding, where, window
+from polyhead.hf.mask_tensor import MaskTensor
+
+__all__ = ["Shifted", "mask_function", "translate"]
+
+
+class Shifted(Mask):
+    """`mask` for queries that stand `rows` positions further on than they are counted."""
+
+    mask: Mask
+    rows: int
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.mask.allowed(b, h, i + self.rows, j)
+
+    def bounds(
+        self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.mask.bounds(b, h, i0 + self.rows, i1 + self.rows, j0, j1)
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        self.mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=offset + self.rows)
+
+
+class _Everything(Mask):
+    """All pairs; only on the way to a translation, where it vanishes."""
+
+
+class _AtToken:
+    """A transformers mask function, asked with positions counted from key `start` on."""
+
+    def __init__(self, function: Callable[..., Tensor], start: int) -> None:
+        self.function = function
+        self.start = start
+
+    def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.function(b, h, i + self.start, j + self.start)
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cache_position: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str | None = None,
+    **more: Any,
+) -> Tensor:
+    """What transformers calls, once for each kind of layer in a forward pass: a `MaskTensor`.
+
+    Older versions say where the queries stand by `cache_position` instead of `q_length` and `q_offset`.
+    """
+    from transformers import masking_utils
+
+    dense_more = {k: v for k, v in more.items() if k in ("dtype", "config")}
+    if q_length is None:
+        assert cache_position is not None
+        q_length, q_offset = len(cache_position), cache_position[0]
+        dense_more["cache_position"] = cache_position
+        device = device or cache_position.device
+    else:
+        dense_more |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+    function = mask_function or masking_utils.causal_mask_function
+
+    def make() -> Tensor:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            **dense_more,
+        )
+
+    start, last = (
+        int(kv_offset),
+        int(q_offset) + q_length,
+    )  # tokens start..last-1 are what queries can know of
+    mask = translate(function, start=start, length=max(last - start, kv_length))
+    if mask is None and use_vmap:  # may not take index tensors: let transformers call it pair by pair
+        return make()
+    if mask is None:
+        mask = where(_AtToken(function, start))
+    visible = kv_length
+    if isinstance(mask, _Everything):
+        mask = None
+    elif last - start < kv_length and _looks_back(mask):
+        visible = last - start
+        mask = translate(function, start=start, length=visible)
+    elif last - start != kv_length:
+        mask = Shifted(mask, last - start - kv_length)
+    real = _real(attention_mask, start, visible)
+    if real is not None:
+        mask = padding(real) if mask is None else mask & padding(real)
+    shape = (batch_size, 1, q_length, kv_length)
+    device = torch.device(device or ("cpu" if attention_mask is None else attention_mask.device))
+    return MaskTensor(mask, shape, visible=visible, start=start, device=device, make=make)
+
+
+def _real(attention_mask: Tensor | None, start: int, keys: int) -> Tensor | None:
+    """The padding mask `(B, keys)` of the keys that are held, or None if all of them are real."""
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, start : start + keys].bool()
+    if real.shape[1] < keys:
+        real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
+    return None if bool(real.all()) else real
+
+
+def _looks_back(mask: Mask) -> bool:
+    """Whether no query sees a key after itself, so that keys after the last query do not matter."""
+    if isinstance(mask, And):
+        return any(map(_looks_back, mask.terms))
+    if isinstance(mask, Or):
+        return all(map(_looks_back, mask.terms))
+    return getattr(mask, "right", None) == 0
+
+
+def translate(function: Callable[..., Any], *, start: int, length: int) -> Mask | None:
+    """A transformers mask function in the mask algebra, or None if some piece of it is not known.
+
+    Args:
+        function: a function of (batch, head, query, key) token positions.
+        start: the token that position 0 of the result is.
+        length: how many positions the result must know, for pieces that are told token by token.
+    """
+    from transformers import masking_utils as theirs
+
+    def known(name: str) -> bool:
+        maker = getattr(theirs, name, None)
+        return maker is not None and function.__code__ in _inner(maker.__code__)
+
+    if not hasattr(function, "__code__"):
+        return None
+    if function is getattr(theirs, "causal_mask_function", None):
+        return causal()
+    if function is getattr(theirs, "bidirectional_mask_function", None):
+        return _Everything()
+    held = dict(
+        zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
+    )
+    if known("and_masks") or known("or_masks"):
+        return _joined(
+            [translate(f, start=start, length=length) for f in held["mask_functions"]], known("and_masks")
+        )
+    if known("sliding_window_overlay"):  # kv > q - W
+        return window(held["sliding_window"] - 1, None)
+    if known("sliding_window_bidirectional_overlay"):
+        return window(held["sliding_window"], held["sliding_window"])
+    if known("chunked_overlay"):
+        return _chunks(held["chunk_size"], held["left_padding"], start, length)
+    if known("packed_sequence_mask_function"):
+        return documents(held["packed_sequence_mask"][:, start : start + length])
+    if known("remap_positions_for_packed_sequence"):
+        # inside one packed sequence positions go up by one, so that distances are what they were
+        inner = translate(held["mask_function"], start=start, length=length)
+        return inner if inner is not None and _by_distance(inner) else None
+    if known("blockwise_overlay"):
+        return documents(held["block_sequence_ids"][:, start : start + length])  # -1 is no block there either
+    if known("padding_mask_function"):
+        return padding(held["padding_mask"][:, start : start + length].bool())
+    return None
+
+
+def _inner(code: CodeType) -> list[CodeType]:
+    """The functions written inside a function."""
+    return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _joined(masks: list[Mask | None], both: bool) -> Mask | None:
+    if any(mask is None for mask in masks):
+        return None
+    terms = [mask for mask in masks if mask is not None and not isinstance(mask, _Everything)]
+    if not terms or (not both and len(terms) < len(masks)):
+        return _Everything()
+    found = terms[0]
+    for term in terms[1:]:
+        found = found & term if both else found | term
+    return found
+
+
+def _by_distance(mask: Mask) -> bool:
+    """Whether a mask looks at the distance of query and key alone."""
+    if isinstance(mask, And | Or):
+        return all(map(_by_distance, mask.terms))
+    return isinstance(mask, _Everything) or hasattr(mask, "right")
+
+
+def _chunks(size: int, left_padding: Tensor, start: int, length: int) -> Mask:
+    """Chunks of `size` tokens, counted from the first real token of each batch item."""
+    if start % size == 0 and not bool(left_padding.any()):
+        return blocks(size)
+    token = torch.arange(start, start + length, device=left_padding.device)
+    return documents((token - left_padding[:, None]).div(size, rounding_mode="floor"))
