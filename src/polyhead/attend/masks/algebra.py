@@ -93,12 +93,15 @@ def _joined(kind: type[And] | type[Or], mask: Mask, sign: str, other: Any) -> Ma
     return joined.terms[0] if len(joined.terms) == 1 else joined
 
 
-def _same(a: Mask, b: Mask) -> bool:
-    """Equality that compares tensors by identity: no data is read."""
-    if a is b:
-        return True
-    (spec, tensors), (other, others) = a.flatten(), b.flatten()
-    return spec == other and all(x is y for x, y in zip(tensors, others, strict=True))
+def _same(a: Any, b: Any) -> bool:
+    """Equality of masks and of what they hold, with tensors by identity: no data is read."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mask):
+        return all(_same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+    return a is b if isinstance(a, Tensor) else bool(a == b)
 
 
 def _flat(kind: type, terms: Any) -> tuple[Mask, ...]:

@@ -16,6 +16,9 @@ from polyhead.errors import ConfigError, ShapeError
 __all__ = ["Documents", "Padding", "PerHead", "Where", "documents", "padding", "per_head", "where"]
 
 
+_NONE = torch.iinfo(torch.int64).min // 2  # below any id, also when negated
+
+
 class Documents(Mask):
     """Keys of the query's own document; positions with a negative id see nothing and are not seen."""
 
@@ -54,34 +57,28 @@ class Documents(Mask):
         if length == 0:
             no = torch.zeros((), dtype=torch.bool, device=j0.device)
             return no, no
-        # negated, the smallest id of a range is a maximum too, and positions of no document never win
         nobody = ids < 0
-        highest = ids.masked_fill(nobody, _NONE)
-        lowest = (-ids).masked_fill(nobody, _NONE)
+        # negated, the smallest id of a range is a maximum too; positions of no document never win
+        signed = ids.masked_fill(nobody, _NONE), (-ids).masked_fill(nobody, _NONE)
+        holes = torch.cat([ids.new_zeros(len(ids), 1), nobody.long().cumsum(1)], dim=1)
 
-        def ends(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            top, low = range_max((highest, lowest), row, start, stop, nothing=_NONE)
-            missing = nobody.long().cumsum(1)
-            missing = torch.cat([missing.new_zeros(len(ids), 1), missing], dim=1)
-            outside = (start < 0) | (stop >= length)
-            holes = missing[row, stop.clamp(-1, length - 1) + 1] - missing[row, start.clamp(0, length)]
-            return top, -low, outside | (holes > 0)
+        def documents_in(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Largest and smallest id, and whether each position has one."""
+            largest, smallest = range_max(signed, row, start, stop, nothing=_NONE)
+            missing = holes[row, stop.clamp(-1, length - 1) + 1] - holes[row, start.clamp(0, length)]
+            return largest, -smallest, (missing == 0) & (start >= 0) & (stop < length)
 
-        q_top, q_low, q_holes = ends(i0, i1)
-        k_top, k_low, k_holes = ends(j0, j1)
-        occupied = (q_top > _NONE) & (k_top > _NONE)
-        some = occupied & (q_low <= k_top) & (k_low <= q_top)
-        one = (q_low == q_top) & (k_low == k_top) & (q_low == k_low)
-        return some, occupied & one & ~q_holes & ~k_holes
+        q_last, q_first, q_full = documents_in(i0, i1)
+        k_last, k_first, k_full = documents_in(j0, j1)
+        some = (q_last > _NONE) & (k_last > _NONE) & (q_first <= k_last) & (k_first <= q_last)
+        one = (q_first == k_last) & (k_first == q_last)
+        return some, some & one & q_full & k_full
 
     def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
         _fits("documents", "ids", self.ids, batch)
         length = self.ids.shape[-1]
         if keys > length:
             raise ShapeError(f"documents: ids has {length} positions but there are {keys} keys")
-
-
-_NONE = torch.iinfo(torch.int64).min // 2
 
 
 def documents(ids: Tensor | Sequence[Any]) -> Mask:
@@ -161,9 +158,9 @@ class PerHead(Mask):
 
     def _groups(self, h: Tensor) -> list[tuple[Mask, Tensor]]:
         """Each different mask, with the heads among `h` that have it."""
-        different = list(dict.fromkeys(self.masks))
-        which = torch.tensor([different.index(m) for m in self.masks], device=h.device)[h]
-        return [(mask, which == n) for n, mask in enumerate(different)]
+        number: dict[Mask, int] = {}
+        which = torch.tensor([number.setdefault(m, len(number)) for m in self.masks], device=h.device)[h]
+        return [(mask, which == n) for mask, n in number.items()]
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         (first, _), *others = self._groups(h)

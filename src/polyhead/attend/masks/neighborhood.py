@@ -100,8 +100,8 @@ class Neighborhood(Mask):
             length, size, dilation, stride = (found[n][a] for n in ("grid", "window", "dilation", "stride"))
             if size * dilation > length:
                 raise ConfigError(
-                    f"neighborhood: window {size} at dilation {dilation} does not fit axis {a}, whose length is"
-                    f" {length}; window * dilation may be at most {length}"
+                    f"neighborhood: window {size} at dilation {dilation} does not fit axis {a};"
+                    f" window * dilation may be at most its length, {length}"
                 )
             if stride > size:
                 raise ConfigError(
@@ -151,9 +151,9 @@ class Neighborhood(Mask):
         known: dict[tuple[int, int, int], Bounds] = {}
         some, every = torch.zeros_like(beside), torch.ones_like(outside)
         axes = self._axes()
-        left = _boxes(j0, j1, self.grid)
-        for queries, filled in _boxes(i0, i1, self.grid):
-            for keys, taken in left:
+        boxes = [[box for box in _boxes(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
+        for queries, filled in boxes[0]:
+            for keys, taken in boxes[1]:
                 any_here = all_here = filled & taken
                 for a, axis in enumerate(axes):
                     at = (a, id(queries[a]), id(keys[a]))

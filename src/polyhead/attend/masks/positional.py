@@ -90,11 +90,7 @@ class Prefix(Mask):
 
     def __post_init__(self) -> None:
         if isinstance(self.n, Tensor) and self.n.ndim > 0:
-            if not is_integer_tensor(self.n) or self.n.ndim != 1:
-                raise ConfigError(
-                    "prefix: n must be a number or an integer tensor (B,); "
-                    f"got a tensor of shape {tuple(self.n.shape)} and {self.n.dtype}"
-                )
+            _check_per_item("prefix", "n", self.n)
         else:
             object.__setattr__(self, "n", whole("prefix", "n", self.n, 0))
 
@@ -112,8 +108,7 @@ class Prefix(Mask):
         return j0 < end, j1 < end
 
     def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
-        if isinstance(self.n, Tensor) and len(self.n) != batch:
-            raise ShapeError(f"prefix: n has {len(self.n)} entries but the batch has {batch} items")
+        _check_batch("prefix", "n", self.n, batch)
 
     def thresholds(self) -> tuple[Threshold, ...]:
         return (self.n,)
@@ -203,27 +198,56 @@ def strided(stride: int) -> Mask:
 
 
 class Blocks(Mask):
-    """Keys in the same block of `size` positions as the query."""
+    """Keys in the same block of `size` positions as the query; blocks are counted from `start`."""
 
     size: int
+    start: int | Tensor = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", whole("blocks", "size", self.size, 1))
+        if isinstance(self.start, Tensor) and self.start.ndim > 0:
+            _check_per_item("blocks", "start", self.start)
+        else:
+            object.__setattr__(self, "start", whole("blocks", "start", self.start, 0))
 
     def __repr__(self) -> str:
-        return f"blocks({self.size})"
+        start = f", {brief(self.start)}" if isinstance(self.start, Tensor) or self.start else ""
+        return f"blocks({self.size}{start})"
+
+    def _block(self, b: Tensor, position: Tensor) -> Tensor:
+        start = self.start.to(position)[b] if isinstance(self.start, Tensor) else self.start
+        return (position - start) // self.size
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i // self.size == j // self.size
+        return self._block(b, i) == self._block(b, j)
 
     def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
-        first, last, left, right = (x // self.size for x in (i0, i1, j0, j1))
+        first, last, left, right = (self._block(b, edge) for edge in (i0, i1, j0, j1))
         return (first <= right) & (left <= last), (first == right) & (left == last)
 
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        _check_batch("blocks", "start", self.start, batch)
 
-def blocks(size: int) -> Mask:
-    """Diagonal blocks: i // size == j // size."""
-    return Blocks(size)
+
+def blocks(size: int, start: int | Tensor = 0) -> Mask:
+    """Diagonal blocks: (i - start) // size == (j - start) // size.
+
+    `start` is a number or an integer tensor `(B,)`, such as the lengths of the padding on the left.
+    """
+    return Blocks(size, start)
+
+
+def _check_per_item(owner: str, name: str, value: Tensor) -> None:
+    if not is_integer_tensor(value) or value.ndim != 1:
+        raise ConfigError(
+            f"{owner}: {name} must be a number or an integer tensor (B,); "
+            f"got a tensor of shape {tuple(value.shape)} and {value.dtype}"
+        )
+
+
+def _check_batch(owner: str, name: str, value: int | Tensor, batch: int) -> None:
+    if isinstance(value, Tensor) and len(value) != batch:
+        raise ShapeError(f"{owner}: {name} has {len(value)} entries but the batch has {batch} items")
 
 
 def _has_multiple(low: Tensor, high: Tensor, step: int) -> Tensor:
