@@ -1,0 +1,62 @@
+"""Parts of an attention module, and the module that puts them in a row."""
+
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
+from polyhead.nn.part_module import PartModule
+from polyhead.nn.positions import (
+    AlibiPosition,
+    DynamicNtk,
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    NoPosition,
+    Position,
+    PositionModule,
+    ProportionalScaling,
+    Rope,
+    RopeScaling,
+    Sinusoidal,
+    Yarn,
+    alibi_position,
+    no_position,
+    rope,
+    rope_from_parameters,
+    sinusoidal,
+)
+from polyhead.nn.projections import OutputProjection, Projection
+
+__all__ = [
+    "AlibiPosition",
+    "AuxiliaryLosses",
+    "ContextCache",
+    "Cost",
+    "DynamicNtk",
+    "FixedCache",
+    "GrowingCache",
+    "Kept",
+    "KeyValueCache",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRope",
+    "MultiHeadAttention",
+    "NoPosition",
+    "OutputProjection",
+    "PartModule",
+    "Position",
+    "PositionModule",
+    "Projection",
+    "ProportionalScaling",
+    "Rope",
+    "RopeScaling",
+    "Sinusoidal",
+    "WindowCache",
+    "Yarn",
+    "alibi_position",
+    "auxiliary_losses",
+    "no_position",
+    "rope",
+    "rope_from_parameters",
+    "sinusoidal",
+]

@@ -1,0 +1,318 @@
+"""Multi-head attention as parts in a row: projection → position → cache → attend → output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.attend.function import attend
+from polyhead.attend.masks import Mask
+from polyhead.attend.masks import padding as real_keys
+from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.scores import Score, chain
+from polyhead.errors import ConfigError
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
+from polyhead.nn.kv_cache.places import place_mask, place_score
+from polyhead.nn.part_module import PartModule
+from polyhead.nn.positions import NoPosition, Position, PositionModule
+from polyhead.nn.projections import OutputProjection, Projection, check_inputs, check_real
+
+__all__ = ["MultiHeadAttention"]
+
+_SOFTMAX = softmax()
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention over parts that are handed in.
+
+        q, k, v = projection(x, context)
+        q, k    = position turns them
+        k, v    = cache, if there is one: the earlier rows and these
+        y       = attend(q, k, v, mask, score, normalizer)
+        return output(y)
+
+    Args:
+        projection: makes queries, keys and values.
+        output: brings the heads `(B, H, L, Dv)` back to `(B, L, d)`. Default an `OutputProjection`.
+        position: the position encoding. Default none.
+        score: maps of the logits, one or a sequence; the tensors in it that require grad become parameters.
+            Biases of the position encoding come first.
+        normalizer: how logits become weights; its tensors likewise. Default softmax.
+        mask: a mask that holds in every call, besides that of the call.
+        scale: factor of q·k. Default 1/√D.
+        dropout: probability with which a weight is dropped in training.
+
+    Attributes:
+        heads, kv_heads, head_dim, value_dim: sizes, from the projection.
+
+    Paper: Attention Is All You Need, arXiv 1706.03762.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        output: OutputProjection | None = None,
+        *,
+        position: Position | None = None,
+        score: Score | Sequence[Score] | None = None,
+        normalizer: Normalizer | None = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        position = NoPosition() if position is None else position
+        normalizer = _SOFTMAX if normalizer is None else normalizer
+        for name, part, kind in (
+            ("position", position, Position),
+            ("normalizer", normalizer, Normalizer),
+            ("mask", mask, Mask | None),
+        ):
+            if not isinstance(part, kind):
+                raise ConfigError(f"{name} must be a {getattr(kind, '__name__', 'Mask')}; got {part!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")
+        weight = projection.query.weight
+        device, dtype = weight.device, weight.dtype
+        self.heads, self.kv_heads = projection.heads, projection.kv_heads
+        self.head_dim, self.value_dim = projection.head_dim, projection.value_dim
+        self.projection = projection
+        self.position = PositionModule(
+            position, dim=projection.dim, head_dim=projection.head_dim, heads=projection.heads
+        )
+        given = chain(score)
+        self.score = None if given is None else PartModule(given, device=device, dtype=dtype)
+        # the same object as the operator's default, which the operator takes as a sign of the common call
+        self.normalizer = (
+            None if normalizer == _SOFTMAX else PartModule(normalizer, device=device, dtype=dtype)
+        )
+        self.mask = None if mask is None else PartModule(mask, device=device, dtype=dtype)
+        self.scale = scale
+        self.dropout = dropout
+        if output is None:
+            output = OutputProjection(
+                projection.dim, projection.heads, projection.value_dim, device=device, dtype=dtype
+            )
+        self.output = output
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend from `x` to itself, or to `context`.
+
+        With T tokens of keys so far, the L queries stand at the positions T - L..T-1: masks, biases and
+        position encodings all count so. In a call without a cache T is the length of x or of the context.
+
+        Args:
+            x: inputs of the queries `(B, L, d)`.
+            context: inputs of the keys and values `(B, S, context_dim)`; None: `x`.
+            mask: who may look at whom, in positions of the sequence.
+            padding: bool, True at real tokens of the keys' input of this call, `(B, L)` or for a context
+                `(B, S)`. What stands at the others, be it NaN, reaches no real token: they are set to
+                zero and not looked at. The output of a padded query is what attention gives for zeros, and
+                means nothing.
+            positions: `(L,)` or `(B, L)`, where the tokens of x stand for the position encoding, if not as
+                above; a cache goes on counting from them. Masks and biases go by the sequence all the same.
+            cache: earlier keys and values, to which those of this call are added. With one from
+                `new_context_cache`, leave `context` out.
+
+        Returns:
+            `(B, L, d)`.
+        """
+        check_inputs("x", x, self.projection.dim)
+        queries = x.shape[1]
+        if cache is not None and cache.holds_context:
+            return self._from_context(x, context, mask, padding, positions, cache)
+        seen = 0 if cache is None else cache.length
+        if context is None:
+            own = positions
+            if own is None and cache is not None:
+                own = cache.next_positions(queries)
+            if padding is not None:
+                check_real("x", padding, x)
+                x = x.masked_fill(~padding[..., None], 0.0)
+            where: int | Tensor = seen if own is None else own
+            x = self.position.add(x, where)
+            source, places = x, where
+        else:
+            own = None
+            check_inputs("context", context, self.projection.context_dim)
+            if padding is not None:
+                check_real("context", padding, context)
+                context = context.masked_fill(~padding[..., None], 0.0)
+            where = seen + context.shape[1] - queries if positions is None else positions
+            source, places = context, seen
+            x = self.position.add(x, where)
+            if self.position.adds:
+                source = self.position.add(context, places)
+        q = self.projection.queries(x)
+        k, v = self.projection.keys_values(source)
+        if self.position.turns:
+            q, k = self.position.turn(q, where), self.position.turn(k, places)
+        if cache is None:
+            kept = Kept((k, v), k.shape[2], padding)
+        else:
+            kept = cache.append(k, v, padding=padding, positions=own)
+        return self._attend(q, kept, mask, first=kept.length - queries, latest=True)
+
+    def _from_context(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | None,
+        padding: Tensor | None,
+        positions: Tensor | None,
+        cache: KeyValueCache,
+    ) -> Tensor:
+        assert isinstance(cache, ContextCache)
+        if context is not None or padding is not None:
+            given = "context" if context is not None else "padding"
+            raise ConfigError(f"the cache already holds a context and its padding; leave {given}= out")
+        first, queries = cache.length, x.shape[1]
+        where = first if positions is None else positions
+        q = self.position.turn(self.projection.queries(self.position.add(x, where)), where)
+        return self._attend(q, cache.read(queries), mask, first=first, latest=False)
+
+    def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, *, first: int, latest: bool) -> Tensor:
+        """Attend from queries that stand at `first` on, and project the heads back."""
+        k, v = kept.rows
+        queries, keys = q.shape[2], k.shape[2]
+        shift = first - (keys - queries)
+        parts = (None if self.mask is None else self.mask(), mask, kept.mask)
+        allowed: Mask | None = None
+        for part in parts:
+            if part is not None:
+                if not isinstance(part, Mask):
+                    raise ConfigError(
+                        f"mask must be a mask such as causal(); got {type(part).__name__}; "
+                        "a tensor of real tokens goes to padding="
+                    )
+                allowed = part if allowed is None else allowed & part
+        score = self._score()
+        if allowed is not None and (shift or kept.positions is not None or queries == 1):
+            allowed = place_mask(
+                allowed, shift=shift, keys=kept.positions, total=kept.length, queries=queries, latest=latest
+            )
+        if score is not None and (shift or kept.positions is not None):
+            score = place_score(score, shift=shift, keys=kept.positions)
+        if kept.padding is not None:
+            real = real_keys(kept.padding)
+            allowed = real if allowed is None else allowed & real
+        y = attend(
+            self.projection.spread(q),
+            k,
+            v,
+            mask=allowed,
+            score=score,
+            normalizer=_SOFTMAX if self.normalizer is None else self.normalizer(),
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.output(y)
+
+    def _score(self) -> Score | None:
+        own = self.position.score
+        given = None if self.score is None else self.score()
+        if own is None or given is None:
+            return own if given is None else given
+        return chain((own, given))
+
+    def new_cache(
+        self,
+        batch: int = 1,
+        *,
+        max_length: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KeyValueCache:
+        """An empty cache for `batch` sequences.
+
+        Args:
+            batch: number of sequences B.
+            max_length: take memory for so many tokens once, and refuse more; default: grow.
+            window: keep only so many recent tokens, and the first `sinks`: see `WindowCache`.
+            sinks: first tokens to keep beside the window.
+            device, dtype: of the rows; default those of the parameters, or of autocast where it is on.
+        """
+        weight = self.projection.key.weight
+        device = weight.device if device is None else torch.device(device)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        if window is not None:
+            if max_length is not None:
+                raise ConfigError(
+                    f"window={window} and max_length={max_length} were both given; "
+                    "a window has a fixed size already"
+                )
+            return WindowCache(batch, self.projection.streams, window, sinks, device=device, dtype=dtype)
+        if sinks:
+            raise ConfigError(f"sinks={sinks} needs window=, the number of recent tokens to keep")
+        if max_length is not None:
+            return FixedCache(batch, self.projection.streams, max_length, device=device, dtype=dtype)
+        return GrowingCache(batch, self.projection.streams, device=device, dtype=dtype)
+
+    def new_context_cache(
+        self, context: Tensor, *, padding: Tensor | None = None, queries: int | None = None
+    ) -> ContextCache:
+        """The keys and values of a context, projected once; calls with it bring queries only.
+
+        Args:
+            context: `(B, S, context_dim)`.
+            padding: bool `(B, S)`, True at real tokens of the context.
+            queries: how many queries will come in all: the first then stands where the full call
+                would put it, at S - queries. Default S. It matters to masks, biases and position encodings.
+        """
+        check_inputs("context", context, self.projection.context_dim)
+        if padding is not None:
+            check_real("context", padding, context)
+            context = context.masked_fill(~padding[..., None], 0.0)
+        k, v = self.projection.keys_values(self.position.add(context, 0))
+        length = context.shape[1]
+        return ContextCache(
+            (self.position.turn(k, 0), v), padding, start=0 if queries is None else length - queries
+        )
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        """What one forward pass costs.
+
+        Args:
+            length: queries L.
+            batch: sequences B.
+            context_length: keys S; default L.
+            dtype: of a cache; default that of the parameters.
+        """
+        keys = length if context_length is None else context_length
+        dtype = self.projection.key.weight.dtype if dtype is None else dtype
+        pairs = 2 * batch * self.heads * length * keys
+        per_token = sum(heads * width for heads, width in self.projection.streams) * dtype.itemsize
+        return Cost(
+            parameters=sum(p.numel() for p in self.parameters()),
+            projections=batch * (self.projection.flops(length, keys) + self.output.flops(length)),
+            scores=pairs * self.head_dim,
+            values=pairs * self.value_dim,
+            kv_bytes_per_token=per_token,
+            cache_bytes=batch * keys * per_token,
+        )
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"

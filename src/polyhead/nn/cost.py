@@ -1,0 +1,53 @@
+"""What a forward pass of an attention module costs, counted and not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, arithmetic and memory of one module for one shape of call.
+
+    Floating-point operations are those of the matrix products, a multiply and an add counted as two, over
+    all L × S pairs: what `torch.utils.flop_counter` counts for the dense form. A mask that lets a backend
+    skip pairs makes the call cheaper than this.
+
+    Attributes:
+        parameters: number of parameters.
+        projections: operations of the query, key, value and output projections.
+        scores: operations of q·k over all pairs, 2·B·H·L·S·D.
+        values: operations of weights·v over all pairs, 2·B·H·L·S·Dv.
+        kv_bytes_per_token: bytes that one token of one sequence adds to a growing cache.
+        cache_bytes: bytes that a cache holds for the keys of the whole call.
+    """
+
+    parameters: int
+    projections: int
+    scores: int
+    values: int
+    kv_bytes_per_token: int
+    cache_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """All operations of the forward pass."""
+        return self.projections + self.scores + self.values
+
+    def __str__(self) -> str:
+        return (
+            f"parameters {self.parameters:,} · FLOPs {_short(self.flops)} "
+            f"(projections {_short(self.projections)}, scores {_short(self.scores)}, "
+            f"values {_short(self.values)}) · "
+            f"KV cache {self.kv_bytes_per_token:,} bytes per token, {self.cache_bytes:,} in all"
+        )
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.4g}P"

@@ -1,0 +1,232 @@
+"""What every cache of keys and values does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import Mask
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = ["Kept", "KeyValueCache", "Streams", "TokenRows"]
+
+Streams = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one call may read: everything held before and the rows that the call brought.
+
+    Attributes:
+        rows: the streams of the cache, each `(B, heads, S, width)`: keys and values, or what a mechanism
+            holds in their place.
+        length: tokens of the sequence so far, T; more than S once a cache has dropped some.
+        padding: bool `(B, S)`, True at real tokens; None when every token is real.
+        positions: int64 `(S,)`, ascending, where the rows stand in the sequence; None for 0..S-1.
+        mask: what the cache itself lets a query of this call see, so that the answer does not depend on
+            how the tokens came in chunks; None for everything.
+    """
+
+    rows: tuple[Tensor, ...]
+    length: int
+    padding: Tensor | None = None
+    positions: Tensor | None = None
+    mask: Mask | None = None
+
+
+class TokenRows:
+    """The tensors of a cache: its streams and, once somebody gave them, padding and positions.
+
+    All have the tokens on axis 2, so that growing, reordering and dropping treat them alike.
+
+    Args:
+        name: the cache, for messages.
+        batch: B.
+        streams: (heads, width) of every stream.
+        room: tokens that there is room for.
+        device, dtype: of the streams.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        streams: Streams,
+        room: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if batch < 0 or not streams:
+            raise ConfigError(
+                f"{name}: batch must be at least 0 and streams not empty; got {batch} and {streams}"
+            )
+        self.name = name
+        # buffers made in inference mode could not be written to outside of it
+        with torch.inference_mode(False):
+            self.streams = [
+                torch.empty(batch, heads, room, width, device=device, dtype=dtype) for heads, width in streams
+            ]
+        self.padding: Tensor | None = None
+        self.positions: Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        return self.streams[0].shape[2]
+
+    @property
+    def batch(self) -> int:
+        return self.streams[0].shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self.streams, self.padding, self.positions) if t is not None]
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change(tensor)` in the place of every tensor."""
+        self.streams = [change(held) for held in self.streams]
+        self.padding = None if self.padding is None else change(self.padding)
+        self.positions = None if self.positions is None else change(self.positions)
+
+    def resize(self, room: int, start: int, stop: int) -> None:
+        """Move tokens start..stop to the front of new tensors with room for `room`."""
+
+        def moved(held: Tensor) -> Tensor:
+            with torch.inference_mode(False):
+                new = held.new_empty((*held.shape[:2], room, held.shape[3]))
+            new[:, :, : stop - start] = held[:, :, start:stop]
+            return new
+
+        self.change(moved)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def _check(self, rows: tuple[Tensor, ...], padding: Tensor | None) -> None:
+        if len(rows) != len(self.streams):
+            raise ShapeError(f"{self.name} holds {len(self.streams)} streams, but append got {len(rows)}")
+        for row, held in zip(rows, self.streams, strict=True):
+            batch, heads, _, width = held.shape
+            if row.ndim != 4 or (row.shape[0], row.shape[1], row.shape[3]) != (batch, heads, width):
+                raise ShapeError(
+                    f"{self.name} holds rows of shape ({batch}, {heads}, L, {width}); got "
+                    f"{tuple(row.shape)}; make it with new_cache(batch=...) of the module that it serves"
+                )
+            if row.dtype != held.dtype or row.device != held.device:
+                raise ShapeError(
+                    f"{self.name} holds {held.dtype} on {held.device}, but the rows are {row.dtype} on "
+                    f"{row.device}; make it with new_cache(..., device=, dtype=) of the computation"
+                )
+        shape = (self.batch, rows[0].shape[2])
+        if padding is not None and (padding.dtype != torch.bool or tuple(padding.shape) != shape):
+            raise ShapeError(
+                f"padding must be a bool tensor {shape}, True at real tokens, for the tokens of this call "
+                f"(the cache remembers earlier ones); got {tuple(padding.shape)} of {padding.dtype}"
+            )
+
+    def accept(self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None) -> bool:
+        """Check what comes, and say whether autograd has to follow it."""
+        self._check(rows, padding)
+        device = self.streams[0].device
+        with torch.inference_mode(False):
+            if padding is not None and self.padding is None:
+                self.padding = torch.ones(self.batch, 1, self.room, 1, dtype=torch.bool, device=device)
+            if positions is not None and self.positions is None:
+                steps = torch.arange(self.room, device=device).view(1, 1, -1, 1)
+                self.positions = steps.expand(self.batch, 1, -1, 1).clone()
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *self.streams))
+
+    def write(
+        self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None, at: int
+    ) -> None:
+        """Copy the rows of new tokens to the places from `at` on."""
+        stop = at + rows[0].shape[2]
+        for held, row in zip(self.streams, rows, strict=True):
+            held[:, :, at:stop] = row
+        if self.padding is not None:
+            self.padding[:, 0, at:stop, 0] = True if padding is None else padding
+        if self.positions is not None and positions is not None:
+            self.positions[:, 0, at:stop, 0] = positions
+
+    def join(
+        self, keep: list[slice], rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None
+    ) -> None:
+        """New tensors: the slices `keep` of what is held, then the rows of new tokens. Differentiable."""
+
+        def joined(held: Tensor, new: Tensor) -> Tensor:
+            pieces = [piece for s in keep if (piece := held[:, :, s]).shape[2]]
+            return torch.cat([*pieces, new], dim=2) if pieces else new
+
+        self.streams = [joined(held, row) for held, row in zip(self.streams, rows, strict=True)]
+        shape = (self.batch, 1, rows[0].shape[2], 1)
+        if self.padding is not None:
+            new = self.padding.new_ones(shape) if padding is None else padding.view(shape)
+            self.padding = joined(self.padding, new)
+        if self.positions is not None:
+            new = (
+                self.positions.new_zeros(shape)
+                if positions is None
+                else positions.expand(shape[0], -1).view(shape)
+            )
+            self.positions = joined(self.positions, new)
+
+    def seen(self, start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Views of the streams and of the padding `(B, S)` from start to stop."""
+        rows = tuple(held[:, :, start:stop] for held in self.streams)
+        return rows, None if self.padding is None else self.padding[:, 0, start:stop, 0]
+
+    def following(self, last: int, count: int) -> Tensor | None:
+        """The positions `(B, count)` after that of place `last`, if positions were ever given."""
+        if self.positions is None:
+            return None
+        return self.positions[:, 0, last] + torch.arange(1, count + 1, device=self.positions.device)
+
+
+class KeyValueCache:
+    """Keys and values of earlier tokens, so that a decoding step reads them instead of making them again.
+
+    Attributes:
+        length: tokens seen so far, also those since dropped; the next token's position.
+        holds_context: whether this holds the projected context of cross attention, and a call brings
+            queries only.
+    """
+
+    length: int = 0
+    holds_context = False
+
+    def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
+        """Take the rows of new tokens, one `(B, heads, L, width)` for every stream, and say what is kept.
+
+        Without gradients only the new rows are copied. While autograd records, and the rows require grad,
+        everything is concatenated anew instead, so that gradients are right.
+
+        Args:
+            rows: the new rows.
+            padding: bool `(B, L)`, True at real tokens; None: all are.
+            positions: int `(B or 1, L)`, if they differ from the index in the sequence.
+
+        Raises:
+            ShapeError: the rows do not fit the cache.
+        """
+        raise NotImplementedError
+
+    def next_positions(self, count: int) -> Tensor | None:
+        """Positions `(B, count)` that go on from positions given earlier; None if none were given."""
+        return None
+
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache holds."""
+        raise NotImplementedError
+
+    def reorder(self, beam_index: Tensor) -> None:
+        """Make batch item n go on from what was item `beam_index[n]`, as beam search needs."""
+        raise NotImplementedError
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget every token; the memory is kept for reuse."""
+        raise NotImplementedError

@@ -1,0 +1,64 @@
+"""The keys and values of a context, projected once for every decoding step that reads them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from polyhead.errors import ConfigError
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache
+
+__all__ = ["ContextCache"]
+
+
+class ContextCache(KeyValueCache):
+    """Holds a projected context; calls bring queries only.
+
+    Made by a module's `new_context_cache`.
+
+    Args:
+        rows: the streams of the context, each `(B, heads, S, width)`.
+        padding: bool `(B, S)`, True at real tokens of the context.
+        start: position of the first query. The full call puts L queries at the end of S keys, at S - L.
+
+    Attributes:
+        length: position of the next query.
+    """
+
+    holds_context = True
+
+    def __init__(self, rows: tuple[Tensor, ...], padding: Tensor | None = None, *, start: int = 0) -> None:
+        self._kept = Kept(rows, rows[0].shape[2], padding)
+        self._first = self.length = start
+
+    def read(self, queries: int) -> Kept:
+        """The context, for the next `queries` queries."""
+        self.length += queries
+        return self._kept
+
+    def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
+        raise ConfigError(
+            "a cache that holds a context takes no further keys and values; make one with new_cache for "
+            "self-attention, or a new one with new_context_cache for another context"
+        )
+
+    def nbytes(self) -> int:
+        tensors = [*self._kept.rows, self._kept.padding]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def reorder(self, beam_index: Tensor) -> None:
+        kept = self._kept
+        rows = tuple(r.index_select(0, beam_index.to(r.device)) for r in kept.rows)
+        padding = kept.padding
+        self._kept = Kept(
+            rows,
+            kept.length,
+            None if padding is None else padding.index_select(0, beam_index.to(padding.device)),
+        )
+
+    def crop(self, length: int) -> None:
+        if not self._first <= length <= self.length:
+            raise ConfigError(f"crop: length must lie in {self._first}..{self.length}; got {length}")
+        self.length = length
+
+    def reset(self) -> None:
+        self.length = self._first

@@ -1,0 +1,107 @@
+"""Caches that keep every token: one that grows, one of a fixed size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows
+
+__all__ = ["FixedCache", "GrowingCache"]
+
+
+class GrowingCache(KeyValueCache):
+    """Keeps everything; its memory doubles when it is full.
+
+    A step copies only the new rows (amortised), and what it returns are views: decoding never copies the
+    cache as a whole.
+
+    Args:
+        batch: number of sequences B.
+        streams: (heads, width) of each kind of row; keys and values of plain attention are
+            `((kv_heads, head_dim), (kv_heads, value_dim))`.
+        capacity: tokens to make room for at the start.
+        device, dtype: of the rows.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        streams: Streams,
+        *,
+        capacity: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.length = 0
+        self._tokens = TokenRows(type(self).__name__, batch, streams, capacity, device, dtype)
+
+    def _enlarge(self, length: int) -> int:
+        """The room to make so that `length` tokens fit."""
+        return max(length, 2 * self._tokens.room)
+
+    def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
+        tokens = self._tokens
+        differentiate = tokens.accept(rows, padding, positions)
+        start, stop = self.length, self.length + rows[0].shape[2]
+        room = self._enlarge(stop) if stop > tokens.room or differentiate else tokens.room
+        if differentiate:
+            # writing into a buffer that an earlier step's graph holds would spoil its gradients
+            tokens.join([slice(0, start)], rows, padding, positions)
+        else:
+            if room > tokens.room:
+                tokens.resize(room, 0, start)
+            tokens.write(rows, padding, positions, start)
+        self.length = stop
+        seen, known = tokens.seen(0, stop)
+        return Kept(seen, stop, known)
+
+    def next_positions(self, count: int) -> Tensor | None:
+        return self._tokens.following(self.length - 1, count) if self.length else None
+
+    def nbytes(self) -> int:
+        return self._tokens.nbytes()
+
+    def reorder(self, beam_index: Tensor) -> None:
+        self._tokens.change(lambda held: held.index_select(0, beam_index.to(held.device)))
+
+    def crop(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise ConfigError(f"crop: length must lie in 0..{self.length}, the tokens seen; got {length}")
+        self.length = length
+
+    def reset(self) -> None:
+        self.length = 0
+        self._tokens.change(Tensor.detach)
+        self._tokens.padding = self._tokens.positions = None
+
+
+class FixedCache(GrowingCache):
+    """Keeps everything up to `max_length` tokens, in memory that is taken once.
+
+    Raises:
+        ShapeError: at an append for which there is no room.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        streams: Streams,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if max_length < 1:
+            raise ConfigError(f"FixedCache: max_length must be at least 1; got {max_length}")
+        super().__init__(batch, streams, capacity=max_length, device=device, dtype=dtype)
+        self.max_length = max_length
+
+    def _enlarge(self, length: int) -> int:
+        if length > self.max_length:
+            raise ShapeError(
+                f"FixedCache: {length - self.length} more tokens do not fit, it holds {self.length} of "
+                f"max_length={self.max_length}; make it longer, or use a growing cache or one with a window"
+            )
+        return self.max_length

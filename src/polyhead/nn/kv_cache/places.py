@@ -1,0 +1,114 @@
+"""Masks and scores over rows that do not stand where their index says.
+
+`attend` takes key column n for position n and puts the queries at the end. A cache that has dropped tokens,
+or that holds a context while queries come one by one, has its rows elsewhere; here a mask or a score is
+told where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import And, Mask, Window
+from polyhead.attend.masks.algebra import Bounds
+from polyhead.attend.scores import Score
+from polyhead.attend.tile import Tile
+
+__all__ = ["PlacedMask", "PlacedScore", "place_mask", "place_score"]
+
+
+class PlacedMask(Mask):
+    """`mask` where the queries stand `shift` further on and key n stands at `keys[n]`.
+
+    Attributes:
+        mask: the mask of the true positions.
+        shift: int64 scalar tensor.
+        keys: int64 `(S,)`, ascending; None: key n stands at n.
+        total: keys that the sequence has, for the inner mask's own checks.
+    """
+
+    mask: Mask
+    shift: Tensor
+    keys: Tensor | None = None
+    total: Tensor | None = None
+
+    def _keys(self, j: Tensor) -> Tensor:
+        return j if self.keys is None else self.keys.to(j.device)[j]
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.mask.allowed(b, h, i + self.shift.to(i.device), self._keys(j))
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        shift = self.shift.to(i0.device)
+        return self.mask.bounds(b, h, i0 + shift, i1 + shift, self._keys(j0), self._keys(j1))
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        total = keys if self.total is None else int(self.total)
+        self.mask.check(
+            batch=batch, heads=heads, queries=queries, keys=total, offset=offset + int(self.shift)
+        )
+
+
+class PlacedScore(Score):
+    """`score` where the queries stand `shift` further on and key n stands at `keys[n]`."""
+
+    score: Score
+    shift: Tensor
+    keys: Tensor | None = None
+
+    @property
+    def positional(self) -> bool:  # type: ignore[override]
+        return self.score.positional
+
+    def _placed(self, tile: Tile) -> Tile:
+        rows = tile.rows + self.shift.to(tile.rows.device)
+        if self.keys is None:
+            return dataclasses.replace(tile, rows=rows)
+        return dataclasses.replace(
+            tile, rows=rows, cols=self.keys.to(tile.cols.device)[tile.cols], consecutive=False
+        )
+
+    def apply(self, scores: Tensor, tile: Tile) -> Tensor:
+        return self.score.apply(scores, self._placed(tile))
+
+    def bias(self, tile: Tile, dtype: torch.dtype | None = None) -> Tensor | None:
+        return self.score.bias(self._placed(tile), dtype)
+
+
+def place_mask(
+    mask: Mask, *, shift: int, keys: Tensor | None, total: int, queries: int, latest: bool
+) -> Mask | None:
+    """`mask` over rows that stand elsewhere; None when it then allows everything.
+
+    Args:
+        shift: how much further on the queries stand than `attend` takes them to.
+        keys: where the keys stand, None for their index.
+        total: keys that the sequence has had.
+        queries: number of queries L.
+        latest: whether the queries are the newest tokens of the keys' own sequence, so that what is held
+            ends with them.
+    """
+    if latest and isinstance(mask, Window) and mask.left is None and mask.right is not None:
+        # order is kept and the newest keys are the queries' own: causal stays causal among the rows held
+        if queries == 1:
+            return None
+        if mask.right == 0:
+            return mask
+    if shift == 0 and keys is None:
+        return mask
+    if isinstance(mask, And):
+        terms = [
+            place_mask(term, shift=shift, keys=keys, total=total, queries=queries, latest=latest)
+            for term in mask.terms
+        ]
+        left = tuple(term for term in terms if term is not None)
+        return None if not left else left[0] if len(left) == 1 else And(left)
+    return PlacedMask(mask, torch.tensor(shift), keys, torch.tensor(total))
+
+
+def place_score(score: Score, *, shift: int, keys: Tensor | None) -> Score:
+    """`score` over rows that stand elsewhere."""
+    return score if shift == 0 and keys is None else PlacedScore(score, torch.tensor(shift), keys)

@@ -1,0 +1,119 @@
+"""Rotary position embedding: queries and keys are turned by angles that grow with the position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError
+from polyhead.nn.positions.base import Position, wide
+from polyhead.nn.positions.scaling import RopeScaling, scaling_from_parameters
+
+__all__ = ["Rope", "rope", "rope_from_parameters"]
+
+
+class Rope(Position):
+    """Rotation of pairs of coordinates by p·ω_m."""
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    interleaved: bool = False
+    scaling: RopeScaling = RopeScaling()
+
+    def __post_init__(self) -> None:
+        if not self.base > 1:
+            raise ConfigError(f"rope: base must be greater than 1; got {self.base!r}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"rope: fraction must lie in (0, 1]; got {self.fraction!r}")
+        if not isinstance(self.scaling, RopeScaling):
+            raise ConfigError(f"rope: scaling must be a RopeScaling such as Yarn(...); got {self.scaling!r}")
+
+    @property
+    def stretching(self) -> bool:
+        return self.scaling.stretching
+
+    def check(self, *, dim: int, heads: int, head_dim: int) -> None:
+        width = self.scaling.width(head_dim, self.fraction)
+        if width < 2 or width % 2:
+            raise ConfigError(
+                f"rope: the rotated width must be even and at least 2; got {width} "
+                f"(head_dim {head_dim} × fraction {self.fraction})"
+            )
+        self.scaling.frequencies(self.base, head_dim, self.fraction, length=1)
+
+    def turned(self, positions: Tensor, head_dim: int, length: int) -> Tensor:
+        frequencies, factor = self.scaling.frequencies(self.base, head_dim, self.fraction, length)
+        precise = wide(positions.device)
+        angles = positions.to(precise)[..., None] * frequencies.to(positions.device, precise)
+        return torch.stack([angles.cos(), angles.sin()], dim=-2) * factor
+
+    def turn(self, x: Tensor, table: Tensor) -> Tensor:
+        cos, sin = table.unbind(-2)
+        width = 2 * cos.shape[-1]
+        part = x if width == x.shape[-1] else x[..., :width]
+        if self.interleaved:
+            pairs = part.unflatten(-1, (-1, 2))
+            first, second = pairs[..., 0], pairs[..., 1]
+        else:
+            first, second = part.chunk(2, dim=-1)
+        # the table is wider than half precision, so the products are too and are rounded once
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        if self.interleaved:
+            out = torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+        else:
+            out = torch.cat(turned, dim=-1).to(x.dtype)
+        return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)
+
+    def stretches(self, length: int) -> object:
+        return self.scaling.stretches(length)
+
+
+def rope(
+    base: float = 10000.0,
+    *,
+    fraction: float = 1.0,
+    interleaved: bool = False,
+    scaling: RopeScaling | None = None,
+) -> Rope:
+    """Rotary position embedding (RoPE).
+
+    At position p the pair m of coordinates turns by the angle p·ω_m, ω_m = base^(-2m/D'):
+    (a, b) → (a cos − b sin, b cos + a sin). Scores then depend on positions through their difference alone.
+
+    Args:
+        base: of the geometric row of frequencies, transformers' `rope_theta`.
+        fraction: the part of the head width that is turned, the first D' = ⌊fraction·D⌋ coordinates.
+        interleaved: pairs are neighbours (2m, 2m+1), as in the paper and in GPT-J; otherwise halves
+            (m, m + D'/2), as in GPT-NeoX and Llama.
+        scaling: a change of frequencies for longer contexts: `LinearScaling`, `DynamicNtk`, `Yarn`,
+            `LongRope`, `Llama3Scaling`, `ProportionalScaling`.
+
+    Paper: RoFormer, arXiv 2104.09864.
+    """
+    return Rope(float(base), fraction, interleaved, RopeScaling() if scaling is None else scaling)
+
+
+def rope_from_parameters(
+    parameters: Mapping[str, Any], *, max_position_embeddings: int | None = None, interleaved: bool = False
+) -> Rope:
+    """The `rope` that a transformers config names.
+
+    Args:
+        parameters: the config's `rope_parameters` (or the older `rope_scaling`, with `rope_theta` added).
+        max_position_embeddings: of the same config; the dynamic, yarn and longrope types may read it.
+        interleaved: transformers does not write this down; Llama and its relatives use halves.
+
+    Raises:
+        UnknownName: a `rope_type` that is not known.
+        ConfigError: a parameter of the type is missing.
+    """
+    scaling = scaling_from_parameters(parameters, max_position_embeddings)
+    return rope(
+        parameters.get("rope_theta") or 10000.0,
+        fraction=parameters.get("partial_rotary_factor") or 1.0,
+        interleaved=interleaved,
+        scaling=scaling,
+    )

@@ -1,0 +1,272 @@
+"""Frequencies of rotary embeddings, and the ways to stretch them to longer contexts.
+
+Written ω_m = base^(-2m/D') for m = 0..D'/2-1 with D' the rotated width; each scaling changes ω and may
+scale cosines and sines by a factor. The names are those of transformers' `rope_type`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from polyhead.description import Part
+from polyhead.errors import ConfigError, unknown_name
+
+__all__ = [
+    "DynamicNtk",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRope",
+    "ProportionalScaling",
+    "RopeScaling",
+    "Yarn",
+    "scaling_from_parameters",
+]
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{owner}: {name} must be positive; got {value!r}")
+
+
+def _row(base: float, width: int) -> Tensor:
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+class RopeScaling(Part):
+    """No scaling: ω_m = base^(-2m/D')."""
+
+    stretching: ClassVar[bool] = False  # whether the frequencies depend on the length of the sequence
+
+    def width(self, head_dim: int, fraction: float) -> int:
+        """The rotated width D'."""
+        return int(head_dim * fraction)
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        """The frequencies, float64 `(D'/2,)`, for a sequence of `length`, and the factor on cos and sin."""
+        return _row(base, self.width(head_dim, fraction)), 1.0
+
+    def stretches(self, length: int) -> object:
+        """A value that changes when the frequencies change with `length`."""
+        return None
+
+
+class LinearScaling(RopeScaling):
+    """Position interpolation: ω / factor. Paper: arXiv 2306.15595."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _positive("LinearScaling", factor=self.factor)
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        return _row(base, self.width(head_dim, fraction)) / self.factor, 1.0
+
+
+class DynamicNtk(RopeScaling):
+    """A larger base once the sequence outgrows training: base·(factor·n/N − (factor − 1))^(D'/(D'−2)).
+
+    N is `max_length`, n the length of the sequence when that is longer. Keys that a cache holds were
+    turned by the base of their time: decoding past N is not the same as one full forward pass.
+    """
+
+    stretching: ClassVar[bool] = True
+    factor: float
+    max_length: int
+
+    def __post_init__(self) -> None:
+        _positive("DynamicNtk", factor=self.factor, max_length=self.max_length)
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        width = self.width(head_dim, fraction)
+        if width <= 2:
+            raise ConfigError(f"DynamicNtk: the rotated width must be greater than 2; got {width}")
+        ratio = max(length, self.max_length) / self.max_length
+        return _row(base * (self.factor * ratio - (self.factor - 1)) ** (width / (width - 2)), width), 1.0
+
+    def stretches(self, length: int) -> object:
+        return max(length, self.max_length)
+
+
+class Yarn(RopeScaling):
+    """Interpolate slow frequencies, keep fast ones, ramp between; and sharpen attention.
+
+    With r(m) = N·ω_m/2π turns over the trained length N, the ramp in m goes from the m with `beta_fast`
+    turns (kept: ω) to the m with `beta_slow` turns (interpolated: ω/factor); `truncate` rounds its ends
+    outwards. cos and sin are scaled by `attention_factor`, by default 0.1·ln(factor) + 1; `mscale` and
+    `mscale_all_dim` (DeepSeek) make it (0.1·mscale·ln f + 1)/(0.1·mscale_all_dim·ln f + 1).
+    Paper: arXiv 2309.00071.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("Yarn", factor=self.factor, original_length=self.original_length)
+        _positive("Yarn", beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+
+    def _sharpening(self) -> float:
+        def scale(weight: float) -> float:
+            return 0.1 * weight * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale(1.0)
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        width = self.width(head_dim, fraction)
+        # the (real-valued) m at which a pair makes so many turns over the trained length
+        low, high = (
+            width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        steps = torch.arange(width // 2, dtype=torch.float64)
+        slow = ((steps - low) / max(high - low, 1e-3)).clamp(0, 1)
+        kept = _row(base, width)
+        return kept * (1 - slow) + kept / self.factor * slow, self._sharpening()
+
+
+class LongRope(RopeScaling):
+    """A searched divisor for every pair: `short_factor` up to the trained length, `long_factor` beyond.
+
+    cos and sin are scaled by `attention_factor`, by default √(1 + ln(factor)/ln(N)) where `factor` is the
+    ratio of the new to the trained length N. Paper: arXiv 2402.13753.
+    """
+
+    stretching: ClassVar[bool] = True
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_length: int
+    factor: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive("LongRope", original_length=self.original_length, factor=self.factor)
+        for name in ("short_factor", "long_factor"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        width = self.width(head_dim, fraction)
+        name = "long_factor" if length > self.original_length else "short_factor"
+        divisors = torch.tensor(getattr(self, name), dtype=torch.float64)
+        if len(divisors) != width // 2:
+            raise ConfigError(
+                f"LongRope: {name} needs one number for each of the {width // 2} pairs; got {len(divisors)}"
+            )
+        factor = self.attention_factor
+        if factor is None:
+            more = math.log(self.factor) / math.log(self.original_length) if self.factor > 1 else 0.0
+            factor = math.sqrt(1 + more)
+        return _row(base, width) / divisors, factor
+
+    def stretches(self, length: int) -> object:
+        return length > self.original_length
+
+
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1: waves longer than N/`low_freq_factor` are divided, those shorter than N/`high_freq_factor`
+    kept, and between them the divisor moves linearly in N/wavelength; N is `original_length`."""
+
+    factor: float
+    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive("Llama3Scaling", factor=self.factor, original_length=self.original_length)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                "Llama3Scaling: 0 < low_freq_factor < high_freq_factor is needed; "
+                f"got {self.low_freq_factor!r} and {self.high_freq_factor!r}"
+            )
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        omega = _row(base, self.width(head_dim, fraction))
+        turns = self.original_length * omega / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return omega * kept + omega / self.factor * (1 - kept), 1.0
+
+
+class ProportionalScaling(RopeScaling):
+    """Frequencies spread over the whole head, the slow ones left at zero.
+
+    ω_m = base^(-2m/D)/factor for the first ⌊fraction·D/2⌋ pairs and 0 for the others, paired over the whole
+    head width D: a fraction of 0.25 keeps the fastest quarter of the pairs of full RoPE.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("ProportionalScaling", factor=self.factor)
+
+    def width(self, head_dim: int, fraction: float) -> int:
+        return head_dim
+
+    def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
+        omega = _row(base, head_dim) / self.factor
+        omega[int(fraction * head_dim // 2) :] = 0.0
+        return omega, 1.0
+
+
+def scaling_from_parameters(parameters: Mapping[str, Any], max_length: int | None) -> RopeScaling:
+    """The scaling that transformers' `rope_parameters` name; see `rope_from_parameters`."""
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+    def need(name: str, otherwise: Any = None) -> Any:
+        value = parameters.get(name)
+        value = otherwise if value is None else value
+        if value is None:
+            raise ConfigError(f"rope_type {kind!r} needs {name}; the parameters name {sorted(parameters)}")
+        return value
+
+    def ratio() -> Any:
+        """The factor; where a config leaves it out, it is the ratio of the lengths."""
+        trained = need("original_max_position_embeddings")
+        return need("factor", max_length / trained if max_length else None)
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: parameters[name] for name in names if parameters.get(name) is not None}
+
+    makers: dict[str, Callable[[], RopeScaling]] = {
+        "default": RopeScaling,
+        "linear": lambda: LinearScaling(need("factor")),
+        "dynamic": lambda: DynamicNtk(need("factor"), need("max_position_embeddings", max_length)),
+        "yarn": lambda: Yarn(
+            ratio(),
+            need("original_max_position_embeddings"),
+            **given("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+        ),
+        "longrope": lambda: LongRope(
+            need("short_factor"),
+            need("long_factor"),
+            need("original_max_position_embeddings"),
+            ratio(),
+            **given("attention_factor"),
+        ),
+        "llama3": lambda: Llama3Scaling(
+            need("factor"),
+            need("original_max_position_embeddings", max_length),
+            need("low_freq_factor"),
+            need("high_freq_factor"),
+        ),
+        "proportional": lambda: ProportionalScaling(need("factor", 1.0)),
+    }
+    if kind not in makers:
+        raise unknown_name("rope_type", kind, makers)
+    return makers[kind]()

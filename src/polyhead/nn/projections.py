@@ -1,0 +1,189 @@
+"""From inputs to queries, keys and values, and from heads back to the width of the model.
+
+    mha, G = H        grouped, 1 < G < H     multi-query, G = 1     reverse, G > H
+    q q q q q q q q   q q q q q q q q        q q q q q q q q        q   q   q   q
+    | | | | | | | |    \\| |/   \\| |/          \\ \\ \\ | | / / /         / \\ / \\ / \\ / \\
+    k k k k k k k k      k       k                  k               k k k k k k k k
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = ["FanInLinear", "OutputProjection", "Projection"]
+
+
+class FanInLinear(nn.Linear):
+    """A linear map with weights uniform in ±√(3 / inputs), variance 1 / inputs, and a bias of zeros.
+
+    The variance does not depend on the number of outputs: a key head is drawn alike whether it serves one
+    query head or all. For square maps this is Xavier's initialisation.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        bound = math.sqrt(3 / self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def at_least_one(owner: str, **sizes: Any) -> None:
+    """Raise a `ConfigError` for a size that is not an integer of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{owner}: {name} must be an integer, at least 1; got {size!r}")
+
+
+class Projection(nn.Module):
+    """Queries, keys and values of H query heads and G key/value heads.
+
+    `q = split(query(x))`, `k = split(key(c))`, `v = split(value(c))` with c the context (x itself in
+    self-attention); split gives head h its own `head_dim` columns. With `qk_norm`, queries and keys are
+    divided by their root mean square over the head width and scaled by a learned vector that all heads share
+    (`query_norm`, `key_norm`). With more key/value heads than query heads, every query head is repeated for
+    its share of them.
+
+    Args:
+        dim: width of the inputs d.
+        heads: query heads that are projected.
+        kv_heads: key/value heads G; it divides `heads`, or `heads` divides it. Default `heads`.
+        head_dim: width D of queries and keys. Default dim / heads.
+        value_dim: width Dv of values. Default `head_dim`.
+        context_dim: width of the context. Default `dim`.
+        bias: whether the three maps have a bias.
+        qk_norm: RMS-normalise queries and keys, epsilon 1e-6.
+        device, dtype: of the parameters.
+
+    Attributes:
+        heads: heads that attend: max(query heads, kv_heads).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        at_least_one("Projection", dim=dim, heads=heads)
+        if head_dim is None:
+            if dim % heads:
+                allowed = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
+                raise ConfigError(
+                    f"heads must divide dim when head_dim is not given; got heads={heads} and dim={dim}; "
+                    f"allowed are {allowed}, or pass head_dim"
+                )
+            head_dim = dim // heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        value_dim = head_dim if value_dim is None else value_dim
+        context_dim = dim if context_dim is None else context_dim
+        at_least_one(
+            "Projection", kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, context_dim=context_dim
+        )
+        if heads % kv_heads and kv_heads % heads:
+            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ConfigError(
+                f"kv_heads must divide heads={heads} or be a multiple of it; got kv_heads={kv_heads}; "
+                f"allowed up to {heads} are {allowed}"
+            )
+        self.dim, self.context_dim = dim, context_dim
+        self.query_heads, self.kv_heads = heads, kv_heads
+        self.heads = max(heads, kv_heads)
+        self.head_dim, self.value_dim = head_dim, value_dim
+        kind = {"device": device, "dtype": dtype}
+        self.query = FanInLinear(dim, heads * head_dim, bias=bias, **kind)
+        self.key = FanInLinear(context_dim, kv_heads * head_dim, bias=bias, **kind)
+        self.value = FanInLinear(context_dim, kv_heads * value_dim, bias=bias, **kind)
+        self.query_norm = nn.RMSNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
+        self.key_norm = nn.RMSNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
+
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of what a cache holds: keys, then values."""
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """`(B, L, d)` to `(B, query heads, L, D)`."""
+        q = self.query(x).unflatten(-1, (self.query_heads, self.head_dim))  # B L H D
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        return q.transpose(1, 2)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, S, context_dim)` to keys `(B, G, S, D)` and values `(B, G, S, Dv)`."""
+        k = self.key(context).unflatten(-1, (self.kv_heads, self.head_dim))  # B S G D
+        v = self.value(context).unflatten(-1, (self.kv_heads, self.value_dim))  # B S G Dv
+        if self.key_norm is not None:
+            k = self.key_norm(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def spread(self, q: Tensor) -> Tensor:
+        """Queries for all heads that attend: repeated where there are more key/value heads than queries."""
+        repeat = self.heads // self.query_heads
+        return q if repeat == 1 else q.repeat_interleave(repeat, dim=1)
+
+    def flops(self, queries: int, keys: int) -> int:
+        """Operations for so many query tokens and key tokens."""
+        width = self.kv_heads * (self.head_dim + self.value_dim)
+        return 2 * (queries * self.dim * self.query_heads * self.head_dim + keys * self.context_dim * width)
+
+
+class OutputProjection(FanInLinear):
+    """Heads `(B, H, L, Dv)` side by side, mapped to `(B, L, d)`.
+
+    Args:
+        dim: width d of the output.
+        heads: number of heads that attend.
+        value_dim: width Dv of a head.
+        bias: whether there is a bias.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        value_dim: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(heads * value_dim, dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return super().forward(heads.transpose(1, 2).flatten(2))
+
+    def flops(self, queries: int) -> int:
+        """Operations for so many query tokens."""
+        return 2 * queries * self.in_features * self.out_features
+
+
+def check_inputs(name: str, x: Tensor, width: int) -> None:
+    """Raise a `ShapeError` unless `x` is `(B, n, width)`."""
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ShapeError(f"{name} must have shape (B, length, {width}); got {tuple(x.shape)}")
+
+
+def check_real(name: str, padding: Tensor, x: Tensor) -> None:
+    """Raise a `ShapeError` unless `padding` is a bool tensor for the tokens of `x`."""
+    if padding.dtype != torch.bool or padding.shape != x.shape[:2]:
+        raise ShapeError(
+            f"padding must be a bool tensor {tuple(x.shape[:2])}, True at real tokens of {name}; got "
+            f"{tuple(padding.shape)} of {padding.dtype}"
+        )
