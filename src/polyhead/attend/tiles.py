@@ -11,8 +11,9 @@ are one consumer of the weights; `observe` walks the same strips for others, suc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,15 @@ class _Operands:
     k: Tensor
     v: Tensor
     frame: Frame
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory for one strip, the same for all: fresh pages for every strip cost more than the work."""
+        size = math.prod(shape)
+        held = self.buffers.get(name)
+        if held is None or held.numel() < size:
+            held = self.buffers[name] = self.q.new_empty(size)
+        return held[:size].view(shape)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> _Operands:
@@ -162,9 +172,9 @@ class _Strip:
         """(b, h, r, ·) as (n, rep·r, ·), the layout of the matrix products."""
         return x.view(self.q.shape[0], self.q.shape[1], x.shape[-1])
 
-    def raw(self) -> Tensor:
-        """Scores scale · q·k of the strip."""
-        return torch.bmm(self.q, self.k.transpose(1, 2)).view(self.shape)
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """a bᵀ per pair, (n, rep·r, ·) and (n, c, ·), as (b, h, r, c) in the memory of `out`."""
+        return torch.bmm(a, b.transpose(1, 2), out=out.view(a.shape[0], a.shape[1], b.shape[1])).view(self.shape)
 
     def hide(self, scores: Tensor) -> Tensor:
         """Put -inf at forbidden pairs, in place."""
@@ -228,12 +238,13 @@ def _forward(
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in _walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
-        scores = part.hide(_mapped(part.raw(), problem.score, part.tile))
+        raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
+        scores = part.hide(_mapped(raw, problem.score, part.tile))
         n, repeat = part.q.shape[0], frame.heads // frame.kv_heads
         if lse is not None:
             assert isinstance(normalizer, Softmax)
             lse[part.pairs, :, rows] = normalizer.lse(scores).view(n, repeat, -1).float()
-        logits = scores.clone() if keep_logits else None
+        logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
         weights = part.weigh(scores, normalizer)
         for consumer in consumers:
             consumer.visit(part.tile, logits, weights)
@@ -296,7 +307,7 @@ def _backward(
     for part, normalizer in _walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
         n = part.q.shape[0]
-        raw = part.raw()
+        raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
         source, mapped, bias = raw, raw, None
         if problem.score is not None and problem.score.positional:
             with torch.enable_grad():
@@ -312,7 +323,7 @@ def _backward(
         with torch.no_grad():
             weights = part.weigh(scores, normalizer)
             g = upstream[part.pairs, :, rows].reshape(n, -1, v.shape[-1])
-            gw = torch.bmm(g, part.v.transpose(1, 2)).view(part.shape)
+            gw = part.product(g, part.v, x.buffer("gradient", part.shape))
             factors = part.keep(problem, seed, dtype)
             _add(
                 dv,
