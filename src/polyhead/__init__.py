@@ -46,7 +46,7 @@ _HOMES = {
 _ROOMS = ("cache", "hf", "nn", "tasks")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted({*_HOME_OF, *_ROOMS})]  # noqa: PLE0604
+__all__ = ["__version__", *sorted({*_HOME_OF, *_ROOMS})]
 
 
 def __getattr__(name: str) -> Any:

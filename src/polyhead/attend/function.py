@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import overload, Literal
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 from polyhead.attend.backends import BACKENDS
 from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
-from polyhead.attend.normalizers import Normalizer, Softmax, softmax
+from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.plan import Plan, Request, choose
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.tiles import Consumer, Problem, observe_tiles
@@ -103,10 +103,10 @@ def attend(
         and not dropout
         and not return_lse
         and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
+        and _is_plain(q, k, v, mask is not None)
     ):
         # the common call, decided without building a plan: the planner would say the same
-        if _is_plain(q, k, v, mask is not None):
-            return plain(q, k, v, causal=mask is not None, scale=scale)
+        return plain(q, k, v, causal=mask is not None, scale=scale)
     request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
     chosen, _ = choose(request, BACKENDS, backend)
     out, lse = chosen.run(request)

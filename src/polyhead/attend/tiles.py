@@ -174,7 +174,9 @@ class _Strip:
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         """a bᵀ per pair, (n, rep·r, ·) and (n, c, ·), as (b, h, r, c) in the memory of `out`."""
-        return torch.bmm(a, b.transpose(1, 2), out=out.view(a.shape[0], a.shape[1], b.shape[1])).view(self.shape)
+        return torch.bmm(a, b.transpose(1, 2), out=out.view(a.shape[0], a.shape[1], b.shape[1])).view(
+            self.shape
+        )
 
     def hide(self, scores: Tensor) -> Tensor:
         """Put -inf at forbidden pairs, in place."""

@@ -1,5 +1,6 @@
 """One file a backend; `BACKENDS` has them in the planner's order, fastest first."""
 
+from polyhead.attend.backends.banded import Banded
 from polyhead.attend.backends.flex import Flex
 from polyhead.attend.backends.reference import Reference
 from polyhead.attend.backends.sdpa import Sdpa
@@ -8,4 +9,4 @@ from polyhead.attend.plan import Backend
 
 __all__ = ["BACKENDS"]
 
-BACKENDS: tuple[Backend, ...] = (Sdpa(), Tiles(), Flex(), Reference())
+BACKENDS: tuple[Backend, ...] = (Sdpa(), Banded(), Tiles(), Flex(), Reference())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.masks import Band, Mask, band
-from polyhead.attend.normalizers import Normalizer, Softmax
+from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
 from polyhead.attend.scores import Positional
 from polyhead.attend.tile import Tile
@@ -97,7 +97,7 @@ class _Blocks:
         shape = band(problem.mask)
         assert shape is not None
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        batch, heads, queries, width = q.shape
+        batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
         repeat, rows = heads // kv_heads, _rows(shape)
         count = -(-queries // rows)
@@ -200,7 +200,7 @@ class _Blocks:
         return (c < r - self.shape.left) | (c > r + self.shape.right)
 
     def scores(self, n: int, t0: int, t1: int, base: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (t, rep, R, sinks + K) of some blocks, -inf at forbidden pairs, and the rows that see nothing.
+        """Scores (t, rep, R, sinks + K) of some blocks, -inf at forbidden pairs; and the rows that see nothing.
 
         `base` is added: the bias of the heads with -inf outside the window, (rep or 1, R, K).
         """
@@ -241,7 +241,8 @@ class _Blocks:
 
     def _forbid(self, rest: Mask, scores: Tensor, i: Tensor, j: Tensor, n: int) -> None:
         b = torch.full((1, 1, 1, 1), n // self.kv_heads, device=scores.device)
-        h = torch.zeros((1, 1, 1), dtype=torch.long, device=scores.device)
+        heads = self.heads(n)
+        h = torch.arange(heads.start, heads.stop, device=scores.device).view(-1, 1, 1)
         scores.masked_fill_(~rest.allowed(b, h, i.clamp(max=self.keys - 1), j), float("-inf"))
 
     def weights(self, n: int, t0: int, t1: int, base: Tensor) -> Tensor:
