@@ -42,7 +42,7 @@ results: setup models ## run the benchmarks and keep what they print in docs/res
 	.venv/bin/polyhead bench --save docs/results/benchmarks
 
 docs: setup-docs ## build the documentation into site/
-	.venv-docs/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "the documentation is in site/index.html"
 
 gpu: ## tests and benchmarks for CUDA, with the torch that PYTHON already has

@@ -14,11 +14,9 @@ TORCH_INDEX may name a package index that has CPU builds, if pip's own indexes h
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036  (said here, before imports that old Pythons lack)
     found = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(
-        f"error: Polyhead needs Python 3.11 or newer, {sys.executable} is {found}; try: make PYTHON=python3.12"
-    )
+    sys.exit(f"error: Polyhead needs Python 3.11 or newer, this is {found}; try: make PYTHON=python3.12")
 
 import argparse
 import contextlib

@@ -88,19 +88,18 @@ def papers() -> tuple[Paper, ...]:
 
 
 def paper(which: str) -> Paper:
-    """The paper with this number ("059", "59") or name ("multi_query", "MQA"); our names go before the field's.
+    """The paper with this number ("059", "59") or name ("multi_query", "MQA").
 
     Raises:
         UnknownName: no paper has it; the message suggests the nearest names.
     """
-    wanted = which.strip()
-    for names in (
-        lambda one: (one.number, one.name, *one.aliases),
-        lambda one: (one.short.lower(), one.short.partition(" / ")[0].lower()),
-    ):
-        for one in papers():
-            if wanted.lower() in names(one) or wanted.zfill(3) == one.number:
-                return one
+    wanted = which.strip().lower()
+    for one in papers():
+        if wanted in (one.name, *one.aliases) or wanted.zfill(3) == one.number:
+            return one
+    for one in papers():  # after all of ours, because the field gives some names twice (MoA)
+        if wanted == one.short.lower():
+            return one
     raise unknown_name("paper", which, (one.name for one in papers()))
 
 
