@@ -73,7 +73,7 @@ class MultiHeadAttention(nn.Module):
         ):
             if not isinstance(part, kind):
                 raise ConfigError(f"{name} must be a {getattr(kind, '__name__', 'Mask')}; got {part!r}")
-        if not 0.0 <= dropout < 1.0:
+        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")
         weight = projection.query.weight
         device, dtype = weight.device, weight.dtype

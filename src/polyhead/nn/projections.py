@@ -41,6 +41,27 @@ def at_least_one(owner: str, **sizes: Any) -> None:
             raise ConfigError(f"{owner}: {name} must be an integer, at least 1; got {size!r}")
 
 
+def divisors(number: int) -> str:
+    """The divisors of `number`, as a message lists them."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def head_width(dim: int, heads: int, head_dim: int | None) -> int:
+    """The width of a head: `head_dim`, or dim / heads.
+
+    Raises:
+        ConfigError: `head_dim` is not given and heads do not divide dim.
+    """
+    if head_dim is None:
+        if dim % heads:
+            raise ConfigError(
+                f"heads must divide dim when head_dim is not given; got heads={heads} and dim={dim}; "
+                f"allowed are {divisors(dim)}, or pass head_dim"
+            )
+        return dim // heads
+    return head_dim
+
+
 class Projection(nn.Module):
     """Queries, keys and values of H query heads and G key/value heads.
 
@@ -81,25 +102,20 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         at_least_one("Projection", dim=dim, heads=heads)
-        if head_dim is None:
-            if dim % heads:
-                allowed = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
-                raise ConfigError(
-                    f"heads must divide dim when head_dim is not given; got heads={heads} and dim={dim}; "
-                    f"allowed are {allowed}, or pass head_dim"
-                )
-            head_dim = dim // heads
+        head_dim = head_width(dim, heads, head_dim)
         kv_heads = heads if kv_heads is None else kv_heads
         value_dim = head_dim if value_dim is None else value_dim
         context_dim = dim if context_dim is None else context_dim
         at_least_one(
             "Projection", kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, context_dim=context_dim
         )
+        for name, flag in (("bias", bias), ("qk_norm", qk_norm)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name} must be True or False; got {flag!r}")
         if heads % kv_heads and kv_heads % heads:
-            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ConfigError(
                 f"kv_heads must divide heads={heads} or be a multiple of it; got kv_heads={kv_heads}; "
-                f"allowed up to {heads} are {allowed}"
+                f"allowed up to {heads} are {divisors(heads)}"
             )
         self.dim, self.context_dim = dim, context_dim
         self.query_heads, self.kv_heads = heads, kv_heads

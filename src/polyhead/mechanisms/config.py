@@ -1,0 +1,100 @@
+"""Configurations of mechanisms: frozen, comparable, through JSON and back."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+from torch import nn
+
+from polyhead.attend.masks import Mask
+from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.scores import Score
+from polyhead.description import Part
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.positions import NoPosition, Position
+from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+
+__all__ = ["AttentionConfig", "MechanismConfig", "largest_divisor"]
+
+
+class MechanismConfig(Part):
+    """What every mechanism's configuration has: a width, a number of heads, and `build`.
+
+    Every other field has a default that fits any `dim` and `heads`. A value that is not allowed fails when
+    the configuration is made: what it would build is tried without memory.
+    """
+
+    dim: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        at_least_one(type(self).__name__, dim=self.dim, heads=self.heads)
+        self.build(device="meta")
+
+    def build(self, *, device: Any = None, dtype: Any = None) -> nn.Module:
+        """The module, with freshly drawn parameters."""
+        raise NotImplementedError
+
+
+class AttentionConfig(MechanismConfig):
+    """The options that mechanisms made of the parts of `MultiHeadAttention` share.
+
+    Attributes:
+        dim: width of the model d.
+        heads: query heads H.
+        head_dim: width D of queries and keys; default dim / heads.
+        value_dim: width of the values of a head; default `head_dim`.
+        context_dim: width of a context; default `dim`.
+        bias: whether projections have a bias.
+        qk_norm: RMS-normalise queries and keys.
+        position: the position encoding.
+        score: maps of the logits.
+        normalizer: how logits become weights.
+        mask: a mask that holds in every call.
+        dropout: probability with which a weight is dropped in training.
+    """
+
+    _: KW_ONLY
+    head_dim: int | None = None
+    value_dim: int | None = None
+    context_dim: int | None = None
+    bias: bool = False
+    qk_norm: bool = False
+    position: Position = NoPosition()
+    score: Score | tuple[Score, ...] | None = None
+    normalizer: Normalizer = softmax()
+    mask: Mask | None = None
+    dropout: float = 0.0
+
+    def assemble(self, *, heads: int, kv_heads: int, device: Any, dtype: Any) -> MultiHeadAttention:
+        """The module with so many projected query heads and key/value heads."""
+        projection = Projection(
+            self.dim,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            context_dim=self.context_dim,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            device=device,
+            dtype=dtype,
+        )
+        output = OutputProjection(
+            self.dim, projection.heads, projection.value_dim, bias=self.bias, device=device, dtype=dtype
+        )
+        return MultiHeadAttention(
+            projection,
+            output,
+            position=self.position,
+            score=self.score,
+            normalizer=self.normalizer,
+            mask=self.mask,
+            dropout=self.dropout,
+        )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, at least 1."""
+    return max(n for n in range(1, max(most, 1) + 1) if number % n == 0)
