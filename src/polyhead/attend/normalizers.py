@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from polyhead.attend.entmax import as_rows, check_alpha, entmax_, entmax_alpha_vjp, entmax_vjp_, wide
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["Normalizer", "sigmoid", "softmax"]
+__all__ = ["Entmax", "Normalizer", "Sigmoid", "Softmax", "entmax", "sigmoid", "softmax", "sparsemax"]
 
 
 class Normalizer(Part):
@@ -65,7 +66,8 @@ def _per_head(name: str, value: float | Tensor | None) -> None:
     if isinstance(value, Tensor):
         if value.ndim != 1 or not value.is_floating_point():
             raise ConfigError(
-                f"{name} must be a number or a floating-point tensor (H,), got {value.dtype} {tuple(value.shape)}"
+                f"{name} must be a number or a floating-point tensor (H,), "
+                f"got {value.dtype} {tuple(value.shape)}"
             )
     elif value is not None and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
@@ -114,6 +116,17 @@ class Softmax(Normalizer):
             return lse
         return torch.logaddexp(lse, _column(self.sink, scores).squeeze(-1))
 
+    def lse_vjp(self, weights: Tensor, grad: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`own`, the gradients of this part's tensors, with the share added that comes through `lse`.
+
+        Args:
+            grad: the gradient for `lse`, `(B, H, r, 1)`. That for the scores is `weights * grad`.
+        """
+        if not isinstance(self.sink, Tensor):
+            return own
+        taken = 1 - weights.sum(-1, keepdim=True)
+        return (own[0] + _to_heads(taken * grad, self.sink),)
+
 
 def softmax(*, sink: Tensor | float | None = None) -> Softmax:
     """Softmax over the visible keys of a row.
@@ -154,3 +167,51 @@ def sigmoid(*, bias: Tensor | float | None = None) -> Sigmoid:
             `-math.log(S)` for sequences of length S, so that the sum of a row starts near 1.
     """
     return Sigmoid(bias)
+
+
+class Entmax(Normalizer):
+    """w_j = ((alpha - 1) s_j - tau)_+^(1 / (alpha - 1)) with tau such that a row sums to 1."""
+
+    alpha: Tensor | float = 1.5
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        _per_head("alpha", self.alpha)
+
+    def _rows(self, scores: Tensor) -> float | Tensor:
+        if not isinstance(self.alpha, Tensor):
+            return self.alpha
+        alpha = self.alpha.to(scores.device, wide(scores.dtype)).view(-1, 1, 1)
+        return alpha.expand(*scores.shape[:-1], 1).reshape(-1, 1)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        rows = as_rows(scores.to(wide(scores.dtype)))
+        return entmax_(rows, self._rows(scores)).view(scores.shape).to(scores.dtype)
+
+    def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        dtype, shape = wide(weights.dtype), weights.shape
+        w, g = (as_rows(x.to(dtype)) for x in (weights, grad))
+        alpha = self._rows(weights)
+        own: tuple[Tensor, ...] = ()
+        if isinstance(self.alpha, Tensor):
+            own = (_to_heads(entmax_alpha_vjp(w, g, alpha).view(*shape[:-1], 1), self.alpha),)
+        return entmax_vjp_(w, g, alpha).view(shape).to(grad.dtype), own
+
+
+def entmax(alpha: Tensor | float = 1.5) -> Entmax:
+    """α-entmax: like softmax, but low scores get a weight of exactly 0 (`polyhead.attend.entmax`).
+
+    Args:
+        alpha: in (1, 2]: towards 1 it nears softmax, 2 is `sparsemax()`; a number, or `(H,)` for one a head,
+            learned if it requires gradient. Adaptively sparse attention (Correia et al., arXiv 1909.00015)
+            learns `alpha = 1 + torch.sigmoid(a)`. Default 1.5, which is also the fastest.
+    """
+    return Entmax(alpha if isinstance(alpha, Tensor) else float(alpha))
+
+
+def sparsemax() -> Entmax:
+    """Sparsemax, the Euclidean projection of a row onto the probability simplex: `entmax(2.0)`.
+
+    Martins and Astudillo, "From Softmax to Sparsemax", arXiv 1602.02068.
+    """
+    return Entmax(2.0)

@@ -65,17 +65,23 @@ class Positional(Score):
         raise NotImplementedError
 
     def bias(self, tile: Tile, dtype: torch.dtype | None = None) -> Tensor:
-        bias = by_distance(lambda d: self.at(d).to(dtype), tile.rows, tile.cols)
-        _check_heads(self, bias.shape[0], tile.heads)
-        return bias
+        def of_heads(distance: Tensor) -> Tensor:
+            return _of_heads(self, self.at(distance), tile).to(dtype)
+
+        return by_distance(of_heads, tile.rows, tile.cols, consecutive=tile.consecutive)
 
 
-def _check_heads(part: Part, have: int, heads: int) -> None:
-    if have not in (1, heads):
+def _of_heads(part: Part, values: Tensor, tile: Tile) -> Tensor:
+    """The tile's share of values (H, ...) of all heads, or of one for all."""
+    have, heads = values.shape[0], tile.total_heads or tile.heads
+    if have == heads:
+        return values[tile.head_slice]
+    if have != 1:
         raise ShapeError(
-            f"{type(part).__name__.lower()} holds values for {have} heads, but the call has {heads} query heads; "
-            "give one value a head, or one for all"
+            f"{type(part).__name__.lower()} holds values for {have} heads, but the call has {heads} query "
+            "heads; give one value a head, or one for all"
         )
+    return values
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -100,7 +106,8 @@ class ALiBi(Positional):
     def __post_init__(self) -> None:
         if self.slopes.ndim != 1 or not self.slopes.is_floating_point():
             raise ConfigError(
-                f"slopes must be a floating-point tensor (H,), got {self.slopes.dtype} {tuple(self.slopes.shape)}"
+                "slopes must be a floating-point tensor (H,), "
+                f"got {self.slopes.dtype} {tuple(self.slopes.shape)}"
             )
 
     def at(self, distance: Tensor) -> Tensor:
@@ -126,8 +133,8 @@ class RelativeBias(Positional):
     def __post_init__(self) -> None:
         if self.table.ndim != 2 or self.table.shape[1] % 2 == 0 or not self.table.is_floating_point():
             raise ConfigError(
-                "table must be a floating-point tensor (H, 2 R + 1), one column for each distance from -R to R, "
-                f"got {self.table.dtype} {tuple(self.table.shape)}"
+                "table must be a floating-point tensor (H, 2 R + 1), one column for each distance from "
+                f"-R to R, got {self.table.dtype} {tuple(self.table.shape)}"
             )
 
     def at(self, distance: Tensor) -> Tensor:
@@ -163,13 +170,13 @@ class T5Bias(Positional):
         buckets, sides = self.weight.shape[0], 2 if self.bidirectional else 1
         if buckets % sides or buckets < 2 * sides:
             raise ConfigError(
-                f"weight must have at least {2 * sides} rows (buckets), a multiple of {sides} when bidirectional is "
-                f"{self.bidirectional}; got {buckets}"
+                f"weight must have at least {2 * sides} rows (buckets), a multiple of {sides} when "
+                f"bidirectional is {self.bidirectional}; got {buckets}"
             )
         if self.max_distance <= buckets // sides // 2:
             raise ConfigError(
-                f"max_distance must be above {buckets // sides // 2}, the distances that have a bucket of their own; "
-                f"got {self.max_distance}"
+                f"max_distance must be above {buckets // sides // 2}, the distances that have a bucket of "
+                f"their own; got {self.max_distance}"
             )
 
     def at(self, distance: Tensor) -> Tensor:
@@ -237,15 +244,16 @@ class Temperature(Score):
     def __post_init__(self) -> None:
         if isinstance(self.t, Tensor):
             if self.t.ndim != 1 or not self.t.is_floating_point():
-                raise ConfigError(f"t must be a number or a floating-point tensor (H,), got {tuple(self.t.shape)}")
+                raise ConfigError(
+                    f"t must be a number or a floating-point tensor (H,), got {tuple(self.t.shape)}"
+                )
         elif not self.t > 0 or math.isinf(self.t):
             raise ConfigError(f"t must be a finite number above 0, got {self.t}")
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         if not isinstance(self.t, Tensor):
             return scores / self.t
-        _check_heads(self, self.t.shape[0], tile.heads)
-        return scores / self.t.to(scores).view(-1, 1, 1)
+        return scores / _of_heads(self, self.t, tile).to(scores).view(-1, 1, 1)
 
 
 def temperature(t: float | Tensor) -> Temperature:
@@ -310,8 +318,8 @@ class ScoreFunction(Score):
         made = self.function(scores, tile.b, tile.h, tile.i, tile.j)
         if made.shape != scores.shape:
             raise ShapeError(
-                f"the score function returned shape {tuple(made.shape)} for scores of shape {tuple(scores.shape)}; "
-                "it must keep the shape"
+                f"the score function returned shape {tuple(made.shape)} for scores of shape "
+                f"{tuple(scores.shape)}; it must keep the shape"
             )
         return made
 

@@ -51,23 +51,22 @@ def toeplitz(values: Tensor, rows: int, cols: int) -> Tensor:
     return _Toeplitz.apply(values, rows, cols)
 
 
-def _contiguous(positions: Tensor) -> bool:
-    return int(positions[-1] - positions[0]) == len(positions) - 1
-
-
-def by_distance(at: Callable[[Tensor], Tensor], rows: Tensor, cols: Tensor) -> Tensor:
+def by_distance(
+    at: Callable[[Tensor], Tensor], rows: Tensor, cols: Tensor, *, consecutive: bool = False
+) -> Tensor:
     """The tile `(H, r, c)` of a function of the distance `rows[a] - cols[b]`.
 
     Args:
         at: gives `(H, n)` for int64 distances `(n,)`.
-        rows, cols: absolute positions, ascending and without repetition.
+        rows: absolute positions, consecutive.
+        cols: absolute positions, ascending.
+        consecutive: whether it is known that `cols` has no gap (else that is looked up).
     """
     r, c = len(rows), len(cols)
     if r == 0 or c == 0:
         return at(rows.new_zeros(1))[:, :, None].expand(-1, r, c)
-    if _contiguous(rows) and _contiguous(cols):
-        steps = torch.arange(r - 1, -c, -1, device=rows.device)
-        return toeplitz(at(rows[0] - cols[0] + steps), r, c)
+    if consecutive or int(cols[-1] - cols[0]) == c - 1:
+        return toeplitz(at(rows[0] - cols[0] + torch.arange(r - 1, -c, -1, device=rows.device)), r, c)
     nearest = rows[0] - cols[-1]
     values = at(nearest + torch.arange(int(rows[-1] - cols[0] - nearest) + 1, device=rows.device))
     return values[:, rows[:, None] - cols - nearest]

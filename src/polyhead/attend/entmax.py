@@ -1,0 +1,288 @@
+"""α-entmax: exactly sparse rows, by a monotone Newton iteration instead of a sort.
+
+For a row z of scores and 1 < α ≤ 2, with x = (α - 1) z and p = 1 / (α - 1),
+
+    entmax(z)_i = (x_i - τ)_+^p,     τ such that the row sums to 1.
+
+α → 1 is softmax, α = 2 is sparsemax (the Euclidean projection onto the simplex), α = 1.5 lies between.
+Peters et al., "Sparse Sequence-to-Sequence Models", arXiv 1905.05702; Correia et al., "Adaptively Sparse
+Transformers", arXiv 1909.00015 (α learned); Martins and Astudillo, "From Softmax to Sparsemax",
+arXiv 1602.02068.
+
+How τ is found: f(τ) = ||(x - τ)_+||_p - 1 is the norm of a convex function, hence convex, and it falls.
+Newton's method started left of its root stays left of it, so every step only shrinks what is left,
+y = (x - τ)_+, in place. Convexity gives f₂ / f₁ + s₂ / s₁ ≤ 1 for values f and slopes s before and after a
+step, so f s falls to a quarter or below: from f s ≤ n² to rounding, whatever the row, in at most
+log₂ n + log₄ (1 / eps) steps; in practice in three to five. The root for a part of the columns lies left of
+the root for all, so the iteration starts from the maxima of strided groups of columns: a fraction of the
+row that holds most of its support.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = [
+    "as_rows",
+    "check_alpha",
+    "entmax",
+    "entmax15",
+    "entmax_",
+    "entmax_alpha_vjp",
+    "entmax_vjp_",
+    "sparsemax",
+    "wide",
+]
+
+_CHUNK = 1 << 20  # elements worked on at a time, so that a CPU finds them in its cache again
+_GROUPS = 64  # groups of columns whose maxima give the start
+
+
+def check_alpha(alpha: float | Tensor) -> None:
+    """Raise ConfigError unless 1 < alpha ≤ 2, for a tensor all of it."""
+    if isinstance(alpha, Tensor):
+        if not alpha.is_floating_point():
+            raise ConfigError(f"alpha must be a number or a floating-point tensor, got dtype {alpha.dtype}")
+        if torch.compiler.is_compiling() or alpha.numel() == 0:
+            return
+        low, high = (float(a) for a in alpha.detach().aminmax())
+    else:
+        low = high = float(alpha)
+    if not (low > 1.0 and high <= 2.0):
+        found = f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
+        raise ConfigError(
+            f"alpha must lie in (1, 2], got {found}; towards 1 it is softmax(), 2 is sparsemax(), "
+            "and 1 + sigmoid(a) keeps a learned one in range"
+        )
+
+
+def _chunks(rows: Tensor, alpha: float | Tensor, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Rows, alpha and further row-wise tensors in pieces that fit a CPU's cache; else in one piece."""
+    if rows.device.type != "cpu" or rows.numel() <= _CHUNK or torch.compiler.is_compiling():
+        yield rows, alpha, *more
+        return
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        piece = slice(start, start + step)
+        yield rows[piece], alpha[piece] if isinstance(alpha, Tensor) else alpha, *(m[piece] for m in more)
+
+
+def _is_rational(p: float | Tensor) -> bool:
+    """Whether alpha is 2 or 1.5 for all rows, where no power is needed."""
+    return not isinstance(p, Tensor) and p in (1.0, 2.0)
+
+
+def _measure(y: Tensor, p: float | Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """The p-norm of each row of y ≥ 0, and how far one unit of it moves τ: the inverse of its slope.
+
+    Leaves y^p in `scratch` unless p is 1 or 2.
+    """
+    tiny = torch.finfo(y.dtype).tiny
+    if _is_rational(p) and p == 1.0:
+        count = torch.sign(y, out=scratch).sum(-1, keepdim=True)
+        return y.sum(-1, keepdim=True), count.clamp_min_(1.0).reciprocal_()
+    if _is_rational(p):
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        return norm, norm / y.sum(-1, keepdim=True).clamp_min_(tiny)
+    torch.pow(y, p - 1.0, out=scratch)
+    slope = scratch.sum(-1, keepdim=True).clamp_min_(tiny)
+    total = scratch.mul_(y).sum(-1, keepdim=True)
+    norm = total.pow(1.0 / p)
+    return norm, total.div_(norm.clamp_min(tiny)).div_(slope)
+
+
+def _start(x: Tensor, p: float | Tensor, goal: float) -> Tensor:
+    """A lower bound of each row's τ, (R, 1): x has its maxima at 0."""
+    tau = x.new_full((len(x), 1), -goal)
+    columns = x.shape[1]
+    groups = max(_GROUPS, columns // 16)
+    if columns < 8 * groups:
+        return tau
+    whole = columns // groups * groups
+    # strided, because neighbours tend to be in the support together
+    y = x[:, :whole].view(len(x), -1, groups).amax(1)
+    if whole < columns:
+        y = torch.cat([y, x[:, whole:]], dim=1)
+    y.sub_(tau).relu_()
+    scratch = torch.empty_like(y)
+    for _ in range(2):
+        norm, gain = _measure(y, p, scratch)
+        step = norm.sub_(goal).mul_(gain).clamp_min_(0.0)
+        tau.add_(step)
+        y.sub_(step).relu_()
+    return tau
+
+
+def entmax_(rows: Tensor, alpha: float | Tensor) -> Tensor:
+    """α-entmax of every row of `(R, n)`, in place; -inf gives 0, and a row of only -inf gives zeros.
+
+    Args:
+        rows: contiguous, float32 or float64; overwritten with the weights.
+        alpha: a number, or `(R, 1)` for one a row.
+    """
+    if rows.numel() == 0:
+        return rows
+    tiny, tolerance = torch.finfo(rows.dtype).tiny, 4 * torch.finfo(rows.dtype).eps
+    steps = math.ceil(math.log2(rows.shape[1]) - math.log2(tolerance) / 2) + 2
+    scratch = None
+    for y, a in _chunks(rows, alpha):
+        p = 1.0 / (a - 1.0)
+        # norms are homogeneous: to aim at p instead of 1 spares y the multiplication by alpha - 1 = 1 / p
+        rational = _is_rational(p)
+        goal = p if rational else 1.0
+        top = y.amax(-1, keepdim=True)
+        y.sub_(top.masked_fill_(top == -torch.inf, 0.0))
+        if not rational:
+            y.mul_(a - 1.0)
+        y.sub_(_start(y, p, goal)).relu_()
+        scratch = torch.empty_like(y) if scratch is None else scratch[: len(y)]
+        for _ in range(steps):
+            norm, gain = _measure(y, p, scratch)
+            excess = norm - goal
+            # a compiled graph has no exit: it takes all the steps
+            if not torch.compiler.is_compiling() and not bool((excess > tolerance * goal).any()):
+                break
+            # in a row that is done the step is rounding, and must not bring anything back
+            y.sub_(excess.mul_(gain).clamp_min_(0.0)).relu_()
+        if rational:
+            y.div_(norm.clamp_min_(tiny))
+            if p == 2.0:
+                y.square_()
+        else:
+            torch.div(scratch, scratch.sum(-1, keepdim=True).clamp_min_(tiny), out=y)
+    return rows
+
+
+def entmax_vjp_(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
+    """The gradient for the scores from the weights `(R, n)` and their gradient, which it overwrites.
+
+    With s_i = w_i^(2 - α) on the support and 0 elsewhere: dz = s (g - sum(s g) / sum(s)).
+    """
+    if weights.numel() == 0:
+        return grad
+    tiny = torch.finfo(weights.dtype).tiny
+    for w, a, g in _chunks(weights, alpha, grad):
+        if isinstance(a, Tensor):
+            s = torch.pow(w, 2.0 - a).mul_(w.sign())  # 0^0 is 1
+        elif a == 2.0:
+            s = w.sign()
+        elif a == 1.5:
+            s = w.clamp_min(tiny).rsqrt_().mul_(w)  # a square root, several times faster on zeros
+        else:
+            s = torch.pow(w, 2.0 - a)
+        inner = (s * g).sum(-1, keepdim=True).div_(s.sum(-1, keepdim=True).clamp_min_(tiny))
+        g.sub_(inner).mul_(s)
+    return grad
+
+
+def entmax_alpha_vjp(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
+    """The gradient `(R, 1)` for each row's alpha, from the weights `(R, n)` and their gradient.
+
+    With s as in `entmax_vjp_`, t = s / sum(s), h_i = -w_i log w_i and a = α - 1, the published form is
+    dw/dα = (w - t) / a² + (h - t sum(h)) / a. Here s = w (1 + m) with m = w^-a - 1 by expm1, so that
+    w - t does not cancel as α nears 1.
+    """
+    out = weights.new_zeros(len(weights), 1)
+    if weights.numel() == 0:
+        return out
+    for w, alpha_, g, o in _chunks(weights, alpha, grad, out):
+        a = alpha_ - 1.0
+        log = torch.xlogy(w.sign(), w)
+        h = (w * log).neg_()
+        wm = log.mul_(-a).expm1_().mul_(w)
+        total, g_w, g_wm = (x.sum(-1, keepdim=True) for x in (wm, g * w, g * wm))
+        g_t = (g_w + g_wm) / (1.0 + total)
+        spread = (g_w * total - g_wm) / (1.0 + total)
+        g_h = (g * h).sum(-1, keepdim=True)
+        o.copy_(spread / a**2 + (g_h - g_t * h.sum(-1, keepdim=True)) / a)
+    return out
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: half precisions are computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`(..., n)` as `(R, n)`, contiguous."""
+    return x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
+
+
+class _Entmax(torch.autograd.Function):
+    """Along the last dimension; a tensor `alpha` has the shape of the scores with a last size of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, alpha: float | Tensor) -> Tensor:
+        dtype = wide(scores.dtype)
+        rows = as_rows(scores.to(dtype, copy=True, memory_format=torch.contiguous_format))
+        a = alpha.to(rows).reshape(-1, 1) if isinstance(alpha, Tensor) else alpha
+        weights = entmax_(rows, a).view(scores.shape).to(scores.dtype)
+        ctx.alpha = alpha if not isinstance(alpha, Tensor) else None
+        ctx.save_for_backward(weights, *((alpha,) if isinstance(alpha, Tensor) else ()))
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weights, *held = ctx.saved_tensors
+        w = as_rows(weights.to(wide(weights.dtype)))
+        g = as_rows(grad.to(w.dtype, copy=True, memory_format=torch.contiguous_format))
+        a = held[0].to(w).reshape(-1, 1) if held else ctx.alpha
+        own = entmax_alpha_vjp(w, g, a).view_as(held[0]).to(held[0]) if ctx.needs_input_grad[1] else None
+        return entmax_vjp_(w, g, a).view(grad.shape).to(grad.dtype), own
+
+
+def entmax(scores: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
+    """α-entmax along `dim`: softmax's sparse relative, differentiable in the scores and in alpha.
+
+    Args:
+        scores: floating point of any shape; half precisions are computed in float32. -inf gives a weight
+            of 0, and only -inf along `dim` gives zeros.
+        alpha: in (1, 2], a number or a tensor that broadcasts to `scores` and has size 1 along `dim`
+            (`(H, 1, 1)` for one a head). Default 1.5. Rounding in a weight grows as eps / (alpha - 1).
+
+    Returns:
+        Weights of the shape and dtype of `scores`: nonnegative, with sum 1 along `dim`.
+
+    Raises:
+        ConfigError: alpha outside (1, 2].
+        ShapeError: alpha that does not broadcast.
+    """
+    check_alpha(alpha)
+    alpha = alpha if isinstance(alpha, Tensor) else float(alpha)
+    if not scores.is_floating_point() or scores.ndim == 0:
+        raise ShapeError(
+            f"scores must be a floating-point tensor with a dimension to normalise, got {scores.dtype} of "
+            f"shape {tuple(scores.shape)}"
+        )
+    if isinstance(alpha, Tensor):
+        sizes = list(scores.shape)
+        sizes[dim] = 1
+        if alpha.ndim > scores.ndim or any(
+            a not in (1, n) for a, n in zip(alpha.shape[::-1], sizes[::-1], strict=False)
+        ):
+            raise ShapeError(
+                f"alpha must broadcast to scores of shape {tuple(scores.shape)} with size 1 along dim {dim}, "
+                f"got shape {tuple(alpha.shape)}"
+            )
+        alpha = alpha.expand(sizes).movedim(dim, -1)
+    weights: Tensor = _Entmax.apply(scores.movedim(dim, -1), alpha)
+    return weights.movedim(-1, dim)
+
+
+def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
+    """The Euclidean projection onto the probability simplex along `dim`: `entmax` with alpha 2."""
+    return entmax(scores, 2.0, dim)
+
+
+def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
+    """`entmax` with alpha 1.5 along `dim`."""
+    return entmax(scores, 1.5, dim)
