@@ -1,0 +1,82 @@
+"""Some heads of a model: what is chosen from head scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+from typing import Literal
+
+from polyhead.errors import ConfigError
+
+__all__ = ["Heads", "Level"]
+
+Level = Literal["query", "kv"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Heads(Set[tuple[int, int]]):
+    """A frozen set of (layer, head), in the order in which they were chosen (best first after `top`).
+
+    `&`, `|`, `-`, `^` and the comparisons are those of sets; order does not count for equality.
+
+    Attributes:
+        pairs: the (layer, head) pairs, each once.
+        level: whether they count query heads or key/value heads.
+        kv_groups: for query heads, how many share a key/value head, per layer; None: not known.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ()
+    level: Level = "query"
+    kv_groups: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        unique = dict.fromkeys((int(layer), int(head)) for layer, head in self.pairs)
+        if any(layer < 0 or head < 0 for layer, head in unique):
+            raise ConfigError(f"heads must be pairs (layer, head) counted from 0, got {self.pairs}")
+        object.__setattr__(self, "pairs", tuple(unique))
+
+    def _from_iterable(self, pairs: Iterable[tuple[int, int]]) -> Heads:  # type: ignore[override]
+        return Heads(tuple(pairs), self.level, self.kv_groups)
+
+    def __contains__(self, pair: object) -> bool:
+        return pair in self.pairs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.pairs))
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.pairs[index]
+
+    def by_layer(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> its chosen heads, both ascending; layers without any are left out."""
+        found: dict[int, list[int]] = {}
+        for layer, head in sorted(self.pairs):
+            found.setdefault(layer, []).append(head)
+        return {layer: tuple(heads) for layer, heads in found.items()}
+
+    def kv_heads(self) -> Heads:
+        """The key/value heads that these heads read; key/value heads are returned as they are.
+
+        Raises:
+            ConfigError: these are query heads and it is not known which of them share keys.
+        """
+        if self.level == "kv":
+            return self
+        if self.kv_groups is None:
+            raise ConfigError(
+                "these heads do not know how many query heads share a key/value head; "
+                "give kv_groups, one number per layer"
+            )
+        groups = self.kv_groups
+        return Heads(tuple((layer, head // groups[layer]) for layer, head in self.pairs), "kv")
+
+    def __repr__(self) -> str:
+        kind = "heads" if self.level == "query" else "key/value heads"
+        shown = ", ".join(f"{layer}.{head}" for layer, head in self.pairs[:12])
+        return f"Heads({len(self)} {kind}: {shown}{', ...' if len(self) > 12 else ''})"
