@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.attend.masks import Band, Mask, band
+from polyhead.attend.masks import Band, band
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
 from polyhead.attend.scores import Positional
@@ -76,20 +76,15 @@ def _rows(shape: Band) -> int:
 class _Blocks:
     """The operands cut into blocks: N = B·G pairs, T blocks of R queries, K keys in each band."""
 
-    q: Tensor  # (N, T, rep·R, D), scaled
-    k: Tensor  # (N, padded S, D)
-    v: Tensor  # (N, padded S, Dv)
-    sink_k: Tensor  # (N, sinks, D)
-    sink_v: Tensor
+    q: Tensor  # (N, T, rep·R, D)
+    k: Tensor  # (N, S, D)
+    v: Tensor  # (N, S, Dv)
     shape: Band
     problem: Problem
-    batch: int
     kv_heads: int
     repeat: int
     queries: int
-    keys: int
     rows: int
-    front: int
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> _Blocks:
@@ -99,47 +94,35 @@ class _Blocks:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
-        repeat, rows = heads // kv_heads, _rows(shape)
-        count = -(-queries // rows)
-        offset = keys - queries
-        front = max(0, shape.left - offset)
-        last = front + offset - shape.left + (count - 1) * rows + _span(shape, rows)
-        n = batch * kv_heads
-        k, v = (
-            F.pad(x.to(dtype).reshape(n, keys, -1), (0, 0, front, max(0, last - front - keys)))
-            for x in (k, v)
-        )
-        q = cls.fold(q.to(dtype) * problem.scale, n, repeat, rows, count)
-        sinks = slice(front, front + min(shape.sinks, keys))
-        return cls(
-            q,
-            k,
-            v,
-            k[:, sinks],
-            v[:, sinks],
-            shape,
-            problem,
-            batch,
-            kv_heads,
-            repeat,
-            queries,
-            keys,
-            rows,
-            front,
-        )
+        x = cls(q, k, v, shape, problem, kv_heads, heads // kv_heads, queries, _rows(shape))
+        x.k, x.v = (t.to(dtype).reshape(batch * kv_heads, keys, -1) for t in (k, v))
+        x.q = x.fold(q.to(dtype))
+        return x
 
-    @staticmethod
-    def fold(x: Tensor, n: int, repeat: int, rows: int, count: int) -> Tensor:
+    def fold(self, x: Tensor) -> Tensor:
         """(B, H, L, ·) as (N, T, rep·R, ·), the last block filled up with zeros."""
-        x = F.pad(x.reshape(n, repeat, x.shape[2], x.shape[3]), (0, 0, 0, count * rows - x.shape[2]))
-        return x.view(n, repeat, count, rows, -1).transpose(1, 2).reshape(n, count, repeat * rows, -1)
+        count = -(-self.queries // self.rows)
+        x = x.reshape(-1, self.repeat, self.queries, x.shape[-1])
+        x = F.pad(x, (0, 0, 0, count * self.rows - self.queries)) if count * self.rows > self.queries else x
+        x = x.view(x.shape[0], self.repeat, count, self.rows, -1).transpose(1, 2)
+        return x.reshape(x.shape[0], count, self.repeat * self.rows, -1)
 
-    def unfold(self, x: Tensor, width: int) -> Tensor:
-        """The inverse of `fold`."""
+    def unfold(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `fold`, in the batch, heads and dtype of `like`."""
         n, count = x.shape[:2]
-        x = x.view(n, count, self.repeat, self.rows, width).transpose(1, 2)
-        x = x.reshape(self.batch, self.kv_heads * self.repeat, count * self.rows, width)
-        return x[:, :, : self.queries]
+        x = x.view(n, count, self.repeat, self.rows, -1).transpose(1, 2)
+        x = x.reshape(*like.shape[:2], count * self.rows, x.shape[-1])
+        return x[:, :, : self.queries].to(like.dtype)
+
+    @property
+    def keys(self) -> int:
+        """Number of keys, S."""
+        return self.k.shape[1]
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.keys - self.queries
 
     @property
     def span(self) -> int:
@@ -147,21 +130,28 @@ class _Blocks:
         return _span(self.shape, self.rows)
 
     @property
-    def first(self) -> int:
-        """Index among the padded keys of the first block's first key."""
-        return self.front + self.keys - self.queries - self.shape.left
+    def sinks(self) -> int:
+        """Keys in the product of the sinks."""
+        return min(self.shape.sinks, self.keys)
+
+    def start(self, t: int) -> int:
+        """Position of the first key in block t's band; below 0 at the beginning of the sequence."""
+        return self.offset + t * self.rows - self.shape.left
 
     def windows(self, x: Tensor, n: int, t0: int, t1: int) -> Tensor:
-        """The bands (t, K, ·) of blocks t0..t1-1 as an overlapping view."""
-        x = x[n]
-        start = x.storage_offset() + (self.first + t0 * self.rows) * x.stride(0)
-        return x.as_strided((t1 - t0, self.span, x.shape[-1]), (self.rows * x.stride(0), *x.stride()), start)
+        """The bands (t, K, ·) of blocks t0..t1-1 as an overlapping view; zeros beyond the ends."""
+        first, last = self.start(t0), self.start(t1 - 1) + self.span
+        part = x[n, max(first, 0) : max(last, 0)]
+        if first < 0 or last > self.keys:
+            part = F.pad(part, (0, 0, max(0, -first), last - first - max(0, -first) - part.shape[0]))
+        step, width = part.stride(0), part.shape[-1]
+        return part.as_strided((t1 - t0, self.span, width), (self.rows * step, step, part.stride(1)))
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """Pairs (n, t0, t1): blocks whose scores together stay in the cache."""
         count = self.q.shape[1]
         budget = _ELEMENTS.get(self.q.device.type, 1 << 19)
-        step = max(1, budget // (self.repeat * self.rows * (self.span + self.sink_k.shape[1])))
+        step = max(1, budget // (self.repeat * self.rows * (self.span + self.sinks)))
         for n in range(self.q.shape[0]):
             for t0 in range(0, count, step):
                 yield n, t0, min(t0 + step, count)
@@ -193,72 +183,71 @@ class _Blocks:
         )
         return self.problem.score.bias(tile, self.q.dtype)
 
-    def outside(self) -> Tensor:
-        """Pairs (R, K) of a block that lie outside the window."""
-        r = torch.arange(self.rows, device=self.q.device)[:, None]
-        c = torch.arange(self.span, device=self.q.device) - self.shape.left
-        return (c < r - self.shape.left) | (c > r + self.shape.right)
-
-    def scores(self, n: int, t0: int, t1: int, base: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (t, rep, R, sinks + K) of some blocks, -inf at forbidden pairs; and the rows that see nothing.
-
-        `base` is added: the bias of the heads with -inf outside the window, (rep or 1, R, K).
-        """
-        count, sinks = t1 - t0, self.sink_k.shape[1]
-        q, device = self.q[n, t0:t1], self.q.device
-        shape = (count, self.repeat, self.rows)
-        near = torch.baddbmm(
-            base.expand(self.repeat, -1, -1).reshape(1, -1, self.span),
-            q,
-            self.windows(self.k, n, t0, t1).transpose(1, 2),
-        ).view(*shape, self.span)
-        i = (torch.arange(t0 * self.rows, t1 * self.rows, device=device) + self.keys - self.queries).view(
-            count, 1, self.rows, 1
-        )
-        j = i[:, :, :1] - self.shape.left + torch.arange(self.span, device=device)
-        beyond = (j < 0) | (j >= self.keys)
-        low, high = int(t0 * self.rows + self.first < self.front), self._end(t1) > self.front + self.keys
-        if low or high:
-            near.masked_fill_(beyond, float("-inf"))
-        far = None
-        if sinks:
-            far = (q.view(-1, q.shape[-1]) @ self.sink_k[n].T).view(*shape, sinks)
-            at = torch.arange(sinks, device=device)
-            if self.keys - self.queries + t0 * self.rows - self.shape.left < sinks:
-                far = far.masked_fill(at >= i - self.shape.left, float("-inf"))
-        if self.shape.rest is not None:
-            self._forbid(self.shape.rest, near, i, j.clamp(0, self.keys - 1), n)
-            if far is not None:
-                self._forbid(self.shape.rest, far, i, at.view(1, 1, 1, -1), n)
-        scores = near if far is None else torch.cat([far, near], dim=-1)
-        dead = None
-        if self.shape.rest is not None or low or high or self.keys < self.queries:
-            dead = (scores == float("-inf")).all(-1, keepdim=True)
-        return scores, dead
-
-    def _end(self, t1: int) -> int:
-        return self.first + (t1 - 1) * self.rows + self.span
-
-    def _forbid(self, rest: Mask, scores: Tensor, i: Tensor, j: Tensor, n: int) -> None:
-        b = torch.full((1, 1, 1, 1), n // self.kv_heads, device=scores.device)
-        heads = self.heads(n)
-        h = torch.arange(heads.start, heads.stop, device=scores.device).view(-1, 1, 1)
-        scores.masked_fill_(~rest.allowed(b, h, i.clamp(max=self.keys - 1), j), float("-inf"))
-
-    def weights(self, n: int, t0: int, t1: int, base: Tensor) -> Tensor:
-        """Weights (t, rep, R, sinks + K) of some blocks."""
-        scores, dead = self.scores(n, t0, t1, base)
-        weights = self.normalizer(n).weights(scores)
-        return weights if dead is None else weights.masked_fill_(dead, 0.0)
-
     def base(self, bias: Tensor | None) -> Tensor:
         """What is added to every block's scores: the bias, -inf outside the window; (H or 1, R, K)."""
+        r = torch.arange(self.rows, device=self.q.device)[:, None]
+        c = torch.arange(self.span, device=self.q.device) - self.shape.left
+        outside = (c < r - self.shape.left) | (c > r + self.shape.right)
         start = self.q.new_zeros(1, self.rows, self.span) if bias is None else bias.detach()
-        return start.masked_fill(self.outside(), float("-inf"))
+        return start.masked_fill(outside, float("-inf"))
 
     def of_heads(self, base: Tensor, n: int) -> Tensor:
         """The share of pair n in something (H or 1, R, K)."""
         return base if base.shape[0] == 1 else base[self.heads(n)]
+
+    def edges(self, t0: int, t1: int) -> list[slice]:
+        """Those of blocks t0..t1-1, counted from t0, whose band or rows reach beyond the ends."""
+        count = t1 - t0
+        low = min(count, max(0, -(self.start(t0) // self.rows)))
+        past = self.start(t1 - 1) + self.span - self.keys
+        high = min(count - low, max(0, -(-past // self.rows)))
+        if high == 0 and low < count and t1 * self.rows > self.queries:
+            high = 1
+        return [part for part in (slice(0, low), slice(count - high, count)) if part.stop > part.start]
+
+    def weights(self, n: int, t0: int, t1: int, base: Tensor) -> Tensor:
+        """Weights (t, rep, R, sinks + K) of some blocks, zero in rows that may look at nothing.
+
+        `base` is what is added to the scores of a band, for this pair's heads: (rep or 1, R, K).
+        """
+        count, device, minus = t1 - t0, self.q.device, float("-inf")
+        q, shape = self.q[n, t0:t1], (count, self.repeat, self.rows)
+        near = torch.baddbmm(
+            base.expand(self.repeat, -1, -1).reshape(1, -1, self.span),
+            q,
+            self.windows(self.k, n, t0, t1).transpose(1, 2),
+            alpha=self.problem.scale,
+        ).view(*shape, self.span)
+        i = (
+            torch.arange(t0 * self.rows, t1 * self.rows, device=device).view(count, 1, self.rows, 1)
+            + self.offset
+        )
+        j = i[:, :, :1] - self.shape.left + torch.arange(self.span, device=device)
+        edges = self.edges(t0, t1)
+        for part in edges:
+            near[part].masked_fill_((j[part] < 0) | (j[part] >= self.keys), minus)
+        scores = near
+        if self.sinks:
+            at = torch.arange(self.sinks, device=device)
+            far = (q.reshape(-1, q.shape[-1]) @ self.k[n, : self.sinks].T).mul_(self.problem.scale)
+            far = far.view(*shape, self.sinks)
+            if self.start(t0) < self.sinks:
+                far.masked_fill_(at >= i - self.shape.left, minus)  # the band has these, or they lie ahead
+            scores = torch.cat([far, near], dim=-1)
+            j = torch.cat([at.expand(count, 1, 1, -1), j], dim=-1)
+        dead: list[tuple[slice, Tensor]] = []
+        if self.shape.rest is not None:
+            b = torch.full((1, 1, 1, 1), n // self.kv_heads, device=device)
+            h = torch.arange(self.heads(n).start, self.heads(n).stop, device=device).view(-1, 1, 1)
+            i, j = i.clamp(max=self.keys - 1), j.clamp(0, self.keys - 1)
+            scores.masked_fill_(~self.shape.rest.allowed(b, h, i, j), minus)
+            edges = [slice(0, count)]
+        for part in edges:
+            dead.append((part, (scores[part] == minus).all(-1, keepdim=True)))
+        weights = self.normalizer(n).weights(scores)
+        for part, nothing in dead:
+            weights[part].masked_fill_(nothing, 0.0)
+        return weights
 
 
 def _span(shape: Band, rows: int) -> int:
@@ -273,15 +262,14 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *tensors)
         ctx.spec = spec
         x = _Blocks.of(q, k, v, spec.unflatten(tensors))
-        base = x.base(x.bias())
-        sinks = x.sink_k.shape[1]
+        base, sinks = x.base(x.bias()), x.sinks
         out = x.q.new_empty(*x.q.shape[:3], v.shape[-1])
         for n, t0, t1 in x.chunks():
             weights = x.weights(n, t0, t1, x.of_heads(base, n)).view(t1 - t0, x.q.shape[2], -1)
             torch.bmm(weights[..., sinks:], x.windows(x.v, n, t0, t1), out=out[n, t0:t1])
             if sinks:
-                out[n, t0:t1] += weights[..., :sinks] @ x.sink_v[n]
-        return x.unfold(out, v.shape[-1]).to(q.dtype)
+                out[n, t0:t1] += weights[..., :sinks] @ x.v[n, :sinks]
+        return x.unfold(out, q)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -295,16 +283,14 @@ class _Attend(torch.autograd.Function):
         x = _Blocks.of(q, k, v, problem)
         with torch.enable_grad():
             bias = x.bias()
-        base, sinks, rows = x.base(bias), x.sink_k.shape[1], x.q.shape[2]
-        up = x.fold(grad.to(x.q.dtype), x.q.shape[0], x.repeat, x.rows, x.q.shape[1])
+        base, sinks, rows = x.base(bias), x.sinks, x.q.shape[2]
+        up = x.fold(grad.to(x.q.dtype))
         dq = torch.empty_like(x.q)
-        # room behind the last band, so that it can be added in pieces of R keys
-        pieces = -(-x.span // x.rows)
-        room = x.first + (x.q.shape[1] - 1 + pieces) * x.rows
-        dk, dv = (
-            torch.zeros(t.shape[0], max(room, t.shape[1]), t.shape[2], dtype=t.dtype, device=t.device)
-            for t in (x.k, x.v)
-        )
+        # room before the first key and behind the last band, which is added in pieces of R keys
+        front = max(0, -x.start(0))
+        room = front + max(x.start(x.q.shape[1] - 1) + -(-x.span // x.rows) * x.rows, x.keys)
+        dk = x.k.new_zeros(x.k.shape[0], room, x.k.shape[2])
+        dv = x.v.new_zeros(x.v.shape[0], room, x.v.shape[2])
         dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias)
         own = problem.normalizer.tensors()
         totals = {id(t): torch.zeros_like(t) for t in leaves if t.requires_grad}
@@ -314,10 +300,10 @@ class _Attend(torch.autograd.Function):
             gw = torch.empty_like(flat)
             torch.bmm(g, x.windows(x.v, n, t0, t1).transpose(1, 2), out=gw[..., sinks:])
             if sinks:
-                gw[..., :sinks] = g @ x.sink_v[n].T
-            _spread(dv[n], x, t0, t1, torch.bmm(flat[..., sinks:].transpose(1, 2), g))
+                gw[..., :sinks] = g @ x.v[n, :sinks].T
+            _spread(dv[n, front + x.start(t0) :], x, torch.bmm(flat[..., sinks:].transpose(1, 2), g))
             if sinks:
-                dv[n, x.front : x.front + sinks] += _over_blocks(flat[..., :sinks], g)
+                dv[n, front : front + sinks] += _over_blocks(flat[..., :sinks], g)
             gs, gt = x.normalizer(n).vjp(weights, gw.view(weights.shape))
             for leaf, d in zip(own, gt, strict=True):
                 if id(leaf) in totals:
@@ -329,18 +315,20 @@ class _Attend(torch.autograd.Function):
                 target += part.sum_to_size(target.shape)
             gs = gs.view(t1 - t0, rows, -1)
             torch.bmm(gs[..., sinks:], x.windows(x.k, n, t0, t1), out=dq[n, t0:t1])
-            _spread(dk[n], x, t0, t1, torch.bmm(gs[..., sinks:].transpose(1, 2), x.q[n, t0:t1]))
+            _spread(
+                dk[n, front + x.start(t0) :], x, torch.bmm(gs[..., sinks:].transpose(1, 2), x.q[n, t0:t1])
+            )
             if sinks:
-                dq[n, t0:t1] += gs[..., :sinks] @ x.sink_k[n]
-                dk[n, x.front : x.front + sinks] += _over_blocks(gs[..., :sinks], x.q[n, t0:t1])
+                dq[n, t0:t1] += gs[..., :sinks] @ x.k[n, :sinks]
+                dk[n, front : front + sinks] += _over_blocks(gs[..., :sinks], x.q[n, t0:t1])
         if bias is not None and dbias is not None:
             trained = _trainable(problem.score)
             for leaf, d in zip(trained, torch.autograd.grad(bias, trained, dbias), strict=True):
                 totals[id(leaf)] += d
-        real = slice(x.front, x.front + x.keys)
+        real = slice(front, front + x.keys)
         return (
-            x.unfold(dq, q.shape[-1]).mul(problem.scale).to(q.dtype),
-            dk[:, real].reshape(k.shape).to(k.dtype),
+            x.unfold(dq.mul_(problem.scale), q),
+            dk[:, real].mul(problem.scale).view(k.shape).to(k.dtype),
             dv[:, real].reshape(v.shape).to(v.dtype),
             None,
             *(totals.get(id(leaf)) for leaf in leaves),
@@ -356,10 +344,13 @@ def _over_blocks(a: Tensor, b: Tensor) -> Tensor:
     return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
 
 
-def _spread(total: Tensor, x: _Blocks, t0: int, t1: int, bands: Tensor) -> None:
-    """Add the blocks' bands (t, K, ·) to their keys; bands overlap, pieces of R keys do not."""
+def _spread(total: Tensor, x: _Blocks, bands: Tensor) -> None:
+    """Add neighbouring blocks' bands (t, K, ·) to their keys, of which the first band's first is total[0].
+
+    Bands overlap, but pieces of R keys at the same place in each band do not.
+    """
+    count = bands.shape[0]
     for p0 in range(0, x.span, x.rows):
         size = min(x.rows, x.span - p0)
-        start = x.first + t0 * x.rows + p0
-        target = total[start : start + (t1 - t0) * x.rows].view(t1 - t0, x.rows, -1)
+        target = total[p0 : p0 + count * x.rows].view(count, x.rows, -1)
         target[:, :size] += bands[:, p0 : p0 + size]
