@@ -70,7 +70,7 @@ def test_messages_name_what_is_wrong(scores):
         scores[2, 0]
     with pytest.raises(ShapeError, match=r"layer 1 must be one number a head \(H,\), got shape \(1, 2\)"):
         HeadScores(([1.0], [[1.0, 2.0]]))
-    with pytest.raises(ShapeError, match="layer 0 has 4 heads, got 3"):
+    with pytest.raises(ShapeError, match="layer 0 has 4, got 3"):
         HeadScores((np.zeros(4),), kv_groups=(3,))
     with pytest.raises(ShapeError, match=r"one number per layer, 1; got 2"):
         HeadScores((np.zeros(4),), kv_groups=(1, 1))

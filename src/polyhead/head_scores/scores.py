@@ -65,9 +65,7 @@ class HeadScores:
         for k, (value, group) in enumerate(zip(self.values, groups, strict=True)):
             if group < 1 or len(value) % group:
                 raise ShapeError(
-            raise ShapeError(
-                f"kv_groups must have one number per layer, {len(self.values)}; got {len(groups)}"
-            )
+                    f"kv_groups must divide the number of heads: layer {k} has {len(value)}, got {group}"
                 )
         object.__setattr__(self, "kv_groups", groups)
 
