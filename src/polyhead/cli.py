@@ -134,7 +134,6 @@ def show(
 ) -> None:
     """Show one mechanism: paper, equation, what it supports, options, cost and file."""
     from polyhead.mechanisms import registry
-    from polyhead.papers import paper as find_paper
 
     entry = registry.entry(name)
     cost = registry.build(entry.name, dim=dim, heads=heads).cost(length=length)
@@ -148,11 +147,7 @@ def show(
     table.add_column(overflow="fold")
     table.add_row("name", ", ".join((entry.name, *entry.aliases)))
     table.add_row("what it is", Text(entry.summary))
-    if entry.paper:
-        source = find_paper(entry.paper)
-        table.add_row(
-            "paper", Text(f"{source.number} · {source.title} ({source.year}) · {source.url or 'no arXiv'}")
-        )
+    table.add_row("paper", Text(_citation(entry)))
     table.add_row("family", entry.family)
     table.add_row("equation", Text(entry.equation))
     table.add_row("supports", ", ".join(sorted(entry.supports)))
@@ -162,9 +157,22 @@ def show(
     _console().print(table)
 
 
+def _citation(entry: Any) -> str:
+    """The paper of a catalogue entry, with number and address where `polyhead papers` has them."""
+    from polyhead.papers import paper
+
+    if entry.paper is None:
+        return str(entry.title)
+    source = paper(entry.paper)
+    return " · ".join(part for part in (source.number, f"{source.title} ({source.year})", source.url) if part)
+
+
 def _entry_facts(entry: Any) -> dict[str, Any]:
     """The facts of a catalogue entry as plain data."""
-    facts = {key: getattr(entry, key) for key in ("name", "paper", "family", "summary", "equation", "file")}
+    facts = {
+        key: getattr(entry, key)
+        for key in ("name", "paper", "title", "family", "summary", "equation", "file")
+    }
     return facts | {
         "aliases": list(entry.aliases),
         "supports": sorted(entry.supports),
