@@ -52,7 +52,7 @@ def locked(name: str) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        os.set_inheritable(file.fileno(), True)  # a pip that outlives a killed set-up keeps the lock
+        os.set_inheritable(file.fileno(), True)  # for `run`
         yield
 
 
@@ -71,13 +71,18 @@ def pin(package: str) -> str:
     sys.exit(f"error: {CONSTRAINTS.name} does not pin {package}")
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command quietly. It inherits the lock: one that outlives a killed set-up still holds it."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False)
+
+
 def pip_install(python: Path, *arguments: str, index: str = "", quiet: bool = False) -> bool:
     """Run `pip install` under the constraints; what pip says is shown only where it fails."""
     command = [str(python), "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check"]
     command += ["--root-user-action", "ignore", "-c", str(CONSTRAINTS), *arguments]
     if index:
         command += ["--extra-index-url", index]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False)
+    done = run(command)
     if done.returncode and not quiet:
         sys.stderr.write(done.stdout + done.stderr)
     return done.returncode == 0
@@ -106,7 +111,7 @@ def build(place: Path, extras: list[str], package: bool) -> None:
             say(f"{place.name} is unfinished: starting again")
             shutil.rmtree(place)
         say(f"making {place.name}")
-        made = subprocess.run([sys.executable, "-m", "venv", str(place)], capture_output=True, text=True)
+        made = run([sys.executable, "-m", "venv", str(place)])
         if made.returncode:
             sys.stderr.write(made.stdout + made.stderr)
             sys.exit("error: no virtual environment could be made (on Debian: apt-get install python3-venv)")
