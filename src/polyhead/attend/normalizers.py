@@ -93,7 +93,7 @@ class Softmax(Normalizer):
 
     def weights(self, scores: Tensor) -> Tensor:
         if self.sink is None:
-            return torch.softmax(scores, -1)
+            return torch.softmax(scores, -1, out=scores)
         if scores.shape[-1] == 0:
             return scores
         sink = _column(self.sink, scores)
@@ -102,12 +102,13 @@ class Softmax(Normalizer):
         return scores.div_(scores.sum(-1, keepdim=True).add_((sink - top).exp_()))
 
     def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inner = torch.linalg.vecdot(weights, grad).unsqueeze(-1)
+        grad = grad.mul_(weights)
+        inner = grad.sum(-1, keepdim=True)
         own: tuple[Tensor, ...] = ()
         if isinstance(self.sink, Tensor):
             taken = 1 - weights.sum(-1, keepdim=True)
             own = (_to_heads(-taken * inner, self.sink),)
-        return grad.sub_(inner).mul_(weights), own
+        return grad.addcmul_(weights, inner, value=-1), own
 
     def lse(self, scores: Tensor) -> Tensor:
         """The logarithm of each row's denominator, `(B, H, r)`, the sink's term included."""

@@ -16,19 +16,40 @@ from torch.autograd.function import once_differentiable
 __all__ = ["by_distance", "toeplitz"]
 
 
+_BLOCK = 32  # rows whose diagonals are summed together: more would pad a square tile to twice its size
+
+
 def _expand(values: Tensor, rows: int, cols: int) -> Tensor:
-    # unfold shows the windows of c values; the first row takes the last window
-    return values.unfold(-1, cols, 1).flip(-2)
+    *lead, width = values.shape
+    flat = values.unsqueeze(-2).expand(*lead, rows, width).reshape(*lead, rows * width)
+    # rows that are one entry shorter than the copies start one place further left in each copy
+    return flat.as_strided((*lead, rows, cols), (*flat.stride()[:-1], width - 1, 1), rows - 1)
 
 
-def _sum_diagonals(grad: Tensor) -> Tensor:
+def _sum_diagonals(grad: Tensor, shift: int = 1) -> Tensor:
+    """Sums of `(..., r, c)` along the diagonals that go `shift` columns a row: `(..., c + (r - 1) shift)`."""
     *lead, rows, cols = grad.shape
-    width = rows + cols - 1
-    skewed = grad.new_zeros(*lead, rows * width)
-    # one row further down is one place further left: diagonals become columns
-    strides = (*skewed.stride()[:-1], width - 1, 1)
-    skewed.as_strided(grad.shape, strides, rows - 1).copy_(grad)
-    return skewed.view(*lead, rows, width).sum(-2)
+    if rows > _BLOCK:
+        whole = rows // _BLOCK * _BLOCK
+        blocks = grad[..., :whole, :].unflatten(-2, (-1, _BLOCK))
+        sums = _sum_diagonals(_sum_diagonals(blocks, shift), shift * _BLOCK)
+        if whole == rows:
+            return sums
+        rest = _sum_diagonals(grad[..., whole:, :], shift)
+        sums = torch.nn.functional.pad(sums, ((rows - whole) * shift, 0))
+        sums[..., : rest.shape[-1]] += rest
+        return sums
+    if rows == 1:
+        return grad.squeeze(-2)
+    # the inverse of _expand: written into rows that are `shift` shorter, diagonals stand below each other
+    width, start = cols + (rows - 1) * shift, (rows - 1) * shift
+    flat = grad.new_empty(*lead, rows * width)
+    flat[..., :start] = 0
+    skewed = flat[..., start : start + rows * (width - shift)].unflatten(-1, (rows, width - shift))
+    skewed[..., :cols] = grad
+    skewed[..., cols:] = 0
+    flat[..., start + rows * (width - shift) :] = 0
+    return flat.unflatten(-1, (rows, width)).sum(-2)
 
 
 class _Toeplitz(torch.autograd.Function):
