@@ -36,17 +36,14 @@ from torch import Tensor, nn
 from polyhead.errors import MissingExtra, UnsupportedModel
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
-from polyhead.hf.layers import find_layers, pretrained_parts
+from polyhead.hf.layers import find_layers, own_attention, pretrained_parts
+from polyhead.hf.switch import NAME, restore, switch
 from polyhead.hf.translate import WrittenMasks, attention_call
 
 __all__ = ["NAME", "Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "attach"]
 
-NAME = "polyhead"
-
 # what stands on each attention module: one entry for each attachment and handler, the top one last
 _entries: WeakKeyDictionary[nn.Module, tuple[_Entry, ...]] = WeakKeyDictionary()
-# configs switched to Polyhead: by id, the config, what it said before, and by how many attachments
-_switched: dict[int, tuple[Any, str | None, int]] = {}
 _lock = threading.RLock()
 
 
@@ -84,6 +81,7 @@ class Attachment:
     Attributes:
         model: the model.
         layers: its attention layers, in forward order.
+        unseen: names of modules with an attention of their own, which Polyhead cannot see.
     """
 
     def __init__(self, model: nn.Module, handler: Handler | None = None) -> None:
@@ -93,6 +91,7 @@ class Attachment:
         self._parts = pretrained_parts(model)
         self._found = find_layers(model)
         self.layers: list[LayerInfo] = [layer for _, layer in self._found]
+        self.unseen = own_attention(model)
         self._depth = 0
         self._own: list[dict[nn.Module, _Entry]] = []
         self._configs: list[Any] = []
@@ -105,7 +104,7 @@ class Attachment:
 
     def _attach(self) -> None:
         with _lock:
-            self._configs = _switch(self._parts, [module for module, _ in self._found])
+            self._configs = switch(self._parts, [module for module, _ in self._found])
             self._push(self._handler)
 
     def detach(self) -> None:
@@ -113,7 +112,7 @@ class Attachment:
         with _lock:
             while self._own:
                 self._pop(self._own[-1])
-            _restore(self._configs)
+            restore(self._configs)
             self._configs = []
 
     @contextmanager
@@ -177,64 +176,6 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
-
-
-def _of_parts(parts: list[Any]) -> list[Any]:
-    """The configs of the models and of everything inside them, each once, outer ones first."""
-    found: dict[int, Any] = {}
-
-    def add(config: Any) -> None:
-        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
-            return
-        found[id(config)] = config
-        for key in getattr(config, "sub_configs", {}):
-            add(getattr(config, key, None))
-
-    for part in parts:
-        for module in part.modules():
-            add(getattr(module, "config", None))
-    return list(found.values())
-
-
-def _switch(parts: list[Any], modules: list[nn.Module]) -> list[Any]:
-    """Make every config of the models say Polyhead, remembering what they said."""
-    configs = _of_parts(parts)
-    former = {id(config): config._attn_implementation for config in configs}
-    try:
-        for part in parts:
-            part.set_attn_implementation(NAME)
-        for module in modules:
-            now = getattr(getattr(module, "config", None), "_attn_implementation", None)
-            if now != NAME:
-                raise UnsupportedModel(
-                    f"transformers does not let {type(module).__name__} change its attention: "
-                    f"set_attn_implementation left it at {now!r}. Use a version of the model's code that "
-                    "looks "
-                    "its attention up by ALL_ATTENTION_FUNCTIONS.get_interface"
-                )
-    except BaseException:
-        _set_back([(config, former[id(config)]) for config in configs])
-        raise
-    for config in configs:
-        before = _switched.get(id(config), (config, former[id(config)], 0))
-        _switched[id(config)] = (config, before[1], before[2] + 1)
-    return configs
-
-
-def _restore(configs: list[Any]) -> None:
-    ready = []
-    for config in configs:
-        _, before, users = _switched.pop(id(config))
-        if users > 1:
-            _switched[id(config)] = (config, before, users - 1)
-        else:
-            ready.append((config, before))
-    _set_back(ready)
-
-
-def _set_back(former: list[tuple[Any, str | None]]) -> None:
-    for config, before in former:
-        config._attn_implementation = before  # also sets what lies inside, which follows in its turn
 
 
 def attention_function(

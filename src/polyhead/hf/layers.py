@@ -19,10 +19,17 @@ from torch import nn
 from polyhead.errors import UnsupportedModel
 from polyhead.hf.call import Kind, LayerInfo
 
-__all__ = ["find_layers", "pretrained_parts"]
+__all__ = ["find_layers", "own_attention", "pretrained_parts"]
 
-# arguments of an attention call that choose keys inside the kernel, beyond what the mask says
-_SELECTS_KEYS = {"indices", "block_indices"}
+# arguments of an attention call that change its result and that a `Call` cannot carry
+_UNREAD = {
+    "indices": "a choice of keys beside the mask (DeepSeek's sparse attention)",
+    "block_indices": "a choice of blocks of keys beside the mask",
+    "sinks": "a sink logit for every query",
+}
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_QUERIES = ("q_proj", "query", "q", "query_proj", "wq", "to_q", "Wq")
+_KEYS = ("k_proj", "key", "k", "key_proj", "wk", "to_k", "Wk")
 _CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
 
 
@@ -63,7 +70,7 @@ def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerInfo]]:
     for name, module in model.named_modules():
         cls: Any = type(module)
         if _uses_interface(cls):
-            _refuse_hidden_selection(cls)
+            _refuse_hidden_arguments(cls)
             found.append((module, _describe(module, name, len(found))))
     if not found:
         raise UnsupportedModel(
@@ -75,6 +82,20 @@ def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerInfo]]:
             "of the model's code"
         )
     return found
+
+
+def own_attention(model: nn.Module) -> list[str]:
+    """Names of modules that compute a softmax attention of their own, past the interface."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() and _computes_softmax(type(module))
+    ]
+
+
+def _computes_softmax(cls: Any) -> bool:
+    own = [code for function in _functions(cls) for code in _codes(function.__code__)]
+    return not _uses_interface(cls) and any("softmax" in code.co_names for code in own)
 
 
 def _named(model: nn.Module) -> str:
@@ -115,16 +136,16 @@ def _uses_interface(cls: Any) -> bool:
     )
 
 
-def _refuse_hidden_selection(cls: type) -> None:
+def _refuse_hidden_arguments(cls: Any) -> None:
     for function in _functions(cls):
         for code in _codes(function.__code__):
             keywords = {w for c in code.co_consts if isinstance(c, tuple) for w in c if isinstance(w, str)}
-            if {"scaling", "dropout"} <= keywords and (hidden := sorted(_SELECTS_KEYS & keywords)):
-                raise UnsupportedModel(
-                    f"{cls.__name__} chooses keys beside the mask: it passes {hidden[0]!r} to the attention "
-                    "function, which only transformers' own kernels know to read. Models with such sparse "
-                    "attention (DeepSeek-V3.2, GLM-MoE-DSA, ...) cannot be attached"
-                )
+            for name, meaning in _UNREAD.items():
+                if name in keywords and {"scaling", "dropout"} <= keywords:  # of one attention call
+                    raise UnsupportedModel(
+                        f"{cls.__name__} passes {name!r} to the attention function, {meaning}, which only "
+                        "transformers' own kernels know to read: this architecture cannot be attached"
+                    )
 
 
 def _describe(module: nn.Module, name: str, index: int) -> LayerInfo:
@@ -162,35 +183,36 @@ def _width(module: nn.Module, *names: str) -> int | None:
 def _sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
     """H, G and D of an attention module, from its own attributes, then its projections, then its config."""
     config = getattr(module, "config", None)
-    heads = _integer(
-        module, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_query_heads"
-    )
     dim = _integer(
-        module, "qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
+        module,
+        "qk_head_dim",
+        "head_dim",
+        "attention_head_size",
+        "head_size",
+        "key_value_proj_dim",
+        "dim_head",
     )
-    dim = dim or _integer(module, "dim_head", "attention_dim_per_head")
-    wide = _width(module, "q_proj", "query", "q", "query_proj", "wq", "to_q", "Wq")
-    config_heads = _integer(
-        config, "num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads"
-    )
+    heads = _integer(module, *_HEADS, "heads", "num_query_heads")
+    kv_heads = _integer(module, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    groups = _integer(module, "num_key_value_groups", "num_kv_groups")
+    wide, narrow = _width(module, *_QUERIES), _width(module, *_KEYS)
+    if kv_heads is None and heads and groups:
+        kv_heads = heads // groups
+    if kv_heads is None and dim and narrow and narrow % dim == 0:
+        kv_heads = narrow // dim
+    if heads is None and kv_heads and groups:
+        heads = kv_heads * groups
     if heads is None and dim and wide and wide % dim == 0:
         heads = wide // dim
-    heads = heads or config_heads
+    heads = heads or _integer(config, *_HEADS, "encoder_attention_heads")
     if heads and not dim:
-        dim = wide // heads if wide else _integer(config, "head_dim")
-        dim = dim or (_integer(config, "hidden_size", "d_model", "n_embd", "embed_dim") or 0) // heads
+        hidden = _integer(config, "hidden_size", "d_model", "n_embd", "embed_dim") or 0
+        dim = (wide or hidden) // heads
     if not heads or not dim:
         raise UnsupportedModel(
             f"cannot tell how many heads {name!r} ({type(module).__name__}) has and how wide they are: "
-            "neither "
-            "the module nor its config has num_heads, num_attention_heads, head_dim or the like"
+            "neither the module nor its config has num_heads, num_attention_heads, head_dim or the like"
         )
-    kv_heads = _integer(module, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
-    groups = _integer(module, "num_key_value_groups", "num_kv_groups")
-    if kv_heads is None and groups:
-        kv_heads = heads // groups
-    if kv_heads is None and (narrow := _width(module, "k_proj", "key", "k")) and narrow % dim == 0:
-        kv_heads = narrow // dim
     return heads, kv_heads or heads, dim
 
 
@@ -199,11 +221,8 @@ def _kind(module: nn.Module, name: str) -> Kind:
         return "cross"
     if _CROSS.search(type(module).__name__):
         return "cross"
-    config = getattr(module, "config", None)
-    causal = getattr(module, "is_causal", None)
-    if causal is None:
-        causal = getattr(config, "is_decoder", False)
-    return "decoder" if causal and getattr(config, "is_causal", True) else "encoder"
+    causal = getattr(module, "is_causal", hasattr(module, "layer_idx"))  # few layers do not say
+    return "decoder" if causal and getattr(getattr(module, "config", None), "is_causal", True) else "encoder"
 
 
 def _window(module: nn.Module) -> int | None:

@@ -15,10 +15,12 @@ __all__ = ["MaskTensor"]
 
 
 class MaskTensor(Tensor):
-    """Looks like the bool tensor `(B, 1, L, S)` that models pass to their layers, True at allowed pairs.
+    """Looks like the tensor `(B, 1, L, S)` that models pass to their layers, but holds no L×S numbers.
 
-    It holds a `Mask` and no L×S numbers. A model whose own code slices, inverts or adds to it gets the
-    real tensor, made at that moment: right, at the price of L×S memory.
+    A model whose own code slices it, joins it or adds it to something gets the real tensor, made at that
+    moment: right, at the price of L×S memory. That is what the model would have been given without
+    Polyhead: bool (True: allowed), or numbers to add to the logits if its code knows no other attention
+    than its own.
 
     Attributes:
         mask: who may look at whom, None where all may; query r at position r + (visible - L).
@@ -40,10 +42,11 @@ class MaskTensor(Tensor):
         *,
         visible: int,
         start: int,
+        dtype: torch.dtype,
         device: torch.device,
         make: Callable[[], Tensor],
     ) -> MaskTensor:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.mask, self.visible, self.start = mask, visible, start
         self._make, self._made = make, None
         return self

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import And, Mask, Or, blocks, causal, documents, padding, where, window
 from polyhead.hf.mask_tensor import MaskTensor
+from polyhead.hf.switch import adds_masks
 
 __all__ = ["Shifted", "mask_function", "translate"]
 
@@ -64,6 +65,8 @@ def mask_function(
     *,
     cache_position: Tensor | None = None,
     use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     device: torch.device | str | None = None,
     **more: Any,
 ) -> Tensor:
@@ -73,25 +76,26 @@ def mask_function(
     """
     from transformers import masking_utils
 
-    dense_more = {k: v for k, v in more.items() if k in ("dtype", "config")}
     if q_length is None:
         assert cache_position is not None
-        q_length, q_offset = len(cache_position), cache_position[0]
-        dense_more["cache_position"] = cache_position
-        device = device or cache_position.device
+        q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
+        where_it_stands: dict[str, Any] = {"cache_position": cache_position}
     else:
-        dense_more |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+        where_it_stands = {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
     function = mask_function or masking_utils.causal_mask_function
+    additive = config is not None and adds_masks(config)
 
     def make() -> Tensor:
-        return masking_utils.sdpa_mask(
+        theirs = masking_utils.eager_mask if additive else masking_utils.sdpa_mask
+        return theirs(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
             mask_function=function,
             attention_mask=attention_mask,
             allow_is_causal_skip=False,
-            **dense_more,
+            dtype=dtype,
+            **where_it_stands,
         )
 
     start, last = (
@@ -116,7 +120,15 @@ def mask_function(
         mask = padding(real) if mask is None else mask & padding(real)
     shape = (batch_size, 1, q_length, kv_length)
     device = torch.device(device or ("cpu" if attention_mask is None else attention_mask.device))
-    return MaskTensor(mask, shape, visible=visible, start=start, device=device, make=make)
+    return MaskTensor(
+        mask,
+        shape,
+        visible=visible,
+        start=start,
+        dtype=dtype if additive else torch.bool,
+        device=device,
+        make=make,
+    )
 
 
 def _real(attention_mask: Tensor | None, start: int, keys: int) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.attend.masks import Mask, causal
-from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.normalizers import softmax
 from polyhead.attend.scores import Score, chain, soft_cap
 from polyhead.attend.tile import Tile
 from polyhead.errors import ShapeError, UnsupportedModel
@@ -19,8 +19,8 @@ from polyhead.hf.mask_tensor import MaskTensor
 
 __all__ = ["Allowed", "Bias", "WrittenMasks", "attention_call"]
 
-# arguments that choose keys or hold a cache of their own: passing over them would give wrong numbers
-_REFUSED = ("indices", "block_indices", "cache")
+# arguments that change the result and cannot be carried: passing over them would give wrong numbers
+_REFUSED = ("indices", "block_indices", "sinks", "cache")
 _plain = softmax()
 
 
@@ -102,7 +102,6 @@ def attention_call(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
-    sinks: Tensor | None = None,
     is_causal: bool | None = None,
     **more: Any,
 ) -> Call:
@@ -151,23 +150,12 @@ def attention_call(
         v=value,
         mask=mask,
         score=score,
-        normalizer=_plain if s_aux is None and sinks is None else _with_sinks(s_aux, sinks, module),
+        normalizer=_plain if s_aux is None else softmax(sink=s_aux),
         scale=float(scaling),
         dropout=dropout,
         start=start,
         below=below,
     )
-
-
-def _with_sinks(s_aux: Tensor | None, sinks: Tensor | None, module: nn.Module) -> Normalizer:
-    if s_aux is None or s_aux.ndim != 1:
-        shape = tuple((sinks if s_aux is None else s_aux).shape)  # type: ignore[union-attr]
-        raise UnsupportedModel(
-            f"{type(module).__name__} passes sink logits of shape {shape}; only one logit a head, (H,), can "
-            "be "
-            "carried; detach this model"
-        )
-    return softmax(sink=s_aux)
 
 
 class WrittenMasks:
