@@ -85,7 +85,6 @@ class MultiHeadAttention(nn.Module):
         )
         given = chain(score)
         self.score = None if given is None else PartModule(given, device=device, dtype=dtype)
-        # the same object as the operator's default, which the operator takes as a sign of the common call
         self.normalizer = (
             None if normalizer == _SOFTMAX else PartModule(normalizer, device=device, dtype=dtype)
         )
@@ -208,16 +207,11 @@ class MultiHeadAttention(nn.Module):
         if kept.padding is not None:
             real = real_keys(kept.padding)
             allowed = real if allowed is None else allowed & real
-        y = attend(
-            self.projection.spread(q),
-            k,
-            v,
-            mask=allowed,
-            score=score,
-            normalizer=_SOFTMAX if self.normalizer is None else self.normalizer(),
-            scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        # an argument that is not needed is left out: the operator knows its most common call by that
+        options = {} if self.normalizer is None else {"normalizer": self.normalizer()}
+        if self.training and self.dropout:
+            options["dropout"] = self.dropout
+        y = attend(self.projection.spread(q), k, v, mask=allowed, score=score, scale=self.scale, **options)
         return self.output(y)
 
     def _score(self) -> Score | None:

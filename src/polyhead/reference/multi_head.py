@@ -44,11 +44,6 @@ def multi_head(
     q = heads_of(x, parameters, "query", heads)
     k = heads_of(source, parameters, "key", heads)
     v = heads_of(source, parameters, "value", heads)
-    if "projection.query_norm.weight" in parameters:
-        q, k = (
-            (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()) * parameters[f"projection.{name}.weight"]
-            for z, name in ((q, "query_norm"), (k, "key_norm"))
-        )
     q = turn(q, torch.arange(keys - length, keys))
     k = turn(k, torch.arange(keys))
     if padding is not None:

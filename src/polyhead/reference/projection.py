@@ -17,12 +17,20 @@ def real(x: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def heads_of(x: Tensor, parameters: Mapping[str, Tensor], name: str, heads: int) -> Tensor:
-    """x W_hᵀ + b_h for every head h, `(B, heads, L, width)`: head h owns the h-th run of rows of W."""
+    """x W_hᵀ + b_h for every head h, `(B, heads, L, width)`: head h owns the h-th run of rows of W.
+
+    Where the module normalises them, z becomes z / √(mean(z²) + 1e-6) times a gain that the heads share.
+    """
     weight = parameters[f"projection.{name}.weight"].double()
     bias = parameters.get(f"projection.{name}.bias", torch.zeros(len(weight))).double()
-    return torch.stack(
-        [x @ w.T + b for w, b in zip(weight.chunk(heads), bias.chunk(heads), strict=True)], dim=1
-    )
+    found = []
+    for w, b in zip(weight.chunk(heads), bias.chunk(heads), strict=True):
+        z = x @ w.T + b
+        if f"projection.{name}_norm.weight" in parameters:
+            gain = parameters[f"projection.{name}_norm.weight"].double()
+            z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+        found.append(z)
+    return torch.stack(found, dim=1)
 
 
 def joined(heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
