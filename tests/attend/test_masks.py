@@ -1,8 +1,10 @@
 """Masks pair by pair: against loops that spell the definition, and against what other libraries mean."""
 
 import copy
+import doctest
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,3 +474,26 @@ def test_a_mask_of_ones_own():
     assert isinstance(Even() & padding(torch.ones(1, 4, dtype=torch.bool)), And)
     assert isinstance(causal(), Window)
     assert isinstance(padding(REAL), Padding)
+
+
+def test_the_guide_is_true():
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "masks.md"
+    # the fence that closes a block would be taken for expected output
+    text = guide.read_text(encoding="utf-8").replace("```python\n", "").replace("\n\n```\n", "\n\n")
+    examples = doctest.DocTestParser().get_doctest(text, {}, guide.name, str(guide), 0)
+    assert len(examples.examples) > 10
+    assert doctest.DocTestRunner(verbose=False).run(examples).failed == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [*PLAIN[:-1], *HELD, per_head([documents(IDS), prefix(LENGTHS)])], ids=repr)
+def test_on_a_gpu_the_mask_is_the_same(mask):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    call = {"batch": 2, "heads": 2, "queries": 9, "keys": KEYS}
+    here, there = densify(mask, **call), densify(mask, **call, device="cuda")
+    assert there.is_cuda
+    assert torch.equal(here, there.cpu())
+    tiles, far = (tile_map(mask, **call, rows=2, cols=3, device=device) for device in ("cpu", "cuda"))
+    assert torch.equal(tiles.some, far.some.cpu())
+    assert torch.equal(tiles.every, far.every.cpu())

@@ -12,7 +12,7 @@ from polyhead.attend.masks.intervals import EMPTY, FULL, Intervals, Piece, Thres
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["And", "Mask", "Not", "Or", "pieces"]
+__all__ = ["And", "Bounds", "Mask", "Not", "Or", "pieces"]
 
 Bounds = tuple[Tensor, Tensor]
 
