@@ -109,19 +109,18 @@ def _rows(frame: Frame, budget: int) -> int:
     return rows
 
 
-def strips(frame: Frame, mask: Mask | None, *, whole_heads: bool = False) -> Iterator[Strip]:
+def strips(frame: Frame, mask: Mask | None) -> Iterator[Strip]:
     """The strips of a call, which together hold every pair that the mask allows, each once.
 
     Args:
         frame: sizes of the call.
         mask: who may look at whom; None allows all.
-        whole_heads: keep all heads of a batch item in one strip (for maps across heads).
     """
     if 0 in (frame.batch, frame.heads, frame.queries, frame.keys):
         return
     budget = _ELEMENTS.get(frame.device.type, 1 << 20)
     repeat = frame.heads // frame.kv_heads
-    rows = _rows(frame, budget // (frame.kv_heads if whole_heads else 1) or 1)
+    rows = _rows(frame, budget)
     per_batch = False
     some = every = None
     if mask is not None:
@@ -151,7 +150,7 @@ def strips(frame: Frame, mask: Mask | None, *, whole_heads: bool = False) -> Ite
                 continue
             columns = sum(run.stop - run.start for run in runs)
             fit = max(1, budget // (repeat * (r1 - r0) * columns))  # KV heads that fit into a strip
-            if whole_heads or fit >= frame.kv_heads:
+            if fit >= frame.kv_heads:
                 step = max(1, fit // frame.kv_heads)
                 for b0 in range(lo, hi, step):
                     b1 = min(b0 + step, hi)

@@ -100,12 +100,15 @@ def _read(x: Tensor, pairs: slice, strip: Strip) -> Tensor:
     return torch.cat([x[:, run.start : run.stop] for run in strip.runs], dim=1)
 
 
-def _add(total: Tensor, pairs: slice, strip: Strip, a: Tensor, b: Tensor) -> None:
-    """total[columns] += a b, run by run and in place."""
+def _add(total: Tensor, pairs: slice, strip: Strip, rows: Tensor, weights: Tensor) -> None:
+    """total[..., columns] += rowsᵀ weights, in place: total (N, D, S), rows (n, r, D), weights (n, r, c).
+
+    The keys' gradients are summed transposed: the product then reads the weights in the order of memory.
+    """
     start = 0
     for run in strip.runs:
         stop = start + run.stop - run.start
-        total[pairs, run.start : run.stop].baddbmm_(a[:, start:stop], b)
+        total[pairs, :, run.start : run.stop].baddbmm_(rows.transpose(1, 2), weights[..., start:stop])
         start = stop
 
 
@@ -218,7 +221,7 @@ def _mapped(scores: Tensor, score: Score | None, tile: Tile) -> Tensor:
 
 def _walk(x: _Operands, problem: Problem) -> Iterator[tuple[_Strip, Normalizer]]:
     """The strips under way, each with the normaliser for its heads."""
-    for strip in strips(x.frame, problem.mask, whole_heads=problem.score is not None):
+    for strip in strips(x.frame, problem.mask):
         yield _Strip.of(strip, x, problem), _of_heads(problem.normalizer, strip, x.frame)
 
 
@@ -302,7 +305,8 @@ def _backward(
         grad = q.new_zeros(*q.shape[:3], v.shape[-1])
     upstream = grad.to(dtype).reshape(*x.q.shape[:3], v.shape[-1])
     upstream_lse = None if grad_lse is None else grad_lse.to(dtype).reshape(x.q.shape[:3])
-    dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+    dq = torch.zeros_like(x.q)
+    dk, dv = (t.new_zeros(t.shape[0], t.shape[2], t.shape[1]) for t in (x.k, x.v))
     score_leaves = () if problem.score is None else _trainable(problem.score)
     own = problem.normalizer.tensors()
     totals: dict[int, Tensor] = {id(t): torch.zeros_like(t) for t in leaves if t.requires_grad}
@@ -327,13 +331,8 @@ def _backward(
             g = upstream[part.pairs, :, rows].reshape(n, -1, v.shape[-1])
             gw = part.product(g, part.v, x.buffer("gradient", part.shape))
             factors = part.keep(problem, seed, dtype)
-            _add(
-                dv,
-                part.pairs,
-                part.strip,
-                part.flat(weights if factors is None else weights * factors).transpose(1, 2),
-                g,
-            )
+            kept = weights if factors is None else weights * factors
+            _add(dv, part.pairs, part.strip, g, part.flat(kept))
             if factors is not None:
                 gw.mul_(factors)
             extra_lse = None
@@ -365,12 +364,12 @@ def _backward(
                     totals[id(leaf)] += d
         gs = part.flat(gs if gs.is_contiguous() else gs.contiguous())
         dq[part.pairs, :, rows] = torch.bmm(gs, part.k).view(n, repeat, -1, q.shape[-1])
-        _add(dk, part.pairs, part.strip, gs.transpose(1, 2), part.q)
+        _add(dk, part.pairs, part.strip, part.q, gs)
     dq.mul_(problem.scale)
     return (
         dq.view(q.shape).to(q.dtype),
-        dk.view(k.shape).to(k.dtype),
-        dv.view(v.shape).to(v.dtype),
+        dk.transpose(1, 2).reshape(k.shape).to(k.dtype),
+        dv.transpose(1, 2).reshape(v.shape).to(v.dtype),
         *(totals.get(id(leaf)) for leaf in leaves),
     )
 

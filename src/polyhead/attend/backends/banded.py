@@ -69,7 +69,7 @@ class Banded:
 
 def _rows(shape: Band) -> int:
     """Queries of a block: a narrow window wants small blocks, since a block reads rows + window keys."""
-    return 32 if shape.left + shape.right < 128 else 64
+    return 32
 
 
 @dataclass
