@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20  # elements worked on at a time, so that a CPU finds them in its cache again
+_LEAST = 1e-30  # an exponent that is no more than 0 to all numbers but 0
 _GROUPS = 64  # groups of columns whose maxima give the start
 
 
@@ -92,7 +93,8 @@ def _measure(y: Tensor, p: float | Tensor, scratch: Tensor) -> tuple[Tensor, Ten
     if _is_rational(p):
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         return norm, norm / y.sum(-1, keepdim=True).clamp_min_(tiny)
-    torch.pow(y, p - 1.0, out=scratch)
+    # an exponent of 0 would count the columns outside the support, 0^0 being 1
+    torch.pow(y, (p - 1.0).clamp_min(_LEAST) if isinstance(p, Tensor) else p - 1.0, out=scratch)
     slope = scratch.sum(-1, keepdim=True).clamp_min_(tiny)
     total = scratch.mul_(y).sum(-1, keepdim=True)
     norm = total.pow(1.0 / p)
@@ -171,7 +173,7 @@ def entmax_vjp_(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
     tiny = torch.finfo(weights.dtype).tiny
     for w, a, g in _chunks(weights, alpha, grad):
         if isinstance(a, Tensor):
-            s = torch.pow(w, 2.0 - a).mul_(w.sign())  # 0^0 is 1
+            s = torch.pow(w, (2.0 - a).clamp_min(_LEAST))
         elif a == 2.0:
             s = w.sign()
         elif a == 1.5:
