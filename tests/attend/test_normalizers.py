@@ -1,5 +1,6 @@
 """Normalisers against their twins, the entmax package, transformers, and the properties that define them."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -227,7 +228,7 @@ def test_nears_softmax_as_alpha_nears_one():
 def test_sparser_as_alpha_grows():
     z = scores(50, 64)
     zeros = [(rows.entmax(z, a) == 0).sum(-1) for a in (1.1, 1.25, 1.5, 1.75, 2.0)]
-    for fewer, more in zip(zeros[:-1], zeros[1:], strict=True):
+    for fewer, more in itertools.pairwise(zeros):
         assert (more >= fewer).all()
     assert zeros[-1].double().mean() > zeros[0].double().mean() + 5
 

@@ -21,9 +21,9 @@ _BLOCK = 32  # rows whose diagonals are summed together: more would pad a square
 
 def _expand(values: Tensor, rows: int, cols: int) -> Tensor:
     *lead, width = values.shape
-    flat = values.unsqueeze(-2).expand(*lead, rows, width).reshape(*lead, rows * width)
+    flat = values.unsqueeze(-2).expand(*lead, rows, width).reshape(*lead, rows * width).contiguous()
     # rows that are one entry shorter than the copies start one place further left in each copy
-    return flat.as_strided((*lead, rows, cols), (*flat.stride()[:-1], width - 1, 1), rows - 1)
+    return flat[..., rows - 1 :].as_strided((*lead, rows, cols), (*flat.stride()[:-1], width - 1, 1))
 
 
 def _sum_diagonals(grad: Tensor, shift: int = 1) -> Tensor:
