@@ -29,8 +29,8 @@ _ELSEWHERE = {
     "078": ("heads/retrieval.py",),
     "105": ("cache/duo.py",),
     "141": ("cache/razor.py",),
-    "142": ("heads/induction.py",),
-    "162": ("heads/received.py",),
+    "142": ("heads/measurements/repeats.py",),
+    "162": ("heads/measurements/received.py",),
 }
 
 _PACKAGE = Path(__file__).parent
