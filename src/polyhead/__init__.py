@@ -5,69 +5,109 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# The operator shares its name with the package that it lives in: imported here, the function wins.
+from polyhead.attend.function import attend, explain, observe
+from polyhead.attend.masks import (
+    blocks,
+    causal,
+    dilated,
+    documents,
+    neighborhood,
+    padding,
+    per_head,
+    prefix,
+    sink,
+    strided,
+    where,
+    window,
+)
+from polyhead.attend.normalizers import entmax, sigmoid, softmax, sparsemax
+from polyhead.attend.plan import Plan, strict
+from polyhead.attend.scores import alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
+from polyhead.description import from_json, to_json
+from polyhead.errors import PolyheadError
+from polyhead.head_scores import HeadScores
+from polyhead.reference import reference
+
+if TYPE_CHECKING:
+    from polyhead import cache, hf, nn, tasks
+    from polyhead.heads import profile
+    from polyhead.hf import attach
+    from polyhead.mechanisms import build, catalog, entry
+    from polyhead.nn import auxiliary_losses
+    from polyhead.papers import papers
+
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Everything is imported at first use, so that `import polyhead` stays light.
-_HOMES = {
-    "polyhead.attend": ("attend", "explain", "observe", "strict", "Plan", "Tile"),
-    "polyhead.attend.masks": (
-        "blocks",
-        "causal",
-        "dilated",
-        "documents",
-        "neighborhood",
-        "padding",
-        "per_head",
-        "prefix",
-        "sink",
-        "strided",
-        "where",
-        "window",
-    ),
-    "polyhead.attend.scores": (
-        "alibi",
-        "relative_bias",
-        "score_function",
-        "soft_cap",
-        "t5_bias",
-        "temperature",
-    ),
-    "polyhead.attend.normalizers": ("entmax", "sigmoid", "softmax", "sparsemax"),
-    "polyhead.description": ("from_json", "to_json"),
-    "polyhead.errors": ("PolyheadError",),
-    "polyhead.head_scores": ("HeadScores",),
-    "polyhead.mechanisms": ("build", "catalog", "entry"),
-    "polyhead.nn": ("auxiliary_losses",),
-    "polyhead.reference": ("reference",),
-    "polyhead.hf": ("attach",),
-    "polyhead.heads": ("profile",),
-    "polyhead.papers": ("papers",),
+# What is imported at first use, so that `import polyhead` stays light: name -> where it lives.
+_LAZY = {
+    "attach": "polyhead.hf",
+    "auxiliary_losses": "polyhead.nn",
+    "build": "polyhead.mechanisms",
+    "catalog": "polyhead.mechanisms",
+    "entry": "polyhead.mechanisms",
+    "papers": "polyhead.papers",
+    "profile": "polyhead.heads",
 }
 _ROOMS = ("cache", "hf", "nn", "tasks")
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted({*_HOME_OF, *_ROOMS})]
+__all__ = [
+    "HeadScores",
+    "Plan",
+    "PolyheadError",
+    "__version__",
+    "alibi",
+    "attach",
+    "attend",
+    "auxiliary_losses",
+    "blocks",
+    "build",
+    "cache",
+    "catalog",
+    "causal",
+    "dilated",
+    "documents",
+    "entmax",
+    "entry",
+    "explain",
+    "from_json",
+    "hf",
+    "neighborhood",
+    "nn",
+    "observe",
+    "padding",
+    "papers",
+    "per_head",
+    "prefix",
+    "profile",
+    "reference",
+    "relative_bias",
+    "score_function",
+    "sigmoid",
+    "sink",
+    "soft_cap",
+    "softmax",
+    "sparsemax",
+    "strict",
+    "strided",
+    "t5_bias",
+    "tasks",
+    "temperature",
+    "to_json",
+    "where",
+    "window",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"polyhead.{name}")
-    else:
+    if name in _ROOMS:
+        return importlib.import_module(f"polyhead.{name}")
+    if name not in _LAZY:
         raise AttributeError(f"module 'polyhead' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-if TYPE_CHECKING:
-    from polyhead.attend import Plan as Plan
-    from polyhead.attend import Tile as Tile
-    from polyhead.attend import attend as attend
-    from polyhead.attend import explain as explain
-    from polyhead.attend import observe as observe
-    from polyhead.attend import strict as strict
