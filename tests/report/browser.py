@@ -63,12 +63,22 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
+    def set(self, ident: str, value: object, event: str) -> None:
+        """A control is given a value, as a hand would."""
+        script = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+        self.run(script + "e.dispatchEvent(new Event(arguments[2]))", ident, value, event)
+
     def wait(self, script: str, seconds: float = 30) -> Any:
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"never true: {script}"
             time.sleep(0.05)
         return value
+
+    def rest(self) -> None:
+        """Until the window has been laid out and drawn anew."""
+        script = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+        self.call("POST", "/execute/async", {"script": script, "args": []})
 
     def size(self, width: int, height: int, *, dark: bool = False, media: str = "") -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -6,6 +6,7 @@ let pinned = null; // the query row that was clicked, or that the page proposes
 let pinnedByHand = false;
 let shown = null;
 let tinted = [];
+let viewed = null; // first and last token in view, until the text moves
 let rowOf = null; // token -> row among lookups.queries, or -1
 
 function buildText() {
@@ -131,11 +132,21 @@ function scrollToToken(i) {
   }
 }
 
+// First and last token in view. Asks only blocks in view for the places of tokens: others have no layout.
 function visibleTokens() {
   const frame = $("tokens").getBoundingClientRect();
-  const first = (test) => { let low = 0, high = spans.length; while (low < high) { const mid = (low + high) >> 1; if (test(spans[mid])) high = mid; else low = mid + 1; } return low; };
-  const top = (s) => { const b = s.getBoundingClientRect(); return b.height ? b : s.parentElement.getBoundingClientRect(); };
-  return [first((s) => top(s).bottom > frame.top), first((s) => top(s).top > frame.bottom)];
+  const inView = [...$("tokens").children].filter((block) => {
+    const box = block.getBoundingClientRect();
+    return box.bottom > frame.top && box.top < frame.bottom;
+  });
+  if (!inView.length) return [0, 0];
+  const first = (block, test) => {
+    const list = block.children;
+    let low = 0, high = list.length - 1;
+    while (low < high) { const middle = (low + high) >> 1; if (test(list[middle].getBoundingClientRect())) high = middle; else low = middle + 1; }
+    return Number(list[low].dataset.i);
+  };
+  return [first(inView[0], (box) => box.bottom > frame.top), first(inView.at(-1), (box) => box.top > frame.bottom)];
 }
 
 function drawStrip() {
@@ -144,7 +155,7 @@ function drawStrip() {
   canvas.style.width = "";
   const x = (token) => ((token + 0.5) / n) * width;
   drawProfile(ctx, width, height);
-  const [a, b] = visibleTokens();
+  const [a, b] = (viewed ??= visibleTokens());
   ctx.fillStyle = palette.panel;
   ctx.globalAlpha = 0.55;
   ctx.fillRect(x(a), 0, Math.max(2, x(b) - x(a)), height);
@@ -204,7 +215,7 @@ function startText() {
     scrollToToken(lookups.queries[pinned]);
   });
   let waiting = false;
-  const redraw = () => { if (waiting) return; waiting = true; requestAnimationFrame(() => { waiting = false; drawStrip(); }); };
+  const redraw = () => { viewed = null; if (waiting) return; waiting = true; requestAnimationFrame(() => { waiting = false; drawStrip(); }); };
   box.addEventListener("scroll", redraw, { passive: true });
   new ResizeObserver(redraw).observe(box);
   watch("theme", redraw);
