@@ -16,6 +16,17 @@ def _fill(role: str) -> str:
     return role_variable(role).removeprefix("--")
 
 
+def _legend(roles: Roles, x: float) -> tuple[list[str], float]:
+    """The roles that occur, in a row from `x` on, and where the row ends."""
+    parts, counts = [], roles.counts()
+    for role in (r for r in ROLES if counts[r]):
+        label = f"{role} {counts[role]}"
+        parts.append(element("rect", x=x, y=12, width=12, height=12, rx=2, class_=_fill(role)))
+        parts.append(text(x + 17, 22, label))
+        x += 30 + 6.6 * len(label)
+    return parts, x
+
+
 def roles_file(data: ReportData) -> str:
     """The map of roles, layers from left to right, as an SVG file."""
     m, roles = data.model, data.roles
@@ -34,12 +45,8 @@ def roles_file(data: ReportData) -> str:
     for layer in range(0, m.layers, 1 if m.layers <= 40 else 5):
         parts.append(text(left + layer * pitch + cell / 2, top - 10, str(layer), text_anchor="middle"))
     parts.append(text(left - 8, top - 10, "layer", text_anchor="end"))
-    x, counts = left, roles.counts()
-    for role in (r for r in ROLES if counts[r]):
-        label = f"{role} {counts[role]}"
-        parts.append(element("rect", x=x, y=12, width=12, height=12, rx=2, class_=_fill(role)))
-        parts.append(text(x + 17, 22, label))
-        x += 30 + 6.6 * len(label)
+    legend, x = _legend(roles, left)
+    parts += legend
     height = top + max(h * (cell + 1) + g * 6 for h, g in zip(m.heads, m.kv_heads, strict=True)) + 12
     width = max(x, left + m.layers * pitch) + 12
     return document(round(width), round(height), *parts, title=f"Roles of the attention heads of {m.name}")
@@ -76,11 +83,12 @@ def distribution(m: Measurement, roles: Roles, *, width: float = 190.0, height: 
 def distributions_file(data: ReportData) -> str:
     """The distributions of all measurements in one SVG file."""
     columns, w, h = 3, 240.0, 110.0
-    parts = []
+    parts, end = _legend(data.roles, 20)
     for i, m in enumerate(data.measurements):
-        x, y = 20 + (i % columns) * (w + 24), 16 + (i // columns) * (h + 26)
+        x, y = 20 + (i % columns) * (w + 24), 46 + (i // columns) * (h + 26)
         parts.append(text(x, y + 8, m.title, class_="title"))
         parts.append(nested(x, y + 12, distribution(m, data.roles, width=w, height=h)))
     rows = (len(data.measurements) + columns - 1) // columns
     title = f"Measurements of the attention heads of {data.model.name}"
-    return document(40 + columns * w + (columns - 1) * 24, 24 + rows * (h + 26), *parts, title=title)
+    width = max(end + 12, 40 + columns * w + (columns - 1) * 24)
+    return document(round(width), round(54 + rows * (h + 26)), *parts, title=title)
