@@ -2,9 +2,11 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from polyhead.errors import ConfigError
+from polyhead.report import codec
 from polyhead.report.data import (
     Condition,
     Lookups,
@@ -31,6 +33,11 @@ def test_what_was_not_measured_is_null():
     m = Measurement("x", "X", "", "", "", ((math.nan, math.inf, None, 1 / 3),))
     assert m.values == ((None, None, None, 0.333333),)
     assert Point("full", 1.0, 4, perplexity=math.nan).perplexity is None
+
+
+def test_numbers_may_come_from_numpy():
+    point = Point("full", np.float32(0.5), np.int64(4), needle_accuracy=np.float64(0.25))
+    assert json.loads(codec.dumps(codec.plain(point)))["heads_kept"] == 4
 
 
 def test_layers_may_differ_in_width(decoder):

@@ -78,6 +78,14 @@ def test_lookups_reach_over_the_longest_text():
         pack_lookups([65536], [[[[0]]]], [[[[1.0]]]])
 
 
+def test_slots_that_a_token_has_no_use_for_are_empty():
+    lookups = pack_lookups([0, 1], [[[[0, -1], [1, 0]]]], [[[[1.0, 0.0], [0.25, 0.75]]]])
+    positions, weights = unpack_lookups(lookups, 0, 0)
+    assert sorted(weights[0]) == [0, 1]
+    assert positions[0][weights[0].argmax()] == 0
+    assert (positions >= 0).all()
+
+
 def test_lookups_of_unlike_shapes_are_refused():
     with pytest.raises(ShapeError, match=r"expected \(heads, 2, 4\) for both"):
         pack_lookups([0, 1], [np.zeros((3, 2, 4))], [np.zeros((3, 2, 3))])

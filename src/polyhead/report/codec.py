@@ -20,7 +20,7 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
-    return value
+    return value.item() if hasattr(value, "item") else value  # a NumPy scalar
 
 
 def dumps(value: Any) -> str:

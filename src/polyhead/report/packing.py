@@ -124,7 +124,8 @@ def pack_lookups(
     Args:
         queries: positions of the queries, ascending `(q,)`; `lookup_queries` proposes them.
         positions: one array `(heads, q, k)` of attended positions per layer.
-        weights: one array `(heads, q, k)` of attention weights per layer; 0 marks an empty slot.
+        weights: one array `(heads, q, k)` of attention weights per layer; 0 marks an empty slot, whatever
+            position it has (-1, say).
         limit: bytes that the result may take. Where compression falls short of it, passages are left out.
     """
     queries = np.asarray(queries, dtype=np.int64)
@@ -145,7 +146,7 @@ def pack_lookups(
 
 def _pack_head(queries: NDArray[Any], positions: NDArray[Any], weights: NDArray[Any]) -> str:
     order = np.argsort(positions, axis=1, kind="stable")
-    positions = np.take_along_axis(positions, order, axis=1).astype(np.int64)
+    positions = np.maximum(np.take_along_axis(positions, order, axis=1).astype(np.int64), 0)
     weights = np.clip(np.nan_to_num(np.take_along_axis(weights, order, axis=1).astype(np.float64)), 0, 1)
     stored = queries[:, None] - positions
     stored[:, 0] = positions[:, 0]
