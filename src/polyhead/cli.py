@@ -136,7 +136,8 @@ def show(
     from polyhead.mechanisms import registry
 
     entry = registry.entry(name)
-    cost = registry.build(entry.name, dim=dim, heads=heads).cost(length=length)
+    module: Any = registry.build(entry.name, dim=dim, heads=heads, device="meta")
+    cost = module.cost(length=length)
     if as_json:
         typer.echo(
             json.dumps(_entry_facts(entry) | {"cost": dataclasses.asdict(cost)}, ensure_ascii=False, indent=1)
