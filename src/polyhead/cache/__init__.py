@@ -1,0 +1,11 @@
+"""KV caches for pretrained models whose heads keep different numbers of tokens.
+
+    cache = per_head(model, full=profile["retrieval"].top(0.2), sink=4, window=256)
+    model.generate(**inputs, past_key_values=cache)
+
+Nothing here imports transformers before it is used.
+"""
+
+from polyhead.cache.per_head import per_head
+
+__all__ = ["per_head"]

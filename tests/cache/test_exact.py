@@ -1,0 +1,145 @@
+"""A cache whose heads forget answers as the full forward pass under each head's own mask."""
+
+import pytest
+import torch
+
+from cache.tiny import MODELS, left_padded, llama, masked_forward, some_heads, tokens
+from polyhead.cache import per_head
+
+CLOSE = {"rtol": 0, "atol": 1e-9}
+
+
+def cached_forward(model, ids, cache, chunks, attention_mask=None):
+    """The logits of all tokens, given to the model in chunks."""
+    logits, start = [], 0
+    with torch.no_grad():
+        for count in chunks:
+            mask = None if attention_mask is None else attention_mask[:, : start + count]
+            positions = None
+            if attention_mask is not None:
+                positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, start : start + count]
+            part = ids[:, start : start + count]
+            found = model(part, past_key_values=cache, attention_mask=mask, position_ids=positions)
+            logits.append(found.logits)
+            start += count
+    assert start == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+CHUNKS = {
+    "at once": [40],
+    "one by one": [1] * 40,
+    "chunks": [7, 1, 13, 2, 1, 1, 15],
+    "prompt": [31] + [1] * 9,
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_masked_forward_pass(name, chunks):
+    model = MODELS[name]()
+    ids, full = tokens(2, 40), some_heads(model)
+    expected = masked_forward(model, ids, full, 3, 8)
+    cache = per_head(model, full=full, sink=3, window=8)
+    torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_masked_forward_pass_with_left_padding(name, chunks):
+    model = MODELS[name]()
+    ids, mask = left_padded(3, 40, [0, 9, 21])
+    full = some_heads(model)
+    cache = per_head(model, full=full, sink=3, window=8)
+    found = cached_forward(model, ids, cache, chunks, mask)
+    for row, count in enumerate([0, 9, 21]):
+        alone = masked_forward(model, ids[row : row + 1, count:], full, 3, 8)
+        torch.testing.assert_close(found[row : row + 1, count:], alone, **CLOSE)
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (0, 8), (1, 1), (8, 1), (13, 5), (2, 30)])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_sizes(name, sinks, recent):
+    model = MODELS[name]()
+    ids, full = tokens(1, 40), some_heads(model)
+    expected = masked_forward(model, ids, full, sinks, recent)
+    for chunks in CHUNKS.values():
+        cache = per_head(model, full=full, sink=sinks, window=recent)
+        torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
+
+
+def test_padding_in_the_middle_and_on_the_right_counts_real_tokens():
+    model, full = llama(), [[False] * 3, [True, False, True], [False, True, False]]
+    ids, mask = left_padded(3, 40, [4, 0, 0])
+    mask[1, 12:20] = 0  # a prompt padded on the right, then more tokens
+    mask[2, 30:] = 0
+    for chunks in CHUNKS.values():
+        cache = per_head(model, full=full, sink=3, window=8)
+        found = cached_forward(model, ids, cache, chunks, mask)
+        for row in range(3):
+            real = mask[row].bool()
+            alone = masked_forward(model, ids[row : row + 1, real], full, 3, 8)
+            torch.testing.assert_close(found[row : row + 1, real], alone, **CLOSE)
+
+
+def test_a_mask_written_out_pair_by_pair():
+    model, full = llama(), some_heads(llama())
+    ids, mask = left_padded(2, 40, [0, 9])
+    pairs = torch.ones(40, 40).tril().bool() & mask.bool()[:, None, None, :]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = per_head(model, full=full, sink=3, window=8)
+    logits = []
+    with torch.no_grad():
+        for start, stop in [(0, 20), (20, 21), (21, 39), (39, 40)]:
+            found = model(
+                ids[:, start:stop],
+                past_key_values=cache,
+                attention_mask=pairs[:, :, start:stop, :stop],
+                position_ids=positions[:, start:stop],
+            )
+            logits.append(found.logits)
+    found = torch.cat(logits, 1)
+    for row, count in enumerate([0, 9]):
+        alone = masked_forward(model, ids[row : row + 1, count:], full, 3, 8)
+        torch.testing.assert_close(found[row : row + 1, count:], alone, **CLOSE)
+
+
+def test_dense_prefill_is_exact_and_forgets_afterwards():
+    """DuoAttention: prefill is dense; the next tokens are under the per-head mask, over those keys."""
+    model, ids = llama(), tokens(2, 40)
+    full = some_heads(model)
+    cache = per_head(model, full=full, sink=3, window=8, prefill="dense")
+    with torch.no_grad():
+        expected = model(ids[:, :30], use_cache=False).logits
+        torch.testing.assert_close(model(ids[:, :30], past_key_values=cache).logits, expected, **CLOSE)
+        assert [max(row) for row in cache.held()] == [11, 30, 30]
+
+        # with no layer before it that has forgotten anything, layer 0 alone shows the mask of the next tokens
+        one = per_head(model, full=[[False] * 3, [True] * 3, [True] * 3], sink=3, window=8, prefill="dense")
+        model(ids[:, :30], past_key_values=one)
+        keys = one.layers[0].groups[0].rows.keys
+        assert keys.shape[2] == 11
+        steps = [model(ids[:, t : t + 1], past_key_values=one).logits for t in range(30, 40)]
+        both = per_head(model, full=[[False] * 3, [True] * 3, [True] * 3], sink=3, window=8, prefill="dense")
+        model(ids[:, :30], past_key_values=both)
+        later = cached_forward(model, ids[:, 30:], both, [1] * 10)
+        torch.testing.assert_close(later, torch.cat(steps, 1))
+
+
+def test_short_sequences_are_exact_for_any_choice():
+    """DuoAttention: L <= sink + recent gives full attention for any pattern."""
+    model, ids = llama(), tokens(2, 40)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    for chunks in CHUNKS.values():
+        cache = per_head(model, full="none", sink=4, window=36)
+        torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
+
+
+def test_all_heads_in_full_is_exact():
+    model, ids = llama(), tokens(2, 40)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    for chunks in CHUNKS.values():
+        cache = per_head(model, full="all", sink=0, window=1)
+        torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
