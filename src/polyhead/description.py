@@ -91,7 +91,7 @@ class Part:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return type(self) is type(other) and _equal(self._values(), other._values())  # type: ignore[attr-defined]
+        return type(self) is type(other) and _equal(self._values(), other._values())
 
     @cached_property
     def _hash(self) -> int:
@@ -114,6 +114,10 @@ class Part:
         for field, value in zip(dataclasses.fields(self), mapped, strict=True):  # type: ignore[arg-type]
             object.__setattr__(clone, field.name, value)
         return clone
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """This part with every tensor replaced by what `change` makes of it."""
+        return self._map(change)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held by this part and the parts inside it, in a fixed order."""

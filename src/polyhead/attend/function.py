@@ -15,8 +15,9 @@ from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.plan import Plan, Request, choose
+from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.tiles import Consumer, Problem, observe_tiles
+from polyhead.attend.tiles import Consumer, observe_tiles
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["attend", "explain", "observe"]

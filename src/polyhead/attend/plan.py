@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from polyhead.attend.tiles import Problem
+from polyhead.attend.problem import Problem
 from polyhead.errors import BackendRefused, ConfigError, DenseFallback
 
 __all__ = ["Backend", "Plan", "Request", "choose", "strict"]

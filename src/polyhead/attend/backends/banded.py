@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,10 @@ from torch import Tensor
 from polyhead.attend.masks import Band, band
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
+from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Positional
+from polyhead.attend.stream import stream, trainable
 from polyhead.attend.tile import Tile
-from polyhead.attend.tiles import Problem
-from polyhead.description import Part
 
 __all__ = ["Banded"]
 
@@ -63,8 +62,84 @@ class Banded:
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        spec, tensors = request.problem.flatten()
-        return _Attend.apply(request.q, request.k, request.v, spec, *tensors), None
+        return stream(self, request.q, request.k, request.v, request.problem, seed=0, want_lse=False)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, seed: int, want_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        x = _Blocks.of(q, k, v, problem)
+        base, sinks = x.base(x.bias()), x.sinks
+        out = x.q.new_empty(*x.q.shape[:3], v.shape[-1])
+        for n, t0, t1 in x.chunks():
+            weights = x.weights(n, t0, t1, x.of_heads(base, n)).view(t1 - t0, x.q.shape[2], -1)
+            torch.bmm(weights[..., sinks:], x.windows(x.v, n, t0, t1), out=out[n, t0:t1])
+            if sinks:
+                out[n, t0:t1] += weights[..., :sinks] @ x.v[n, :sinks]
+        return x.unfold(out, q), None
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        problem: Problem,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        *,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+        x = _Blocks.of(q, k, v, problem)
+        with torch.enable_grad():
+            bias = x.bias()
+        base, sinks, rows = x.base(bias), x.sinks, x.q.shape[2]
+        up = x.fold(grad.to(x.q.dtype))
+        dq = torch.empty_like(x.q)
+        # room before the first key and behind the last band, which is added in pieces of R keys
+        front = max(0, -x.start(0))
+        room = front + max(x.start(x.q.shape[1] - 1) + -(-x.span // x.rows) * x.rows, x.keys)
+        dk = x.k.new_zeros(x.k.shape[0], room, x.k.shape[2])
+        dv = x.v.new_zeros(x.v.shape[0], room, x.v.shape[2])
+        dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias)
+        own = problem.normalizer.tensors()
+        totals = {id(t): torch.zeros_like(t) for t in problem.tensors() if t.requires_grad}
+        for n, t0, t1 in x.chunks():
+            weights = x.weights(n, t0, t1, x.of_heads(base, n))
+            flat, g = weights.view(t1 - t0, rows, -1), up[n, t0:t1]
+            gw = torch.empty_like(flat)
+            torch.bmm(g, x.windows(x.v, n, t0, t1).transpose(1, 2), out=gw[..., sinks:])
+            if sinks:
+                gw[..., :sinks] = g @ x.v[n, :sinks].T
+            _spread(dv[n, front + x.start(t0) :], x, torch.bmm(flat[..., sinks:].transpose(1, 2), g))
+            if sinks:
+                dv[n, front : front + sinks] += _over_blocks(flat[..., :sinks], g)
+            gs, gt = x.normalizer(n).vjp(weights, gw.view(weights.shape))
+            for leaf, d in zip(own, gt, strict=True):
+                if id(leaf) in totals:
+                    target = totals[id(leaf)]
+                    (target[x.heads(n)] if target.shape != d.shape else target).add_(d)
+            if dbias is not None:
+                part = gs[..., sinks:].sum(0)
+                target = x.of_heads(dbias, n)
+                target += part.sum_to_size(target.shape)
+            gs = gs.view(t1 - t0, rows, -1)
+            torch.bmm(gs[..., sinks:], x.windows(x.k, n, t0, t1), out=dq[n, t0:t1])
+            _spread(
+                dk[n, front + x.start(t0) :], x, torch.bmm(gs[..., sinks:].transpose(1, 2), x.q[n, t0:t1])
+            )
+            if sinks:
+                dq[n, t0:t1] += gs[..., :sinks] @ x.k[n, :sinks]
+                dk[n, front : front + sinks] += _over_blocks(gs[..., :sinks], x.q[n, t0:t1])
+        if bias is not None and dbias is not None:
+            trained = trainable(problem.score)
+            for leaf, d in zip(trained, torch.autograd.grad(bias, trained, dbias), strict=True):
+                totals[id(leaf)] += d
+        real = slice(front, front + x.keys)
+        return (
+            x.unfold(dq.mul_(problem.scale), q),
+            dk[:, real].mul(problem.scale).view(k.shape).to(k.dtype),
+            dv[:, real].reshape(v.shape).to(v.dtype),
+            totals,
+        )
 
 
 def _rows(shape: Band) -> int:
@@ -164,7 +239,7 @@ class _Blocks:
     def normalizer(self, n: int) -> Normalizer:
         """The normaliser for the heads of pair n: its per-head tensors sliced."""
         total = self.kv_heads * self.repeat
-        part: Normalizer = self.problem.normalizer._map(
+        part: Normalizer = self.problem.normalizer.map_tensors(
             lambda t: t[self.heads(n)] if t.ndim == 1 and t.shape[0] == total else t
         )
         return part
@@ -252,91 +327,6 @@ class _Blocks:
 
 def _span(shape: Band, rows: int) -> int:
     return rows + shape.left + shape.right
-
-
-class _Attend(torch.autograd.Function):
-    """All blocks as one node of the graph; backward recomputes their weights."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Problem, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, *tensors)
-        ctx.spec = spec
-        x = _Blocks.of(q, k, v, spec.unflatten(tensors))
-        base, sinks = x.base(x.bias()), x.sinks
-        out = x.q.new_empty(*x.q.shape[:3], v.shape[-1])
-        for n, t0, t1 in x.chunks():
-            weights = x.weights(n, t0, t1, x.of_heads(base, n)).view(t1 - t0, x.q.shape[2], -1)
-            torch.bmm(weights[..., sinks:], x.windows(x.v, n, t0, t1), out=out[n, t0:t1])
-            if sinks:
-                out[n, t0:t1] += weights[..., :sinks] @ x.v[n, :sinks]
-        return x.unfold(out, q)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, *tensors = ctx.saved_tensors
-        leaves = tuple(
-            t.detach().requires_grad_() if need else t
-            for t, need in zip(tensors, ctx.needs_input_grad[4:], strict=True)
-        )
-        problem = ctx.spec.unflatten(leaves)
-        x = _Blocks.of(q, k, v, problem)
-        with torch.enable_grad():
-            bias = x.bias()
-        base, sinks, rows = x.base(bias), x.sinks, x.q.shape[2]
-        up = x.fold(grad.to(x.q.dtype))
-        dq = torch.empty_like(x.q)
-        # room before the first key and behind the last band, which is added in pieces of R keys
-        front = max(0, -x.start(0))
-        room = front + max(x.start(x.q.shape[1] - 1) + -(-x.span // x.rows) * x.rows, x.keys)
-        dk = x.k.new_zeros(x.k.shape[0], room, x.k.shape[2])
-        dv = x.v.new_zeros(x.v.shape[0], room, x.v.shape[2])
-        dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias)
-        own = problem.normalizer.tensors()
-        totals = {id(t): torch.zeros_like(t) for t in leaves if t.requires_grad}
-        for n, t0, t1 in x.chunks():
-            weights = x.weights(n, t0, t1, x.of_heads(base, n))
-            flat, g = weights.view(t1 - t0, rows, -1), up[n, t0:t1]
-            gw = torch.empty_like(flat)
-            torch.bmm(g, x.windows(x.v, n, t0, t1).transpose(1, 2), out=gw[..., sinks:])
-            if sinks:
-                gw[..., :sinks] = g @ x.v[n, :sinks].T
-            _spread(dv[n, front + x.start(t0) :], x, torch.bmm(flat[..., sinks:].transpose(1, 2), g))
-            if sinks:
-                dv[n, front : front + sinks] += _over_blocks(flat[..., :sinks], g)
-            gs, gt = x.normalizer(n).vjp(weights, gw.view(weights.shape))
-            for leaf, d in zip(own, gt, strict=True):
-                if id(leaf) in totals:
-                    target = totals[id(leaf)]
-                    (target[x.heads(n)] if target.shape != d.shape else target).add_(d)
-            if dbias is not None:
-                part = gs[..., sinks:].sum(0)
-                target = x.of_heads(dbias, n)
-                target += part.sum_to_size(target.shape)
-            gs = gs.view(t1 - t0, rows, -1)
-            torch.bmm(gs[..., sinks:], x.windows(x.k, n, t0, t1), out=dq[n, t0:t1])
-            _spread(
-                dk[n, front + x.start(t0) :], x, torch.bmm(gs[..., sinks:].transpose(1, 2), x.q[n, t0:t1])
-            )
-            if sinks:
-                dq[n, t0:t1] += gs[..., :sinks] @ x.k[n, :sinks]
-                dk[n, front : front + sinks] += _over_blocks(gs[..., :sinks], x.q[n, t0:t1])
-        if bias is not None and dbias is not None:
-            trained = _trainable(problem.score)
-            for leaf, d in zip(trained, torch.autograd.grad(bias, trained, dbias), strict=True):
-                totals[id(leaf)] += d
-        real = slice(front, front + x.keys)
-        return (
-            x.unfold(dq.mul_(problem.scale), q),
-            dk[:, real].mul(problem.scale).view(k.shape).to(k.dtype),
-            dv[:, real].reshape(v.shape).to(v.dtype),
-            None,
-            *(totals.get(id(leaf)) for leaf in leaves),
-        )
-
-
-def _trainable(part: Part | None) -> tuple[Tensor, ...]:
-    return () if part is None else tuple(t for t in part.tensors() if t.requires_grad)
 
 
 def _over_blocks(a: Tensor, b: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyhead.attend import tiles
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
-from polyhead.attend.tiles import attend_tiles
+from polyhead.attend.stream import stream
 
 __all__ = ["Tiles"]
 
@@ -18,6 +19,8 @@ class Tiles:
     name = "tiles"
     dense = False
     opt_in = ""
+    forward = staticmethod(tiles.forward)
+    backward = staticmethod(tiles.backward)
 
     def refuse(self, request: Request) -> str:
         if request.want_lse and not isinstance(request.problem.normalizer, Softmax):
@@ -30,6 +33,6 @@ class Tiles:
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         seed = int(torch.randint(2**62, ())) if request.problem.dropout else 0
-        return attend_tiles(
-            request.q, request.k, request.v, request.problem, seed=seed, want_lse=request.want_lse
+        return stream(
+            self, request.q, request.k, request.v, request.problem, seed=seed, want_lse=request.want_lse
         )

@@ -1,0 +1,167 @@
+"""The work on one strip: its operands, its scores, what the mask says of it, its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.normalizers import Normalizer
+from polyhead.attend.problem import Problem
+from polyhead.attend.strips import Frame, Strip, strips
+from polyhead.attend.tile import Tile
+
+__all__ = ["Operands", "StripWork", "walk"]
+
+
+def _frame(q: Tensor, k: Tensor) -> Frame:
+    return Frame(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: half precisions are computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Operands:
+    """q (N, rep, L, D), k (N, S, D) and v (N, S, Dv) of a call with N = B·G, in the wide dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    frame: Frame
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory for one strip, the same for all: fresh pages for every strip cost more than the work."""
+        size = math.prod(shape)
+        held = self.buffers.get(name)
+        if held is None or held.numel() < size:
+            held = self.buffers[name] = self.q.new_empty(size)
+        return held[:size].view(shape)
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Operands:
+        frame, dtype = _frame(q, k), _wide(q.dtype)
+        n, repeat = frame.batch * frame.kv_heads, frame.heads // frame.kv_heads
+        return cls(
+            q.to(dtype).reshape(n, repeat, frame.queries, q.shape[-1]),
+            k.to(dtype).reshape(n, frame.keys, k.shape[-1]),
+            v.to(dtype).reshape(n, frame.keys, v.shape[-1]),
+            frame,
+        )
+
+    def pairs(self, strip: Strip) -> slice:
+        """The strip's (batch item, KV head) pairs among N."""
+        g = self.frame.kv_heads
+        return slice(strip.b0 * g + strip.g0, (strip.b1 - 1) * g + strip.g1)
+
+
+def _read(x: Tensor, pairs: slice, strip: Strip) -> Tensor:
+    """The strip's keys or values (n, c, D): a view when the columns have no gap."""
+    x = x[pairs]
+    if len(strip.runs) == 1:
+        return x[:, strip.runs[0].start : strip.runs[0].stop]
+    return torch.cat([x[:, run.start : run.stop] for run in strip.runs], dim=1)
+
+
+def _tile(strip: Strip, frame: Frame) -> Tile:
+    repeat = frame.heads // frame.kv_heads
+    device = frame.device
+    cols = [torch.arange(run.start, run.stop, device=device) for run in strip.runs]
+    return Tile(
+        batch=strip.b1 - strip.b0,
+        heads=(strip.g1 - strip.g0) * repeat,
+        rows=torch.arange(strip.r0, strip.r1, device=device) + frame.offset,
+        cols=cols[0] if len(cols) == 1 else torch.cat(cols),
+        row_start=strip.r0,
+        batch_start=strip.b0,
+        head_start=strip.g0 * repeat,
+        total_heads=frame.heads,
+        consecutive=len(cols) == 1,
+    )
+
+
+@dataclass
+class StripWork:
+    """One strip under way: its operands and what the mask says of it."""
+
+    strip: Strip
+    tile: Tile
+    pairs: slice
+    q: Tensor  # (n, rep·r, D), scaled
+    k: Tensor  # (n, c, D)
+    v: Tensor  # (n, c, Dv)
+    forbidden: Tensor | None  # (b|1, h|1, r, masked columns)
+    dead: Tensor | None  # rows that may look at nothing, (b|1, h|1, r, 1)
+
+    @classmethod
+    def of(cls, strip: Strip, x: Operands, problem: Problem) -> StripWork:
+        tile, pairs = _tile(strip, x.frame), x.pairs(strip)
+        q = x.q[pairs, :, strip.r0 : strip.r1]
+        q = (q * problem.scale).reshape(q.shape[0], -1, q.shape[-1])
+        forbidden = dead = None
+        if strip.masked is not None and problem.mask is not None:
+            lo, hi = strip.masked
+            allowed = problem.mask.allowed(tile.b, tile.h, tile.i, tile.j[lo:hi])
+            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, len(tile.rows), hi - lo)))
+            forbidden = ~allowed
+            if not strip.alive:
+                dead = forbidden.all(-1, keepdim=True)
+        return cls(strip, tile, pairs, q, _read(x.k, pairs, strip), _read(x.v, pairs, strip), forbidden, dead)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape (b, h, r, c) of the strip's scores."""
+        return (self.tile.batch, self.tile.heads, len(self.tile.rows), self.k.shape[1])
+
+    def of_heads(self, values: Tensor) -> Tensor:
+        """The strip's share of per-head values (H,), or one value for all."""
+        total = self.tile.total_heads
+        return values[self.tile.head_slice] if values.ndim == 1 and values.shape[0] == total else values
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(b, h, r, ·) as (n, rep·r, ·), the layout of the matrix products."""
+        return x.view(self.q.shape[0], self.q.shape[1], x.shape[-1])
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """a bᵀ per pair, (n, rep·r, ·) and (n, c, ·), as (b, h, r, c) in the memory of `out`."""
+        return torch.bmm(a, b.transpose(1, 2), out=out.view(a.shape[0], a.shape[1], b.shape[1])).view(
+            self.shape
+        )
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """Put -inf at forbidden pairs, in place."""
+        if self.forbidden is not None and self.strip.masked is not None:
+            lo, hi = self.strip.masked
+            scores[..., lo:hi].masked_fill_(self.forbidden, float("-inf"))
+        return scores
+
+    def weigh(self, scores: Tensor, normalizer: Normalizer) -> Tensor:
+        """Weights of the strip; rows that may look at nothing get zeros."""
+        weights = normalizer.weights(scores)
+        return weights if self.dead is None else weights.masked_fill_(self.dead, 0.0)
+
+    def keep(self, problem: Problem, seed: int) -> Tensor | None:
+        """Dropout's factors: the same numbers in forward and backward, from the seed and the place."""
+        if problem.dropout == 0.0:
+            return None
+        s = self.strip
+        generator = torch.Generator(device=self.q.device)
+        generator.manual_seed(
+            (seed + 0x9E3779B1 * (s.r0 + 1) + 0x85EBCA6B * s.b0 + 0xC2B2AE35 * s.g0) % 2**63
+        )
+        keep = torch.empty(self.shape, device=self.q.device, dtype=self.q.dtype)
+        keep.bernoulli_(1.0 - problem.dropout, generator=generator)
+        return keep.div_(1.0 - problem.dropout)
+
+
+def walk(x: Operands, problem: Problem) -> Iterator[tuple[StripWork, Normalizer]]:
+    """The strips under way, each with the normaliser for its heads."""
+    for strip in strips(x.frame, problem.mask):
+        part = StripWork.of(strip, x, problem)
+        yield part, problem.normalizer.map_tensors(part.of_heads)
