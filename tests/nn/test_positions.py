@@ -234,8 +234,8 @@ def test_proportional_leaves_slow_pairs_unturned() -> None:
     turned = rope(fraction=0.5, scaling=ProportionalScaling()).turned(torch.tensor([3]), 16, 4)
     assert turned is not None
     cos, sin = turned[0]
-    assert torch.equal(cos[4:], torch.ones(4, dtype=torch.float64))
-    assert sin[0].item() == pytest.approx(math.sin(3))
+    assert torch.equal(cos[4:8], torch.ones(4, dtype=torch.float64))
+    assert (sin[0].item(), sin[8].item()) == pytest.approx((-math.sin(3), math.sin(3)))
 
 
 def test_a_position_of_ones_own() -> None:

@@ -45,26 +45,27 @@ class Rope(Position):
         self.scaling.frequencies(self.base, head_dim, self.fraction, length=1)
 
     def turned(self, positions: Tensor, head_dim: int, length: int) -> Tensor:
+        """Rows of cos and of ±sin, `(..., 2, D')`, laid out as the coordinates are."""
         frequencies, factor = self.scaling.frequencies(self.base, head_dim, self.fraction, length)
         precise = wide(positions.device)
         angles = positions.to(precise)[..., None] * frequencies.to(positions.device, precise)
-        return torch.stack([angles.cos(), angles.sin()], dim=-2) * factor
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        if self.interleaved:
+            return torch.stack(
+                [cos.repeat_interleave(2, -1), torch.stack([-sin, sin], dim=-1).flatten(-2)], dim=-2
+            )
+        return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)], dim=-2)
 
     def turn(self, x: Tensor, table: Tensor) -> Tensor:
         cos, sin = table.unbind(-2)
-        width = 2 * cos.shape[-1]
+        width = cos.shape[-1]
         part = x if width == x.shape[-1] else x[..., :width]
         if self.interleaved:
-            pairs = part.unflatten(-1, (-1, 2))
-            first, second = pairs[..., 0], pairs[..., 1]
+            partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            first, second = part.chunk(2, dim=-1)
+            partner = part.roll(width // 2, dims=-1)
         # the table is wider than half precision, so the products are too and are rounded once
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        if self.interleaved:
-            out = torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
-        else:
-            out = torch.cat(turned, dim=-1).to(x.dtype)
+        out = torch.addcmul(part * cos, partner, sin).to(x.dtype)
         return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)
 
     def stretches(self, length: int) -> object:
