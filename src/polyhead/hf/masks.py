@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import And, Mask, Or, blocks, causal, documents, padding, where, window
+from polyhead.attend.masks import And, Mask, Or, Window, blocks, causal, documents, padding, where, window
 from polyhead.hf.mask_tensor import MaskTensor
 from polyhead.hf.switch import adds_masks
 
@@ -147,7 +147,7 @@ def _looks_back(mask: Mask) -> bool:
         return any(map(_looks_back, mask.terms))
     if isinstance(mask, Or):
         return all(map(_looks_back, mask.terms))
-    return getattr(mask, "right", None) == 0
+    return isinstance(mask, Window) and mask.right == 0
 
 
 def translate(function: Callable[..., Any], *, start: int, length: int) -> Mask | None:
@@ -209,15 +209,22 @@ def _joined(masks: list[Mask | None], both: bool) -> Mask | None:
         return _Everything()
     found = terms[0]
     for term in terms[1:]:
-        found = found & term if both else found | term
+        if both and isinstance(found, Window) and isinstance(term, Window):
+            found = window(_least(found.left, term.left), _least(found.right, term.right))
+        else:
+            found = found & term if both else found | term
     return found
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
 
 
 def _by_distance(mask: Mask) -> bool:
     """Whether a mask looks at the distance of query and key alone."""
     if isinstance(mask, And | Or):
         return all(map(_by_distance, mask.terms))
-    return isinstance(mask, _Everything) or hasattr(mask, "right")
+    return isinstance(mask, _Everything | Window)
 
 
 def _chunks(size: int, left_padding: Tensor, start: int, length: int) -> Mask:

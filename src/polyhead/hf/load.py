@@ -1,0 +1,250 @@
+"""Loading a pretrained model and its tokenizer by one name."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+
+from polyhead.errors import ConfigError, MissingExtra, UnknownName, unknown_name
+from polyhead.hf.fetch import DEMO_MODELS, cache_folder, demo_model
+
+__all__ = ["Loaded", "load"]
+
+log = logging.getLogger(__name__)
+
+# a GGUF file takes about a minute to read; one no larger than this is kept in a form that takes a second
+_KEEP_UP_TO = 512 << 20
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and its tokenizer (None if it has none, such as a vision model)."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(
+    source: str | os.PathLike[str] | tuple[Any, Any] | torch.nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    announce: Callable[[str], None] = log.info,
+) -> Loaded:
+    """A pretrained transformers model and its tokenizer.
+
+    Args:
+        source: one of
+            a demo model, "smollm2" or "minilm", fetched when it is first asked for;
+            a folder that `save_pretrained` wrote;
+            a GGUF file;
+            the id of a model on the Hugging Face hub, such as "org/model";
+            a model that is already there, or a pair (model, tokenizer), which is passed through as it is.
+        dtype: of the weights. Ignored for a model that is already there.
+        device: where the model goes; default: where it is loaded, the CPU.
+        announce: called with a line before anything that takes long.
+
+    Returns:
+        `(model, tokenizer)`; the model is in evaluation mode.
+
+    Raises:
+        UnknownName: no demo model, file, folder or hub model has this name.
+        ConfigError: the folder or file holds no model that transformers can read.
+        MissingExtra: transformers (or gguf, for a GGUF file) is not installed.
+    """
+    _need("transformers", "loading a pretrained model")
+    if isinstance(source, tuple):
+        if len(source) != 2:
+            raise ConfigError(f"source must be a pair (model, tokenizer), got a tuple of {len(source)}")
+        return Loaded(*source)
+    if isinstance(source, torch.nn.Module):
+        return Loaded(source, _tokenizer_of(source))
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ConfigError(
+            f"source must be a name, a path, a model or a pair (model, tokenizer), got {source!r}"
+        )
+    with _quiet():
+        model, tokenizer = _open(os.fspath(source), dtype, announce)
+    if device is not None:
+        model = model.to(device)
+    return Loaded(model.eval(), tokenizer)
+
+
+def _need(package: str, purpose: str) -> None:
+    try:
+        __import__(package)
+    except ImportError as error:
+        raise MissingExtra(package, "hf", purpose) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
+
+
+def _open(name: str, dtype: torch.dtype, announce: Callable[[str], None]) -> tuple[Any, Any]:
+    path = Path(name).expanduser()
+    if name in DEMO_MODELS and not path.exists():
+        path = demo_model(name, announce=announce)
+    if path.is_dir():
+        return _from_folder(path, dtype)
+    if path.is_file():
+        return _from_gguf(path, dtype, announce)
+    if path.suffix == ".gguf" or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+        raise UnknownName(
+            f"there is no file or folder {str(path)!r}; give a folder that holds config.json, a GGUF file, "
+            f"the id of a model on the Hugging Face hub, or one of {_demos()}"
+        )
+    if "/" not in name and get_close_matches(name, DEMO_MODELS, cutoff=0.6):
+        raise unknown_name("model", name, DEMO_MODELS)
+    return _from_hub(name, dtype)
+
+
+def _demos() -> str:
+    return ", ".join(map(repr, DEMO_MODELS))
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = (
+            f"load one of its GGUF files by name, such as {str(files[0])!r}"
+            if files
+            else "give a folder that save_pretrained wrote"
+        )
+        raise ConfigError(f"the folder {str(folder)!r} holds no config.json, so it is no model; {hint}")
+    try:
+        return _from_pretrained(str(folder), dtype)
+    except _unreadable() as error:
+        raise ConfigError(
+            f"transformers cannot load the folder {str(folder)!r}: {_first_line(error)}"
+        ) from error
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        return _from_pretrained(name, dtype)
+    except _unreadable() as error:
+        raise UnknownName(
+            f"no model {name!r}: it is no folder, no GGUF file, none of {_demos()}, and the Hugging Face hub "
+            f"did not give it ({_first_line(error)}); check the name and the network"
+        ) from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for a file or folder that it cannot read."""
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _from_pretrained(where: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(where)
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, saved_as, None) or transformers.AutoModel
+    model = kind.from_pretrained(where, config=config, dtype=dtype)
+    return model, _tokenizer(where)
+
+
+def _tokenizer(where: str) -> Any:
+    """The tokenizer that belongs to a model, or None if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _tokenizer_of(model: Any) -> Any:
+    where = getattr(getattr(model, "config", None), "_name_or_path", "")
+    found = _tokenizer(where) if where and Path(where).is_dir() else None
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} does not say where its tokenizer is; pass the pair (model, tokenizer)"
+        )
+    return found
+
+
+def _from_gguf(path: Path, dtype: torch.dtype, announce: Callable[[str], None]) -> tuple[Any, Any]:
+    _need("gguf", "reading a GGUF file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ConfigError(
+                f"the file {str(path)!r} is not a GGUF file; give a folder that holds config.json, or a "
+                "GGUF file"
+            )
+    if path.stat().st_size > _KEEP_UP_TO:
+        return _read_gguf(path, dtype, announce)
+    kept = cache_folder() / "converted" / _key(path)
+    if not kept.is_dir():
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(kept.with_suffix(".lock")):
+                if not kept.is_dir():
+                    _convert(path, kept, announce)
+        except OSError as error:
+            announce(f"the converted model cannot be kept in {kept.parent} ({error}); reading it every time")
+            return _read_gguf(path, dtype, announce)
+    return _from_folder(kept, dtype)
+
+
+def _key(path: Path) -> str:
+    """Names the content of a file by its path, size and time of change."""
+    state = path.stat()
+    told = f"{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
+    return f"{path.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def _convert(path: Path, kept: Path, announce: Callable[[str], None]) -> None:
+    """Write the model as a folder that loads in a second; whole or not at all. The caller holds the lock."""
+    for leftover in kept.parent.glob(f".{kept.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    model, tokenizer = _read_gguf(path, torch.float32, announce)
+    del model.config.quantization_config  # its weights are plain numbers now
+    model.hf_quantizer = None
+    with tempfile.TemporaryDirectory(prefix=f".{kept.name}-", dir=kept.parent) as folder:
+        made = Path(folder) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        made.rename(kept)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype, announce: Callable[[str], None]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    announce(f"reading {path.name}, which takes a minute the first time")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    except _unreadable() as error:
+        raise ConfigError(
+            f"transformers cannot load the GGUF file {str(path)!r}: {_first_line(error)}"
+        ) from error
+    return model, tokenizer
