@@ -42,8 +42,7 @@ __all__ = [
     "wide",
 ]
 
-_CHUNK = 1 << 20  # elements worked on at a time, so that a CPU finds them in its cache again
-_LEAST = 1e-30  # an exponent that is no more than 0 to all numbers but 0
+_CHUNK = 1 << 21  # elements worked on at a time, so that a CPU finds them in its cache again
 _GROUPS = 64  # groups of columns whose maxima give the start
 
 
@@ -76,7 +75,23 @@ def _chunks(rows: Tensor, alpha: float | Tensor, *more: Tensor) -> Iterator[tupl
         yield rows[piece], alpha[piece] if isinstance(alpha, Tensor) else alpha, *(m[piece] for m in more)
 
 
-def _is_rational(p: float | Tensor) -> bool:
+def _power(y: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
+    """y^exponent for y ≥ 0, also 0^0 = 0, so that it counts the support.
+
+    Nearly twice as fast as `torch.pow`, and as exact where it matters: a relative error of
+    eps |log₂ y^exponent| is one of eps or less of the largest power in the row.
+    """
+    if not isinstance(exponent, Tensor) and exponent in (1.0, 2.0, 3.0):
+        return torch.pow(y, exponent, out=out)
+    tiny = torch.finfo(y.dtype).tiny
+    torch.clamp_min(y, tiny, out=out).log2_()
+    # zeros, whose logarithms are slow, end far below all others, even times an exponent of almost 0
+    torch.nn.functional.threshold_(out, math.log2(tiny) + 0.5, -1e35)
+    exponent = exponent.clamp_min(1e-30) if isinstance(exponent, Tensor) else exponent
+    return out.mul_(exponent).exp2_()
+
+
+def _plain(p: float | Tensor) -> bool:
     """Whether alpha is 2 or 1.5 for all rows, where no power is needed."""
     return not isinstance(p, Tensor) and p in (1.0, 2.0)
 
@@ -87,14 +102,13 @@ def _measure(y: Tensor, p: float | Tensor, scratch: Tensor) -> tuple[Tensor, Ten
     Leaves y^p in `scratch` unless p is 1 or 2.
     """
     tiny = torch.finfo(y.dtype).tiny
-    if _is_rational(p) and p == 1.0:
+    if _plain(p) and p == 1.0:
         count = torch.sign(y, out=scratch).sum(-1, keepdim=True)
         return y.sum(-1, keepdim=True), count.clamp_min_(1.0).reciprocal_()
-    if _is_rational(p):
+    if _plain(p):
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         return norm, norm / y.sum(-1, keepdim=True).clamp_min_(tiny)
-    # an exponent of 0 would count the columns outside the support, 0^0 being 1
-    torch.pow(y, (p - 1.0).clamp_min(_LEAST) if isinstance(p, Tensor) else p - 1.0, out=scratch)
+    _power(y, p - 1.0, scratch)
     slope = scratch.sum(-1, keepdim=True).clamp_min_(tiny)
     total = scratch.mul_(y).sum(-1, keepdim=True)
     norm = total.pow(1.0 / p)
@@ -115,7 +129,7 @@ def _start(x: Tensor, p: float | Tensor, goal: float) -> Tensor:
         y = torch.cat([y, x[:, whole:]], dim=1)
     y.sub_(tau).relu_()
     scratch = torch.empty_like(y)
-    for _ in range(2):
+    for _ in range(3):
         norm, gain = _measure(y, p, scratch)
         step = norm.sub_(goal).mul_(gain).clamp_min_(0.0)
         tau.add_(step)
@@ -138,11 +152,11 @@ def entmax_(rows: Tensor, alpha: float | Tensor) -> Tensor:
     for y, a in _chunks(rows, alpha):
         p = 1.0 / (a - 1.0)
         # norms are homogeneous: to aim at p instead of 1 spares y the multiplication by alpha - 1 = 1 / p
-        rational = _is_rational(p)
-        goal = p if rational else 1.0
+        plain = _plain(p)
+        goal = p if plain else 1.0
         top = y.amax(-1, keepdim=True)
         y.sub_(top.masked_fill_(top == -torch.inf, 0.0))
-        if not rational:
+        if not plain:
             y.mul_(a - 1.0)
         y.sub_(_start(y, p, goal)).relu_()
         scratch = torch.empty_like(y) if scratch is None else scratch[: len(y)]
@@ -154,7 +168,7 @@ def entmax_(rows: Tensor, alpha: float | Tensor) -> Tensor:
                 break
             # in a row that is done the step is rounding, and must not bring anything back
             y.sub_(excess.mul_(gain).clamp_min_(0.0)).relu_()
-        if rational:
+        if plain:
             y.div_(norm.clamp_min_(tiny))
             if p == 2.0:
                 y.square_()
@@ -172,14 +186,12 @@ def entmax_vjp_(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
         return grad
     tiny = torch.finfo(weights.dtype).tiny
     for w, a, g in _chunks(weights, alpha, grad):
-        if isinstance(a, Tensor):
-            s = torch.pow(w, (2.0 - a).clamp_min(_LEAST))
-        elif a == 2.0:
+        if not isinstance(a, Tensor) and a == 2.0:
             s = w.sign()
-        elif a == 1.5:
+        elif not isinstance(a, Tensor) and a == 1.5:
             s = w.clamp_min(tiny).rsqrt_().mul_(w)  # a square root, several times faster on zeros
         else:
-            s = torch.pow(w, 2.0 - a)
+            s = _power(w, 2.0 - a, torch.empty_like(w))
         inner = (s * g).sum(-1, keepdim=True).div_(s.sum(-1, keepdim=True).clamp_min_(tiny))
         g.sub_(inner).mul_(s)
     return grad
@@ -197,7 +209,7 @@ def entmax_alpha_vjp(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Te
         return out
     for w, alpha_, g, o in _chunks(weights, alpha, grad, out):
         a = alpha_ - 1.0
-        log = torch.xlogy(w.sign(), w)
+        log = w.clamp_min(torch.finfo(w.dtype).tiny).log_()
         h = (w * log).neg_()
         wm = log.mul_(-a).expm1_().mul_(w)
         total, g_w, g_wm = (x.sum(-1, keepdim=True) for x in (wm, g * w, g * wm))
