@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import polyhead as ph
 from conformance.contract import Case
-from polyhead.mechanisms import AttentionConfig, Registry
+from polyhead.errors import UnsupportedPattern
+from polyhead.mechanisms import PATTERNS, AttentionConfig, Registry
 from polyhead.nn import Cost, GrowingCache, MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses
 
@@ -209,6 +210,25 @@ class Careless(MultiHeadAttention):
         return super().forward(x, *args, padding=padding, **given)
 
 
+class SelfOnly(MultiHeadAttention):
+    """Attends to itself without a mask, and says so."""
+
+    refuses = True
+
+    def forward(self, x: Tensor, context: Any = None, *, mask: Any = None, **given: Any) -> Tensor:
+        if self.refuses and (context is not None or mask == ph.causal()):
+            raise UnsupportedPattern(
+                f"{type(self).__name__.lower()} attends to itself alone, and not causally"
+            )
+        return super().forward(x, context, mask=mask, **given)
+
+
+class SilentlySelfOnly(SelfOnly):
+    """Is registered for self-attention alone, and takes what else comes."""
+
+    refuses = False
+
+
 # what is broken, and the checks of which each must fail (others may)
 BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     LooksAhead: {"causal", "causal_gradient", "equals_twin", "decode", "padding"},
@@ -232,6 +252,7 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     Counts: {"repeatable", "round_trips"},
     LossNotFinite: {"auxiliary"},
     Careless: {"refusals"},
+    SilentlySelfOnly: {"refusals"},
 }
 
 
@@ -262,5 +283,12 @@ def case(kind: type[MultiHeadAttention]) -> Case:
             },
         )
         globals()[config.__name__] = config  # so that it can be pickled
-        SCRATCH.register(name, title="-", family="broken", summary=str(kind.__doc__), equation="-")(config)
+        SCRATCH.register(
+            name,
+            title="-",
+            family="broken",
+            summary=str(kind.__doc__),
+            equation="-",
+            supports=frozenset({"self"}) if issubclass(kind, SelfOnly) else PATTERNS,
+        )(config)
     return Case(SCRATCH.entry(name), twin_name="mha")

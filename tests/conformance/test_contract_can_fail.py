@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 
 import polyhead as ph
-from conformance.broken import BROKEN, Sound, case
+from conformance.broken import BROKEN, SelfOnly, Sound, case
 from conformance.contract import CHECKS, Case, failing
 from polyhead.mechanisms import AttentionConfig, Registry
 from polyhead.nn import MultiHeadAttention
 
 
-def test_a_sound_mechanism_passes_everything() -> None:
-    assert failing(case(Sound)) == {}
+@pytest.mark.parametrize("kind", [Sound, SelfOnly], ids=lambda kind: kind.__name__)
+def test_a_sound_mechanism_passes_everything(kind: type[MultiHeadAttention]) -> None:
+    assert failing(case(kind)) == {}
 
 
 @pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)

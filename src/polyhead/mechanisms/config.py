@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import Any
 
-from torch import nn
-
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
 from polyhead.description import Part
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.contract import AttentionModule
 from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one
 
@@ -32,7 +31,7 @@ class MechanismConfig(Part):
         at_least_one(type(self).__name__, dim=self.dim, heads=self.heads)
         self.build(device="meta")
 
-    def build(self, *, device: Any = None, dtype: Any = None) -> nn.Module:
+    def build(self, *, device: Any = None, dtype: Any = None) -> AttentionModule:
         """The module, with freshly drawn parameters."""
         raise NotImplementedError
 

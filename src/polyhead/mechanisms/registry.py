@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
+from polyhead.nn.contract import AttentionModule
 
 __all__ = ["PATTERNS", "Catalog", "Entry", "Registry", "build", "catalog", "entry", "register"]
 
@@ -146,7 +145,7 @@ class Registry:
             raise ConfigError(f"{found.name} needs {' and '.join(missing)}; its options are {options}")
         return found.config(**config)
 
-    def build(self, name: str, *, device: Any = None, dtype: Any = None, **config: Any) -> nn.Module:
+    def build(self, name: str, *, device: Any = None, dtype: Any = None, **config: Any) -> AttentionModule:
         """The module of a mechanism; its configuration is kept as `module.config`.
 
         Args:
@@ -156,7 +155,7 @@ class Registry:
         """
         configuration = self.configure(name, **config)
         module = configuration.build(device=device, dtype=dtype)
-        module.config = configuration  # type: ignore[assignment]
+        module.config = configuration
         return module
 
 
@@ -172,7 +171,7 @@ def _load() -> Registry:
     return _ALL
 
 
-def build(name: str, *, device: Any = None, dtype: Any = None, **config: Any) -> nn.Module:
+def build(name: str, *, device: Any = None, dtype: Any = None, **config: Any) -> AttentionModule:
     """An attention module by name: `build("grouped_query", dim=512, heads=8, kv_heads=2)`.
 
     Args:

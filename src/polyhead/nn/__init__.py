@@ -2,6 +2,7 @@
 
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
+from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
 from polyhead.nn.part_module import PartModule
@@ -29,6 +30,7 @@ from polyhead.nn.projections import OutputProjection, Projection
 
 __all__ = [
     "AlibiPosition",
+    "AttentionModule",
     "AuxiliaryLosses",
     "ContextCache",
     "Cost",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
@@ -13,8 +14,10 @@ from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
 from polyhead.errors import ConfigError
+from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
+from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
+from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import place_mask, place_score
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import NoPosition, Position, PositionModule
@@ -25,7 +28,7 @@ __all__ = ["MultiHeadAttention"]
 _SOFTMAX = softmax()
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(AttentionModule):
     """Multi-head attention over parts that are handed in.
 
         q, k, v = projection(x, context)
@@ -97,16 +100,20 @@ class MultiHeadAttention(nn.Module):
             )
         self.output = output
 
+    @property
+    def streams(self) -> Streams:
+        return self.projection.streams
+
     def forward(
         self,
-        x: Tensor,
-        context: Tensor | None = None,
+        x: Float[Tensor, "B L d"],
+        context: Float[Tensor, "B S dc"] | None = None,
         *,
         mask: Mask | None = None,
-        padding: Tensor | None = None,
-        positions: Tensor | None = None,
+        padding: Bool[Tensor, "B n"] | None = None,
+        positions: Int[Tensor, "*B L"] | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "B L d"]:
         """Attend from `x` to itself, or to `context`.
 
         With T tokens of keys so far, the L queries stand at the positions T - L..T-1: masks, biases and
@@ -221,54 +228,13 @@ class MultiHeadAttention(nn.Module):
             return own if given is None else given
         return chain((own, given))
 
-    def new_cache(
-        self,
-        batch: int = 1,
-        *,
-        max_length: int | None = None,
-        window: int | None = None,
-        sinks: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KeyValueCache:
-        """An empty cache for `batch` sequences.
-
-        Args:
-            batch: number of sequences B.
-            max_length: take memory for so many tokens once, and refuse more; default: grow.
-            window: keep only so many recent tokens, and the first `sinks`: see `WindowCache`.
-            sinks: first tokens to keep beside the window.
-            device, dtype: of the rows; default those of the parameters, or of autocast where it is on.
-        """
-        weight = self.projection.key.weight
-        device = weight.device if device is None else torch.device(device)
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        if window is not None:
-            if max_length is not None:
-                raise ConfigError(
-                    f"window={window} and max_length={max_length} were both given; "
-                    "a window has a fixed size already"
-                )
-            return WindowCache(batch, self.projection.streams, window, sinks, device=device, dtype=dtype)
-        if sinks:
-            raise ConfigError(f"sinks={sinks} needs window=, the number of recent tokens to keep")
-        if max_length is not None:
-            return FixedCache(batch, self.projection.streams, max_length, device=device, dtype=dtype)
-        return GrowingCache(batch, self.projection.streams, device=device, dtype=dtype)
-
     def new_context_cache(
-        self, context: Tensor, *, padding: Tensor | None = None, queries: int | None = None
+        self,
+        context: Float[Tensor, "B S dc"],
+        *,
+        padding: Bool[Tensor, "B S"] | None = None,
+        queries: int | None = None,
     ) -> ContextCache:
-        """The keys and values of a context, projected once; calls with it bring queries only.
-
-        Args:
-            context: `(B, S, context_dim)`.
-            padding: bool `(B, S)`, True at real tokens of the context.
-            queries: how many queries will come in all: the first then stands where the full call
-                would put it, at S - queries. Default S. It matters to masks, biases and position encodings.
-        """
         check_inputs("context", context, self.projection.context_dim)
         if padding is not None:
             check_real("context", padding, context)
@@ -287,14 +253,6 @@ class MultiHeadAttention(nn.Module):
         *,
         dtype: torch.dtype | None = None,
     ) -> Cost:
-        """What one forward pass costs.
-
-        Args:
-            length: queries L.
-            batch: sequences B.
-            context_length: keys S; default L.
-            dtype: of a cache; default that of the parameters.
-        """
         keys = length if context_length is None else context_length
         dtype = self.projection.key.weight.dtype if dtype is None else dtype
         pairs = 2 * batch * self.heads * length * keys

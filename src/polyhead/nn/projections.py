@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, ShapeError
@@ -133,14 +134,16 @@ class Projection(nn.Module):
         """(heads, width) of what a cache holds: keys, then values."""
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim)
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B Hq L D"]:
         """`(B, L, d)` to `(B, query heads, L, D)`."""
         q = self.query(x).unflatten(-1, (self.query_heads, self.head_dim))  # B L H D
         if self.query_norm is not None:
             q = self.query_norm(q)
         return q.transpose(1, 2)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, context: Float[Tensor, "B S dc"]
+    ) -> tuple[Float[Tensor, "B G S D"], Float[Tensor, "B G S Dv"]]:
         """`(B, S, context_dim)` to keys `(B, G, S, D)` and values `(B, G, S, Dv)`."""
         k = self.key(context).unflatten(-1, (self.kv_heads, self.head_dim))  # B S G D
         v = self.value(context).unflatten(-1, (self.kv_heads, self.value_dim))  # B S G Dv
@@ -148,7 +151,7 @@ class Projection(nn.Module):
             k = self.key_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def spread(self, q: Tensor) -> Tensor:
+    def spread(self, q: Float[Tensor, "B Hq L D"]) -> Float[Tensor, "B H L D"]:
         """Queries for all heads that attend: repeated where there are more key/value heads than queries."""
         repeat = self.heads // self.query_heads
         return q if repeat == 1 else q.repeat_interleave(repeat, dim=1)
@@ -182,7 +185,7 @@ class OutputProjection(FanInLinear):
     ) -> None:
         super().__init__(heads * value_dim, dim, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, heads: Tensor) -> Tensor:
+    def forward(self, heads: Float[Tensor, "B H L Dv"]) -> Float[Tensor, "B L d"]:
         return super().forward(heads.transpose(1, 2).flatten(2))
 
     def flops(self, queries: int) -> int:

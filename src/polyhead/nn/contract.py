@@ -1,0 +1,120 @@
+"""What every attention module of the catalogue can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from polyhead.attend.masks import Mask
+from polyhead.errors import ConfigError
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, KeyValueCache, WindowCache
+from polyhead.nn.kv_cache.base import Streams
+
+if TYPE_CHECKING:
+    from polyhead.description import Part
+
+__all__ = ["AttentionModule"]
+
+
+class AttentionModule(nn.Module):
+    """Attention from `x` to itself or to a context, with a cache and a cost.
+
+    Attributes:
+        config: the description that a registry built it from; None if it was put together by hand.
+    """
+
+    config: Part | None = None
+
+    @property
+    def streams(self) -> Streams:
+        """(heads, width) of each kind of row that a cache holds."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L d"],
+        context: Float[Tensor, "B S dc"] | None = None,
+        *,
+        mask: Mask | None = None,
+        padding: Bool[Tensor, "B n"] | None = None,
+        positions: Int[Tensor, "*B L"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "B L d"]:
+        """Attend; see `MultiHeadAttention.forward`."""
+        raise NotImplementedError
+
+    def new_cache(
+        self,
+        batch: int = 1,
+        *,
+        max_length: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KeyValueCache:
+        """An empty cache for `batch` sequences.
+
+        Args:
+            batch: number of sequences B.
+            max_length: take memory for so many tokens once, and refuse more; default: grow.
+            window: keep only so many recent tokens, and the first `sinks`: see `WindowCache`.
+            sinks: first tokens to keep beside the window.
+            device, dtype: of the rows; default those of the parameters, or of autocast where it is on.
+        """
+        weight = next(p for p in self.parameters() if p.is_floating_point())
+        device = weight.device if device is None else torch.device(device)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        if window is not None:
+            if max_length is not None:
+                raise ConfigError(
+                    f"window={window} and max_length={max_length} were both given; "
+                    "a window has a fixed size already"
+                )
+            return WindowCache(batch, self.streams, window, sinks, device=device, dtype=dtype)
+        if sinks:
+            raise ConfigError(f"sinks={sinks} needs window=, the number of recent tokens to keep")
+        if max_length is not None:
+            return FixedCache(batch, self.streams, max_length, device=device, dtype=dtype)
+        return GrowingCache(batch, self.streams, device=device, dtype=dtype)
+
+    def new_context_cache(
+        self,
+        context: Float[Tensor, "B S dc"],
+        *,
+        padding: Bool[Tensor, "B S"] | None = None,
+        queries: int | None = None,
+    ) -> ContextCache:
+        """The keys and values of a context, projected once; calls with it bring queries only.
+
+        Args:
+            context: `(B, S, context_dim)`.
+            padding: bool `(B, S)`, True at real tokens of the context.
+            queries: how many queries will come in all: the first then stands where the full call
+                would put it, at S - queries. Default S. It matters to masks, biases and position encodings.
+        """
+        raise NotImplementedError
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        """What one forward pass costs.
+
+        Args:
+            length: queries L.
+            batch: sequences B.
+            context_length: keys S; default L.
+            dtype: of a cache; default that of the parameters.
+        """
+        raise NotImplementedError
