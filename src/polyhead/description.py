@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, unknown_name
 
-__all__ = ["Part", "Slot", "from_json", "to_json"]
+__all__ = ["Part", "Slot", "from_json", "read", "spell", "to_json"]
 
 _KINDS: dict[str, type[Part]] = {}
 
@@ -86,7 +86,7 @@ class Part:
         _KINDS[cls.kind] = cls
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple([getattr(self, name) for name in self.__match_args__])
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -145,6 +145,37 @@ class Part:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
         return self._map(move)
+
+
+def spell(value: Any, tensors: list[Tensor]) -> Any:
+    """A part as nested tuples of plain constants, its tensors appended to `tensors`; `read` gives it back.
+
+    Compilers that trace Python see through tuples of constants where they do not see through objects.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return ("tensor", len(tensors) - 1)
+    if isinstance(value, Part):
+        return ("part", value.kind, *[spell(v, tensors) for v in value._values()])
+    if isinstance(value, tuple):
+        return ("tuple", *[spell(v, tensors) for v in value])
+    return ("value", value)
+
+
+def read(spelled: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """The part that `spell` took apart."""
+    what, *rest = spelled
+    if what == "tensor":
+        return tensors[rest[0]]
+    if what == "tuple":
+        return tuple(read(v, tensors) for v in rest)
+    if what == "value":
+        return rest[0]
+    kind = _KINDS[rest[0]]
+    part = object.__new__(kind)
+    for field, value in zip(dataclasses.fields(kind), rest[1:], strict=True):  # type: ignore[arg-type]
+        object.__setattr__(part, field.name, read(value, tensors))
+    return part
 
 
 def to_json(value: Any) -> Any:

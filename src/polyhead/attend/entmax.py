@@ -86,7 +86,7 @@ def _power(y: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
     tiny = torch.finfo(y.dtype).tiny
     torch.clamp_min(y, tiny, out=out).log2_()
     # zeros, whose logarithms are slow, end far below all others, even times an exponent of almost 0
-    torch.nn.functional.threshold_(out, math.log2(tiny) + 0.5, -1e35)
+    torch.threshold_(out, math.log2(tiny) + 0.5, -1e35)
     exponent = exponent.clamp_min(1e-30) if isinstance(exponent, Tensor) else exponent
     return out.mul_(exponent).exp2_()
 

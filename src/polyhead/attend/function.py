@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polyhead.attend.backends import BACKENDS
+from polyhead.attend.backends import BACKENDS, STREAMING
 from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
 from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.opaque import attend_opaque
 from polyhead.attend.plan import Plan, Request, choose
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
@@ -109,8 +110,10 @@ def attend(
         # the common call, decided without building a plan: the planner would say the same
         return plain(q, k, v, causal=mask is not None, scale=scale)
     request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
-    chosen, _ = choose(request, BACKENDS, backend)
-    out, lse = chosen.run(request)
+    if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
+        out, lse = attend_opaque(request, backend)
+    else:
+        out, lse = choose(request, BACKENDS, backend)[0].run(request)
     if not return_lse:
         return out
     assert lse is not None

@@ -47,12 +47,14 @@ class Normalizer(Part):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: Normalizer, scores: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(spec: Normalizer, scores: Tensor, *tensors: Tensor) -> Tensor:
         nothing = (scores == -math.inf).all(-1, keepdim=True)
-        weights = spec.unflatten(tensors).weights(scores.clone()).masked_fill(nothing, 0.0)
-        ctx.spec = spec
-        ctx.save_for_backward(weights, *tensors)
-        return weights
+        return spec.unflatten(tensors).weights(scores.clone()).masked_fill(nothing, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.spec = inputs[0]
+        ctx.save_for_backward(output, *inputs[2:])
 
     @staticmethod
     @once_differentiable
@@ -60,6 +62,15 @@ class _Rows(torch.autograd.Function):
         weights, *tensors = ctx.saved_tensors
         for_scores, own = ctx.spec.unflatten(tuple(tensors)).vjp(weights, grad.clone())
         return (None, for_scores, *own)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], spec: Normalizer, scores: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in in_dims[2:]):
+            raise ConfigError(f"torch.func.vmap over the tensors of {spec} is not supported; vmap q, k and v")
+        many = scores.movedim(in_dims[1], 0)
+        return _Rows.apply(spec, many.flatten(0, 1), *tensors).unflatten(0, many.shape[:2]), 0
 
 
 def _per_head(name: str, value: float | Tensor | None) -> None:

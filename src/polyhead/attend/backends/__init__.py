@@ -7,6 +7,8 @@ from polyhead.attend.backends.sdpa import Sdpa
 from polyhead.attend.backends.tiles import Tiles
 from polyhead.attend.plan import Backend
 
-__all__ = ["BACKENDS"]
+__all__ = ["BACKENDS", "STREAMING"]
 
-BACKENDS: tuple[Backend, ...] = (Sdpa(), Banded(), Tiles(), Flex(), Reference())
+# those with a forward and a backward of their own: one step of a graph each
+STREAMING: tuple[Backend, ...] = (Banded(), Tiles())
+BACKENDS: tuple[Backend, ...] = (Sdpa(), *STREAMING, Flex(), Reference())

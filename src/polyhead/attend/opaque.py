@@ -1,0 +1,141 @@
+"""`attend` inside `torch.compile`: everything but plain attention is one opaque step of the graph.
+
+The compiler sees an operator on tensors. The description travels beside it as a number, the place where its
+tensor-free part is kept; which streaming backend runs is decided when the step runs, so that a new length
+compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.backends import STREAMING
+from polyhead.attend.plan import Request, choose
+from polyhead.attend.problem import Problem
+from polyhead.attend.stream import Kernel, leaves_of
+from polyhead.description import read, spell
+
+__all__ = ["attend_opaque"]
+
+# What was compiled so far: the number of a description in a graph is its place here.
+_SPELLED: list[Any] = []
+_PLACES: dict[Any, int] = {}
+
+
+@torch.compiler.assume_constant_result
+def _place(spelled: Any) -> int:
+    if spelled not in _PLACES:
+        _PLACES[spelled] = len(_SPELLED)
+        _SPELLED.append(spelled)
+    return _PLACES[spelled]
+
+
+def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Run a call as one step of the graph that is being compiled; `backend` is "auto" or a streaming one."""
+    tensors: list[Tensor] = []
+    place = _place(spell(request.problem, tensors))
+    seed = torch.randint(2**62, ()) if request.problem.dropout else torch.zeros((), dtype=torch.int64)
+    out, lse = _attend(request.q, request.k, request.v, tensors, place, seed, request.want_lse, backend)
+    return out, lse if request.want_lse else None
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem, want_lse: bool, backend: str) -> Kernel:
+    request = Request(q, k, v, problem, want_lse, needs_grad=False)
+    chosen: Kernel = choose(request, STREAMING, backend)[0]  # type: ignore[assignment]
+    return chosen
+
+
+@torch.library.custom_op("polyhead::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: list[Tensor],
+    spec: int,
+    seed: Tensor,
+    want_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    problem = read(_SPELLED[spec], tuple(tensors))
+    kernel = _kernel(q, k, v, problem, want_lse, backend)
+    out, lse = kernel.forward(q, k, v, problem, seed=int(seed), want_lse=want_lse)
+    # an operator's results own their memory and are laid out as announced
+    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: list[Tensor],
+    spec: int,
+    seed: Tensor,
+    want_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), lse
+
+
+@torch.library.custom_op("polyhead::attend_backward", mutates_args=())
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: list[Tensor],
+    spec: int,
+    seed: Tensor,
+    want_lse: bool,
+    backend: str,
+    wanted: list[bool],
+    grad: Tensor,
+    grad_lse: Tensor,
+) -> list[Tensor]:
+    leaves = leaves_of(tensors, tuple(wanted))
+    problem = read(_SPELLED[spec], leaves)
+    kernel = _kernel(q, k, v, problem, want_lse, backend)
+    dq, dk, dv, own = kernel.backward(q, k, v, problem, grad, grad_lse if want_lse else None, seed=int(seed))
+    rest = [own[id(leaf)] for leaf in leaves if leaf.requires_grad]
+    return [x.contiguous() for x in (dq, dk, dv, *rest)]
+
+
+@_attend_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: list[Tensor],
+    spec: int,
+    seed: Tensor,
+    want_lse: bool,
+    backend: str,
+    wanted: list[bool],
+    grad: Tensor,
+    grad_lse: Tensor,
+) -> list[Tensor]:
+    kept = [t for t, need in zip(tensors, wanted, strict=True) if need]
+    return [x.new_empty(x.shape) for x in (q, k, v, *kept)]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, tensors, spec, seed, want_lse, backend = inputs
+    ctx.save_for_backward(q, k, v, seed, *tensors)
+    ctx.plan = (spec, want_lse, backend, [bool(t.requires_grad) for t in tensors])
+
+
+def _differentiate(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, seed, *tensors = ctx.saved_tensors
+    spec, want_lse, backend, wanted = ctx.plan
+    dq, dk, dv, *rest = _attend_backward(
+        q, k, v, tensors, spec, seed, want_lse, backend, wanted, grad, grad_lse
+    )
+    found = iter(rest)
+    own = [next(found) if need else None for need in wanted]
+    return dq, dk, dv, own, None, None, None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_setup)
