@@ -1,7 +1,7 @@
 """The command line: `polyhead report`, `catalog`, `show`, `papers`, `bench`, `fetch`.
 
 Each command is thin: it reads options, calls the part of the library that does the work, and prints. That
-part is imported inside the command, so that `polyhead --help` is quick. An error that Polyhead raises on
+part is imported inside the command, so that no command pays for another's. An error that Polyhead raises on
 purpose ends the program with one line on standard error and exit code 2, Ctrl-C with exit code 130.
 """
 
