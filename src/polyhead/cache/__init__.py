@@ -3,9 +3,11 @@
     cache = per_head(model, full=profile["retrieval"].top(0.2), sink=4, window=256)
     model.generate(**inputs, past_key_values=cache)
 
-Nothing here imports transformers before it is used.
+`duo` and `razor` are two ways of finding the heads that need the whole context. Nothing here imports
+transformers before it is used.
 """
 
+from polyhead.cache import duo, razor
 from polyhead.cache.per_head import per_head
 
-__all__ = ["per_head"]
+__all__ = ["duo", "per_head", "razor"]
