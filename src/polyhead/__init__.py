@@ -27,6 +27,7 @@ from polyhead.attend.scores import alibi, relative_bias, score_function, soft_ca
 from polyhead.description import from_json, to_json
 from polyhead.errors import PolyheadError
 from polyhead.head_scores import HeadScores
+from polyhead.papers import papers
 from polyhead.reference import reference
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from polyhead.hf import attach
     from polyhead.mechanisms import build, catalog, entry
     from polyhead.nn import auxiliary_losses
-    from polyhead.papers import papers
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,6 @@ _LAZY = {
     "build": "polyhead.mechanisms",
     "catalog": "polyhead.mechanisms",
     "entry": "polyhead.mechanisms",
-    "papers": "polyhead.papers",
     "profile": "polyhead.heads",
 }
 _ROOMS = ("cache", "hf", "nn", "tasks")

@@ -68,6 +68,17 @@ def _map_tensors(value: Any, visit: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, Part):
+        for inner in value._values():
+            _collect(inner, found)
+    elif isinstance(value, tuple):
+        for inner in value:
+            _collect(inner, found)
+
+
 @dataclass_transform(frozen_default=True, eq_default=False)
 class Part:
     """A frozen dataclass that compares by content and round-trips through JSON.
@@ -121,7 +132,9 @@ class Part:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held by this part and the parts inside it, in a fixed order."""
-        return self.flatten()[1]
+        found: list[Tensor] = []
+        _collect(self, found)
+        return tuple(found)
 
     def flatten(self) -> tuple[Self, tuple[Tensor, ...]]:
         """This part with a `Slot` in place of every tensor, and the tensors."""

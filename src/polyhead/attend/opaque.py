@@ -7,7 +7,10 @@ compiles nothing anew.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ from polyhead.attend.stream import Kernel, leaves_of
 from polyhead.description import read, spell
 
 __all__ = ["attend_opaque"]
+
+_T = TypeVar("_T")
 
 # What was compiled so far: the number of a description in a graph is its place here.
 _SPELLED: list[Any] = []
@@ -46,6 +51,18 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem, want_lse: bool, b
     request = Request(q, k, v, problem, want_lse, needs_grad=False)
     chosen: Kernel = choose(request, STREAMING, backend)[0]  # type: ignore[assignment]
     return chosen
+
+
+def _with_autograd(work: Callable[[], _T], device: torch.device) -> _T:
+    """Do `work` where autograd can follow: an operator's body runs below it, a thread of its own does not."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def there() -> _T:
+        with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+            return work()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(there).result()
 
 
 @torch.library.custom_op("polyhead::attend", mutates_args=())
@@ -98,7 +115,10 @@ def _attend_backward(
     leaves = leaves_of(tensors, tuple(wanted))
     problem = read(_SPELLED[spec], leaves)
     kernel = _kernel(q, k, v, problem, want_lse, backend)
-    dq, dk, dv, own = kernel.backward(q, k, v, problem, grad, grad_lse if want_lse else None, seed=int(seed))
+    dq, dk, dv, own = _with_autograd(
+        lambda: kernel.backward(q, k, v, problem, grad, grad_lse if want_lse else None, seed=int(seed)),
+        q.device,
+    )
     rest = [own[id(leaf)] for leaf in leaves if leaf.requires_grad]
     return [x.contiguous() for x in (dq, dk, dv, *rest)]
 

@@ -26,12 +26,14 @@ def plain(
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=allowed, scale=scale)
         return out.reshape(batch, heads, 1, v.shape[-1])
+    # a branch, not an expression: under torch.compile the length may be symbolic
+    first_to_last = bool(causal) if queries > 1 else False
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=allowed,
-        is_causal=causal and queries > 1,
+        is_causal=first_to_last,
         scale=scale,
         enable_gqa=kv_heads != heads,
     )
