@@ -207,3 +207,36 @@ def test_a_context_may_grow_with_the_queries() -> None:
             for a, b in zip(x.split([3, 1, 4], 1), context.split([3, 1, 4], 1), strict=True)
         ]
     torch.testing.assert_close(torch.cat(parts, dim=1), full)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"window": 6, "sinks": 2}], ids=str)
+def test_decoding_compiles_to_a_few_graphs_that_serve_every_step(options: dict[str, int]) -> None:
+    from torch._dynamo.utils import counters
+
+    attn = ph.build("gqa", dim=32, heads=4, kv_heads=2, position=ph.nn.rope())
+    x = torch.randn(2, 40, 32)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(attn, backend="eager")
+    with torch.no_grad():
+        caches = attn.new_cache(2, **options), attn.new_cache(2, **options)
+        for part in x.split([8, *[1] * 32], dim=1):
+            found, expected = (
+                module(part, mask=ph.causal(), cache=cache)
+                for module, cache in zip((compiled, attn), caches, strict=True)
+            )
+            torch.testing.assert_close(found, expected)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()
+
+
+def test_a_cache_made_under_autocast_holds_what_autocast_computes() -> None:
+    attn = ph.build("gqa", dim=32, heads=4, qk_norm=True, position=ph.nn.rope())
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        full, cache = attn(x, mask=ph.causal()), attn.new_cache(2)
+        parts = [attn(part, mask=ph.causal(), cache=cache) for part in x.split([5, 4], dim=1)]
+    assert full.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0.02, atol=0.02)
+    assert cache.nbytes() == 10 * 2 * 2 * 8 * 2 * attn.kv_heads

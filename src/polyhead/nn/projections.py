@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ class FanInLinear(nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS normalisation that gives the dtype that it is given, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def at_least_one(owner: str, **sizes: Any) -> None:
@@ -126,8 +135,8 @@ class Projection(nn.Module):
         self.query = FanInLinear(dim, heads * head_dim, bias=bias, **kind)
         self.key = FanInLinear(context_dim, kv_heads * head_dim, bias=bias, **kind)
         self.value = FanInLinear(context_dim, kv_heads * value_dim, bias=bias, **kind)
-        self.query_norm = nn.RMSNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
-        self.key_norm = nn.RMSNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
+        self.query_norm = HeadNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
+        self.key_norm = HeadNorm(head_dim, eps=1e-6, **kind) if qk_norm else None
 
     @property
     def streams(self) -> tuple[tuple[int, int], ...]:
