@@ -32,7 +32,7 @@ class MaskTensor(Tensor):
     visible: int
     start: int
     _make: Callable[[], Tensor]
-    _made: Tensor | None
+    _made: list[Tensor]  # empty or one, shared by all that stand for the same mask
 
     @staticmethod
     def __new__(
@@ -48,7 +48,7 @@ class MaskTensor(Tensor):
     ) -> MaskTensor:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.mask, self.visible, self.start = mask, visible, start
-        self._make, self._made = make, None
+        self._make, self._made = make, []
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,13 +57,26 @@ class MaskTensor(Tensor):
     @property
     def touched(self) -> Tensor | None:
         """The real tensor if model code has asked for it (and may have written into it), else None."""
-        return self._made
+        return self._made[0] if self._made else None
 
     def dense(self) -> Tensor:
         """The real tensor, the same one every time."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
+
+    def _again(self) -> MaskTensor:
+        twin = MaskTensor(
+            self.mask,
+            tuple(self.shape),  # type: ignore[arg-type]
+            visible=self.visible,
+            start=self.start,
+            dtype=self.dtype,
+            device=self.device,
+            make=self._make,
+        )
+        twin._made = self._made
+        return twin
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         shape = tuple(self.shape)
@@ -75,12 +88,13 @@ class MaskTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.ops.aten.detach.default:
-            return args[0]
-        if function is torch.ops.aten.slice.Tensor and _whole(*args):
-            return args[0]
+        if function in _VIEWS or (function is torch.ops.aten.slice.Tensor and _whole(*args)):
+            return args[0]._again()
         args, kwargs = tree_map_only(MaskTensor, MaskTensor.dense, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+_VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def _whole(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:

@@ -102,7 +102,7 @@ def mask_function(
         int(kv_offset),
         int(q_offset) + q_length,
     )  # tokens start..last-1 are what queries can know of
-    mask = translate(function, start=start, length=max(last - start, kv_length))
+    mask = translate(function, start=start, keys=kv_length, known=max(last - start, kv_length))
     if mask is None and use_vmap:  # may not take index tensors: let transformers call it pair by pair
         return make()
     if mask is None:
@@ -112,12 +112,13 @@ def mask_function(
         mask = None
     elif last - start < kv_length and _looks_back(mask):
         visible = last - start
-        mask = translate(function, start=start, length=visible)
+        mask = translate(function, start=start, keys=visible, known=visible)
     elif last - start != kv_length:
         mask = Shifted(mask, last - start - kv_length)
     real = _real(attention_mask, start, visible)
     if real is not None:
-        mask = padding(real) if mask is None else mask & padding(real)
+        alone = mask is None or (q_length == 1 and mask == causal())  # a single last query sees all keys
+        mask = padding(real) if alone else mask & padding(real)
     shape = (batch_size, 1, q_length, kv_length)
     device = torch.device(device or ("cpu" if attention_mask is None else attention_mask.device))
     return MaskTensor(
@@ -135,10 +136,14 @@ def _real(attention_mask: Tensor | None, start: int, keys: int) -> Tensor | None
     """The padding mask `(B, keys)` of the keys that are held, or None if all of them are real."""
     if attention_mask is None:
         return None
-    real = attention_mask[:, start : start + keys].bool()
-    if real.shape[1] < keys:
-        real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
+    real = _cut(attention_mask, start, keys)
     return None if bool(real.all()) else real
+
+
+def _cut(real: Tensor, start: int, keys: int) -> Tensor:
+    """The columns of `keys` tokens from `start` on; what is not told is not real."""
+    real = real[:, start : start + keys].bool()
+    return torch.nn.functional.pad(real, (0, keys - real.shape[1])) if real.shape[1] < keys else real
 
 
 def _looks_back(mask: Mask) -> bool:
@@ -150,19 +155,23 @@ def _looks_back(mask: Mask) -> bool:
     return isinstance(mask, Window) and mask.right == 0
 
 
-def translate(function: Callable[..., Any], *, start: int, length: int) -> Mask | None:
+def translate(function: Callable[..., Any], *, start: int, keys: int, known: int) -> Mask | None:
     """A transformers mask function in the mask algebra, or None if some piece of it is not known.
 
     Args:
-        function: a function of (batch, head, query, key) token positions.
+        function: a function of (batch, head, query, key), all counted in tokens of the sequence.
         start: the token that position 0 of the result is.
-        length: how many positions the result must know, for pieces that are told token by token.
+        keys: how many keys there are.
+        known: how many positions some key or query can stand at, for pieces that are told token by token.
     """
     from transformers import masking_utils as theirs
 
-    def known(name: str) -> bool:
+    def made_by(name: str) -> bool:
         maker = getattr(theirs, name, None)
         return maker is not None and function.__code__ in _inner(maker.__code__)
+
+    def inside(piece: Callable[..., Any]) -> Mask | None:
+        return translate(piece, start=start, keys=keys, known=known)
 
     if not hasattr(function, "__code__"):
         return None
@@ -173,26 +182,26 @@ def translate(function: Callable[..., Any], *, start: int, length: int) -> Mask 
     held = dict(
         zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
     )
-    if known("and_masks") or known("or_masks"):
-        return _joined(
-            [translate(f, start=start, length=length) for f in held["mask_functions"]], known("and_masks")
-        )
-    if known("sliding_window_overlay"):  # kv > q - W
+    if made_by("and_masks"):
+        return _joined([inside(piece) for piece in held["mask_functions"]], both=True)
+    if made_by("or_masks"):
+        return _joined([inside(piece) for piece in held["mask_functions"]], both=False)
+    if made_by("sliding_window_overlay"):  # key > query - W
         return window(held["sliding_window"] - 1, None)
-    if known("sliding_window_bidirectional_overlay"):
+    if made_by("sliding_window_bidirectional_overlay"):
         return window(held["sliding_window"], held["sliding_window"])
-    if known("chunked_overlay"):
-        return _chunks(held["chunk_size"], held["left_padding"], start, length)
-    if known("packed_sequence_mask_function"):
-        return documents(held["packed_sequence_mask"][:, start : start + length])
-    if known("remap_positions_for_packed_sequence"):
+    if made_by("chunked_overlay"):
+        return _chunks(held["chunk_size"], held["left_padding"], start, known)
+    if made_by("packed_sequence_mask_function"):
+        return documents(held["packed_sequence_mask"][:, start : start + known])
+    if made_by("remap_positions_for_packed_sequence"):
         # inside one packed sequence positions go up by one, so that distances are what they were
-        inner = translate(held["mask_function"], start=start, length=length)
+        inner = inside(held["mask_function"])
         return inner if inner is not None and _by_distance(inner) else None
-    if known("blockwise_overlay"):
-        return documents(held["block_sequence_ids"][:, start : start + length])  # -1 is no block there either
-    if known("padding_mask_function"):
-        return padding(held["padding_mask"][:, start : start + length].bool())
+    if made_by("blockwise_overlay"):  # -1 is no block, there as in documents()
+        return documents(held["block_sequence_ids"][:, start : start + known])
+    if made_by("padding_mask_function"):
+        return padding(_cut(held["padding_mask"], start, keys))
     return None
 
 
@@ -227,9 +236,10 @@ def _by_distance(mask: Mask) -> bool:
     return isinstance(mask, _Everything | Window)
 
 
-def _chunks(size: int, left_padding: Tensor, start: int, length: int) -> Mask:
+def _chunks(size: int, left_padding: Tensor, start: int, known: int) -> Mask:
     """Chunks of `size` tokens, counted from the first real token of each batch item."""
     if start % size == 0 and not bool(left_padding.any()):
         return blocks(size)
-    token = torch.arange(start, start + length, device=left_padding.device)
-    return documents((token - left_padding[:, None]).div(size, rounding_mode="floor"))
+    token = torch.arange(start, start + known, device=left_padding.device)
+    chunk = (token - left_padding[:, None]).div(size, rounding_mode="floor")
+    return documents(chunk - chunk.amin())  # in documents() a negative number is no document

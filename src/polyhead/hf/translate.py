@@ -8,8 +8,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from polyhead.attend import attend
 from polyhead.attend.masks import Mask, causal
-from polyhead.attend.normalizers import softmax
+from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain, soft_cap
 from polyhead.attend.tile import Tile
 from polyhead.errors import ShapeError, UnsupportedModel
@@ -21,7 +22,8 @@ __all__ = ["Allowed", "Bias", "WrittenMasks", "attention_call"]
 
 # arguments that change the result and cannot be carried: passing over them would give wrong numbers
 _REFUSED = ("indices", "block_indices", "sinks", "cache")
-_plain = softmax()
+# the very object that attend() takes by default: its shortest path looks for it
+_plain: Normalizer = (attend.__kwdefaults__ or {}).get("normalizer") or softmax()
 
 
 class Bias(Score):
