@@ -89,6 +89,7 @@ class Part:
     """
 
     kind: ClassVar[str]
+    __match_args__: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

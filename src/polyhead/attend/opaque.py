@@ -30,7 +30,7 @@ _SPELLED: list[Any] = []
 _PLACES: dict[Any, int] = {}
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _place(spelled: Any) -> int:
     if spelled not in _PLACES:
         _PLACES[spelled] = len(_SPELLED)
