@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from polyhead.attend.entmax import as_rows, check_alpha, entmax_, entmax_alpha_vjp, entmax_vjp_, wide
+from polyhead.attend.entmax import as_rows, check_alpha, wide
+from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 

@@ -1,0 +1,48 @@
+"""Scores: what happens to the logit of a pair (i, j) before the normaliser.
+
+A `Score` maps the logits of one tile, `scale * q·k` of shape `(B, H, r, c)`, to new logits of the same
+shape. Several are applied in the order in which they are written: `score=(alibi(8), soft_cap(30.0))`.
+Every one is differentiable, also with respect to the tensors that it holds.
+"""
+
+from polyhead.attend.scores.base import Chain, Score, chain
+from polyhead.attend.scores.pointwise import (
+    ScoreFunction,
+    SoftCap,
+    Temperature,
+    score_function,
+    soft_cap,
+    temperature,
+)
+from polyhead.attend.scores.positional import (
+    ALiBi,
+    Positional,
+    RelativeBias,
+    T5Bias,
+    alibi,
+    alibi_slopes,
+    relative_bias,
+    t5_bias,
+    t5_bucket,
+)
+
+__all__ = [
+    "ALiBi",
+    "Chain",
+    "Positional",
+    "RelativeBias",
+    "Score",
+    "ScoreFunction",
+    "SoftCap",
+    "T5Bias",
+    "Temperature",
+    "alibi",
+    "alibi_slopes",
+    "chain",
+    "relative_bias",
+    "score_function",
+    "soft_cap",
+    "t5_bias",
+    "t5_bucket",
+    "temperature",
+]
