@@ -161,6 +161,10 @@ class Breaks(MultiHeadAttention):
         return super().forward(*args, **given)
 
 
+class BreaksAsDeclared(Breaks):
+    """Leaves the graph, and has declared it."""
+
+
 class Understates(MultiHeadAttention):
     """Leaves the scores out of its cost."""
 
@@ -289,6 +293,7 @@ def case(kind: type[MultiHeadAttention]) -> Case:
             family="broken",
             summary=str(kind.__doc__),
             equation="-",
+            graph_breaks=int(kind is BreaksAsDeclared),
             supports=frozenset({"self"}) if issubclass(kind, SelfOnly) else PATTERNS,
         )(config)
     return Case(SCRATCH.entry(name), twin_name="mha")

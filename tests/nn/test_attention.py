@@ -334,3 +334,28 @@ def test_inputs_that_do_not_fit() -> None:
         ph.build("mha", dim=16, heads=2)(x, padding=torch.ones(2, 5))
     with pytest.raises(ShapeError, match=r"positions must have shape \(5,\) or \(2, 5\)"):
         ph.build("mha", dim=16, heads=2, position=rope())(x, positions=torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": ph.alibi(4), "position": rope()},
+        {"normalizer": ph.softmax(sink=torch.zeros(4, requires_grad=True))},
+        {"mask": ph.window(5), "position": sinusoidal()},
+        {"qk_norm": True, "value_dim": 4, "normalizer": ph.entmax(1.5)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_compile_to_one_graph(options: dict) -> None:
+    attn = ph.build("gqa", dim=32, heads=4, **options)
+    x = torch.randn(2, 17, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    for call in ({"mask": ph.causal()}, {"mask": ph.causal() & (ph.window(3) | ph.sink(1))}):
+        found, expected = (module(x, **call) for module in (compiled, attn))
+        close(found, expected, 1e-5)
+        (one,), (two,) = (
+            torch.autograd.grad(y.sin().sum(), attn.projection.query.weight) for y in (found, expected)
+        )
+        close(one, two, 1e-4)
+    torch._dynamo.reset()
