@@ -25,6 +25,11 @@ def packed(inner):
     return theirs.packed_sequence_compatibility_function(inner, POSITIONS, IDS)
 
 
+PACKED = {
+    "documents(<int64 2×9>) & causal() ": packed(theirs.causal_mask_function),
+    "documents(<int64 2×9>) & window(1)": packed(theirs.sliding_window_causal_mask_function(2)),
+    "where( ": packed(theirs.chunked_causal_mask_function(2, LEFT)),
+}  # without a cache only
 FUNCTIONS = {
     "causal()": theirs.causal_mask_function,
     "None": theirs.bidirectional_mask_function,
@@ -32,8 +37,6 @@ FUNCTIONS = {
     "window(3, 3)": theirs.sliding_window_bidirectional_mask_function(3),
     "blocks(3) & causal()": theirs.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long)),
     "documents(<int64 2×9>) & causal()": theirs.chunked_causal_mask_function(3, LEFT),
-    "documents(<int64 2×9>) & causal() ": packed(theirs.causal_mask_function),
-    "documents(<int64 2×9>) & window(1)": packed(theirs.sliding_window_causal_mask_function(2)),
     "causal() | documents(<int64 2×9>)": theirs.or_masks(
         theirs.causal_mask_function, theirs.blockwise_overlay(GROUPS)
     ),
@@ -41,7 +44,6 @@ FUNCTIONS = {
         theirs.causal_mask_function, theirs.padding_mask_function(REAL)
     ),
     "where(": theirs.and_masks(theirs.causal_mask_function, odd),
-    "where( ": packed(theirs.chunked_causal_mask_function(2, LEFT)),
 }
 
 
@@ -72,9 +74,9 @@ def dense(mask: MaskTensor):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("spelling", FUNCTIONS)
+@pytest.mark.parametrize("spelling", FUNCTIONS | PACKED)
 def test_full_pass(spelling, padded):
-    mask, expected = ask(FUNCTIONS[spelling], 9, 9, attention_mask=REAL if padded else None)
+    mask, expected = ask((FUNCTIONS | PACKED)[spelling], 9, 9, attention_mask=REAL if padded else None)
     assert torch.equal(dense(mask), expected)
     if not padded:
         assert repr(mask.mask).startswith(spelling.strip())
@@ -97,8 +99,6 @@ PLACES = {
 @pytest.mark.parametrize("spelling", FUNCTIONS)
 def test_every_place_in_a_cache(spelling, place, padded):
     queries, keys, q_offset, kv_offset = PLACES[place]
-    if spelling.startswith("documents") and spelling != "documents(<int64 2×9>) & causal()":
-        pytest.skip("transformers packs without a cache only")
     attention_mask = REAL if padded else None
     mask, expected = ask(FUNCTIONS[spelling], queries, keys, q_offset, kv_offset, attention_mask)
     assert torch.equal(dense(mask), expected)
@@ -137,7 +137,7 @@ def test_mask_functions_of_older_versions():
 
 
 def test_a_mask_that_is_touched_becomes_the_real_tensor():
-    mask, expected = ask(theirs.causal_mask_function, 9, 9)
+    mask, expected = ask(theirs.causal_mask_function, 9, 9, attention_mask=REAL)
     same = mask[:, :, :, :9]  # as much as there is: nothing is cut off
     assert type(same) is MaskTensor
     assert same.mask is mask.mask
@@ -148,7 +148,9 @@ def test_a_mask_that_is_touched_becomes_the_real_tensor():
     assert type(mask + 0) is torch.Tensor
     same[:, :, :, 0] = False  # what is written into it counts
     assert not mask.touched[..., 0].any()
-    assert repr(mask) == "MaskTensor(causal(), shape=(2, 1, 9, 9), visible=9, start=0)"
+    assert repr(mask) == (
+        "MaskTensor(causal() & padding(<bool 2×9>), shape=(2, 1, 9, 9), visible=9, start=0)"
+    )
 
 
 @pytest.mark.parametrize("side", ["none", "left"])

@@ -38,7 +38,8 @@ from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
 from polyhead.hf.layers import find_layers, own_attention, pretrained_parts
 from polyhead.hf.switch import NAME, restore, switch
-from polyhead.hf.translate import WrittenMasks, attention_call
+from polyhead.hf.translate import attention_call
+from polyhead.hf.written import WrittenMasks
 
 __all__ = ["NAME", "Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "attach"]
 

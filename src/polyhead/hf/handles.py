@@ -47,17 +47,21 @@ class KVHandle:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UnsupportedModel(
-            f"the model's own code asks its cached keys or values for {name!r}, but {type(self).__name__} is "
-            "no tensor; use a cache that returns tensors (DynamicCache) with this model"
-        )
+        raise self._touched(f"asks its cached keys or values for {name!r}")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self._touched("slices its cached keys or values")
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(function, "__name__", str(function))
-        raise UnsupportedModel(
-            f"the model's own code calls {name}() on its cached keys or values, but {cls.__name__} is no "
-            "tensor; use a cache that returns tensors (DynamicCache) with this model"
+        raise cls._touched(f"calls {name}() on its cached keys or values")
+
+    @classmethod
+    def _touched(cls, how: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"the model's own code {how}, but {cls.__name__} is no tensor; "
+            "use a cache that returns tensors (DynamicCache) with this model"
         )

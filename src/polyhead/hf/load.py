@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import shutil
-import tempfile
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
-from filelock import FileLock
 
-from polyhead.errors import ConfigError, MissingExtra, UnknownName, unknown_name
-from polyhead.hf.fetch import DEMO_MODELS, cache_folder, demo_model
+from polyhead.errors import ConfigError, MissingExtra, PolyheadError, UnknownName, unknown_name
+from polyhead.hf.fetch import DEMO_MODELS, demo_model
+from polyhead.hf.gguf import converted, read
 
 __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
-
-# a GGUF file takes about a minute to read; one no larger than this is kept in a form that takes a second
-_KEEP_UP_TO = 512 << 20
 
 
 class Loaded(NamedTuple):
@@ -141,13 +138,26 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    # without a network transformers would ask again and again for half a minute
+    offline = {} if _hub_may_answer() else {"local_files_only": True}
     try:
-        return _from_pretrained(name, dtype)
+        return _from_pretrained(name, dtype, **offline)
     except _unreadable() as error:
         raise UnknownName(
             f"no model {name!r}: it is no folder, no GGUF file, none of {_demos()}, and the Hugging Face hub "
             f"did not give it ({_first_line(error)}); check the name and the network"
         ) from error
+
+
+def _hub_may_answer() -> bool:
+    """Whether the hub's address, or a proxy, is known here."""
+    if getproxies().get("https"):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
@@ -162,22 +172,22 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _from_pretrained(where: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(where: str, dtype: torch.dtype, **more: Any) -> tuple[Any, Any]:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(where)
+    config = transformers.AutoConfig.from_pretrained(where, **more)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     kind = getattr(transformers, saved_as, None) or transformers.AutoModel
-    model = kind.from_pretrained(where, config=config, dtype=dtype)
-    return model, _tokenizer(where)
+    model = kind.from_pretrained(where, config=config, dtype=dtype, **more)
+    return model, _tokenizer(where, **more)
 
 
-def _tokenizer(where: str) -> Any:
+def _tokenizer(where: str, **more: Any) -> Any:
     """The tokenizer that belongs to a model, or None if it has none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, **more)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -197,54 +207,15 @@ def _from_gguf(path: Path, dtype: torch.dtype, announce: Callable[[str], None]) 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConfigError(
-                f"the file {str(path)!r} is not a GGUF file; give a folder that holds config.json, or a "
-                "GGUF file"
+                f"the file {str(path)!r} is not a GGUF file; give a folder that holds config.json, "
+                "or a GGUF file"
             )
-    if path.stat().st_size > _KEEP_UP_TO:
-        return _read_gguf(path, dtype, announce)
-    kept = cache_folder() / "converted" / _key(path)
-    if not kept.is_dir():
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(kept.with_suffix(".lock")):
-                if not kept.is_dir():
-                    _convert(path, kept, announce)
-        except OSError as error:
-            announce(f"the converted model cannot be kept in {kept.parent} ({error}); reading it every time")
-            return _read_gguf(path, dtype, announce)
-    return _from_folder(kept, dtype)
-
-
-def _key(path: Path) -> str:
-    """Names the content of a file by its path, size and time of change."""
-    state = path.stat()
-    told = f"{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
-    return f"{path.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-
-
-def _convert(path: Path, kept: Path, announce: Callable[[str], None]) -> None:
-    """Write the model as a folder that loads in a second; whole or not at all. The caller holds the lock."""
-    for leftover in kept.parent.glob(f".{kept.name}-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    model, tokenizer = _read_gguf(path, torch.float32, announce)
-    del model.config.quantization_config  # its weights are plain numbers now
-    model.hf_quantizer = None
-    with tempfile.TemporaryDirectory(prefix=f".{kept.name}-", dir=kept.parent) as folder:
-        made = Path(folder) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        made.rename(kept)
-
-
-def _read_gguf(path: Path, dtype: torch.dtype, announce: Callable[[str], None]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    announce(f"reading {path.name}, which takes a minute the first time")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+        kept = converted(path, announce)
+        return read(path, dtype) if kept is None else _from_folder(kept, dtype)
     except _unreadable() as error:
+        if isinstance(error, PolyheadError):
+            raise
         raise ConfigError(
             f"transformers cannot load the GGUF file {str(path)!r}: {_first_line(error)}"
         ) from error
-    return model, tokenizer

@@ -68,7 +68,7 @@ class MaskTensor(Tensor):
     def _again(self) -> MaskTensor:
         twin = MaskTensor(
             self.mask,
-            tuple(self.shape),  # type: ignore[arg-type]
+            tuple(self.shape),
             visible=self.visible,
             start=self.start,
             dtype=self.dtype,
