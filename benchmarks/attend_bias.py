@@ -1,8 +1,8 @@
 """A learned relative bias with gradient, 4096 tokens, 8 heads of 64, against SDPA with the bias as mask.
 
-The gate: the same output and gradients, the bias's own among them. SDPA has to be given the bias as a
-tensor 8 x 4096 x 4096, gathered from the table; on a CPU it then falls back to dense attention. Peak memory is that of
-a process of its own for each.
+The gate: the same output and gradients, those of the bias among them. SDPA has to be given the bias as a
+tensor 8 x 4096 x 4096, gathered from the table; on a CPU it then falls back to dense attention. Peak memory is
+that of a process of its own for each.
 """
 
 import subprocess
