@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from polyhead.cache.policy import full_heads
-from polyhead.errors import ConfigError, MissingExtra, UnsupportedModel
+from polyhead.errors import ConfigError, UnsupportedModel
 from polyhead.head_scores import HeadScores
 from polyhead.hf import LayerInfo, attach
 
@@ -72,13 +72,10 @@ def per_head(
             raise ConfigError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
     if prefill not in ("masked", "dense"):
         raise ConfigError(f"prefill must be 'masked' or 'dense'; got {prefill!r}")
-    try:
-        from polyhead.cache.transformers_cache import make
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "a cache for a pretrained model") from error
-
     attachment = attach(model)
     try:
+        from polyhead.cache.transformers_cache import make
+
         layers = cached_layers(attachment.layers, model)
         if compensate:
             _check_compensation(layers, window)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import And, Mask, Padding, padding, span
 from polyhead.errors import ConfigError
-from polyhead.hf.translate import Allowed
+from polyhead.hf.written import Allowed
 
 __all__ = ["Step", "Steps"]
 
