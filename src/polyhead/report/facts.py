@@ -1,0 +1,289 @@
+"""Facts hidden in a text and asked for one by one: what a cache is tried on.
+
+A needle in a haystack, several at a time. Facts of different kinds stand at different depths of one text; each
+is asked for in a continuation of its own, which starts from a copy of the same cache. The text, which is long,
+is thus read once for all its facts. The answer is compared token by token with what the model would say
+greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which is
+the case if and only if greedy decoding from there gives just this answer.
+
+Two stocks of kinds and names have nothing in common: one for choosing heads, one for trying the choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.tile import Tile
+from polyhead.errors import ConfigError
+from polyhead.head_scores import HeadScores
+from polyhead.hf import Call, attach
+
+__all__ = ["FOR_CHOOSING", "FOR_TRYING", "Asked", "Hidden", "Kind", "Stock", "answered", "hide", "looked_up"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to state a fact, to ask for it, and to begin the answer; `{name}` and `{value}` are filled in."""
+
+    statement: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What facts are made of."""
+
+    kinds: tuple[Kind, ...]
+    names: tuple[str, ...]
+
+
+FOR_CHOOSING = Stock(
+    (
+        Kind("The secret code of {name} is {value}.", "What is the secret code of {name}?", "The secret code of {name} is"),
+        Kind("The room of {name} has number {value}.", "Which number does the room of {name} have?", "The room of {name} has number"),
+        Kind("The farm of {name} has {value} apple trees.", "How many apple trees does the farm of {name} have?", "The farm of {name} has"),
+        Kind("The badge number of {name} is {value}.", "What is the badge number of {name}?", "The badge number of {name} is"),
+        Kind("The account of {name} holds {value} coins.", "How many coins does the account of {name} hold?", "The account of {name} holds"),
+        Kind("The factory of {name} made {value} wheels.", "How many wheels did the factory of {name} make?", "The factory of {name} made"),
+        Kind("The telephone number of {name} is {value}.", "What is the telephone number of {name}?", "The telephone number of {name} is"),
+        Kind("The walk of {name} took {value} steps.", "How many steps did the walk of {name} take?", "The walk of {name} took"),
+    ),
+    ("Anna", "Boris", "Clara", "Daniel", "Emma", "Felix", "Greta", "Henry", "Irene", "Jonas", "Laura", "Martin"),
+)  # fmt: skip
+FOR_TRYING = Stock(
+    (
+        Kind("The special magic number for {name} is {value}.", "What is the special magic number for {name}?", "The special magic number for {name} is"),
+        Kind("The phone extension of {name} is {value}.", "What is the phone extension of {name}?", "The phone extension of {name} is"),
+        Kind("The password of the archive in {name} is {value}.", "What is the password of the archive in {name}?", "The password of the archive in {name} is"),
+        Kind("The museum in {name} keeps {value} paintings.", "How many paintings does the museum in {name} keep?", "The museum in {name} keeps"),
+        Kind("The postal code of {name} is {value}.", "What is the postal code of {name}?", "The postal code of {name} is"),
+        Kind("The bridge near {name} has weight limit {value}.", "What weight limit does the bridge near {name} have?", "The bridge near {name} has weight limit"),
+        Kind("The ticket to {name} costs {value} crowns.", "How many crowns does the ticket to {name} cost?", "The ticket to {name} costs"),
+        Kind("The library of {name} owns {value} books.", "How many books does the library of {name} own?", "The library of {name} owns"),
+    ),
+    ("Vienna", "Lagos", "Lima", "Oslo", "Cairo", "Quito", "Dakar", "Turin", "Perth", "Hanoi", "Tunis", "Kyoto"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One fact that is asked for.
+
+    Attributes:
+        statement: the fact, as it stands in the text.
+        tail: tokens of the question and the answer, which follow the text.
+        answer: how many of them, the last ones, are the answer that is looked for.
+        place: first token of the fact in the text, and the one after its last.
+    """
+
+    statement: str
+    tail: tuple[int, ...]
+    answer: int
+    place: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Token ids of a text, and the facts in it."""
+
+    text: tuple[int, ...]
+    asked: tuple[Asked, ...]
+
+
+def hide(
+    tokenizer: Any, source: Sequence[int], stock: Stock, *, length: int, count: int, unseen: int, seed: int
+) -> Hidden:
+    """Hide `count` facts in a text.
+
+    Args:
+        tokenizer: of the model; its chat template is used if it has one.
+        source: token ids of a text, of which the beginning is used.
+        stock: what the facts are made of.
+        length: tokens of the text with the facts.
+        count: number of facts, of as many kinds.
+        unseen: tokens at the end of the text that hold no fact: what a head with this window, or a smaller
+            one, sees when the question comes cannot help it.
+        seed: for kinds, names, values and depths. Each fact has its own part of the text, in which its place
+            is drawn.
+
+    Raises:
+        ConfigError: the source is too short, or the length leaves no room for the facts.
+    """
+    draw = random.Random(seed)
+    kinds = draw.sample(stock.kinds, count)
+    names = draw.sample(stock.names, count)
+    values = draw.sample(range(10_000, 100_000), count)
+    head, foot = _frame(tokenizer)
+    facts = [
+        kind.statement.format(name=name, value=value)
+        for kind, name, value in zip(kinds, names, values, strict=True)
+    ]
+    stated = [_ids(tokenizer, " " + fact) for fact in facts]
+    before = tokenizer(head, add_special_tokens=False)["input_ids"] if isinstance(head, str) else head
+    room = length - len(before) - sum(map(len, stated))
+    last = room - unseen
+    if last < 8 * count:
+        raise ConfigError(
+            f"a text of {length} tokens has no room for {count} facts before its last {unseen} tokens; "
+            "use a smaller window"
+        )
+    if len(source) < room:
+        raise ConfigError(f"the text has {len(source)} tokens, {room} are needed to hide facts in")
+    text, at, places = list(before), 0, []
+    for k, cut in enumerate(_cuts(tokenizer, source, last, count, draw)):
+        text += source[at:cut]
+        places.append((len(text), len(text) + len(stated[k])))
+        text += stated[k]
+        at = cut
+    text += source[at:room]
+    asked = []
+    for kind, name, value, fact, place in zip(kinds, names, values, facts, places, strict=True):
+        lead = foot.format(question=kind.question.format(name=name)) + kind.answer.format(name=name)
+        tail, answer = _answer(tokenizer, lead, f" {value}")
+        asked.append(Asked(fact, tail, answer, place))
+    return Hidden(tuple(text), tuple(asked))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _frame(tokenizer: Any) -> tuple[Any, str]:
+    """What stands before the text, and between text and answer, with `{question}` in it."""
+    mark = "\u2402"
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": f"{mark}\n\n{{question}}"}]
+        told = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        head, found, foot = told.partition(mark)
+        if found and foot.count("{") == 1:
+            return head, foot
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    first = next((k for k, i in enumerate(ids) if i not in special), 0)
+    return ids[:first], "\n\nQuestion: {question}\nAnswer: "
+
+
+def _cuts(tokenizer: Any, source: Sequence[int], last: int, count: int, draw: random.Random) -> list[int]:
+    """A place in each of `count` equal parts of the first `last` tokens, after the end of a sentence if there is one."""
+    cuts = []
+    for k in range(count):
+        start, stop = max(1, last * k // count), last * (k + 1) // count
+        ends = [
+            i for i in range(start, stop) if tokenizer.decode([source[i - 1]]).rstrip(" ").endswith((".", "\n"))
+        ]
+        cuts.append(draw.choice(ends or list(range(start, stop))))
+    return cuts
+
+
+def _answer(tokenizer: Any, lead: str, value: str) -> tuple[tuple[int, ...], int]:
+    """The tokens of `lead + value`, and how many of them, at the end, `value` decides."""
+    whole, without = _ids(tokenizer, lead + value), _ids(tokenizer, lead)
+    same = 0
+    while same < min(len(whole), len(without)) and whole[same] == without[same]:
+        same += 1
+    return tuple(whole), len(whole) - same
+
+
+def answered(model: Any, hidden: Hidden, cache: Any) -> list[bool]:
+    """Which of the facts the model finds again, with a fresh cache."""
+    _read(model, hidden, cache)
+    rows, wanted = _rows(hidden, model.device)
+    accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
+    kept = sorted({p for at in wanted for p in at}) if accepts else list(range(rows.shape[1]))
+    only = {"logits_to_keep": torch.tensor(kept, device=rows.device)} if accepts else {}
+    said = model(rows, past_key_values=cache, **only).logits.argmax(-1)
+    column = {p: k for k, p in enumerate(kept)}
+    return [
+        all(int(said[k, column[p]]) == one.tail[p + 1] for p in at)
+        for k, (one, at) in enumerate(zip(hidden.asked, wanted, strict=True))
+    ]
+
+
+def _read(model: Any, hidden: Hidden, cache: Any) -> None:
+    """Fill the cache with the text, once for each question."""
+    text = torch.tensor([hidden.text], device=model.device)
+    _body(model)(text, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(hidden.asked))
+
+
+def _body(model: Any) -> Any:
+    """The model without what turns its last layer into logits, which reading a text does not need."""
+    return getattr(model, "base_model", model)
+
+
+def _rows(hidden: Hidden, device: Any) -> tuple[Tensor, list[list[int]]]:
+    """The tails as rows `(facts, n)`, and for each the positions whose logits predict the answer.
+
+    Rows are filled up at the end, where nothing that is asked for can see it.
+    """
+    width = max(len(one.tail) for one in hidden.asked)
+    rows = torch.tensor([one.tail + (one.tail[-1],) * (width - len(one.tail)) for one in hidden.asked])
+    wanted = [list(range(len(one.tail) - one.answer - 1, len(one.tail) - 1)) for one in hidden.asked]
+    return rows.to(device), wanted
+
+
+class _OnFacts:
+    """Adds up the attention that the rows of the answers give to the tokens of their facts."""
+
+    needs_logits = False
+
+    def __init__(self, hidden: Hidden, wanted: list[list[int]], heads: int) -> None:
+        self.hidden, self.wanted = hidden, wanted
+        self.sum = torch.zeros(heads, dtype=torch.float64)
+        self.count = torch.zeros(heads, dtype=torch.float64)
+
+    def visit(self, tile: Tile, logits: Tensor | None, weights: Tensor) -> None:
+        for k in range(tile.batch):
+            item = tile.batch_start + k
+            start, stop = self.hidden.asked[item].place
+            rows = [p - tile.row_start for p in self.wanted[item] if 0 <= p - tile.row_start < len(tile.rows)]
+            if rows:
+                fact = (tile.cols >= start) & (tile.cols < stop)
+                mass = weights[k][:, rows][..., fact].sum(-1)
+                self.sum[tile.head_slice] += mass.sum(-1).double().cpu()
+                self.count[tile.head_slice] += len(rows)
+
+
+def looked_up(
+    model: Any, texts: Sequence[Hidden], cache: Callable[[], Any], progress: Callable[[int], None] | None = None
+) -> HeadScores:
+    """The retrieval score by attention mass: mean attention of an answer's tokens to the fact that it repeats.
+
+    `cache` makes an ordinary cache of transformers, which holds all tokens.
+    """
+    with attach(model) as attachment:
+        layers = attachment.layers
+        sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
+        counts = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
+        for n, hidden in enumerate(texts):
+            full = cache()
+            _read(model, hidden, full)
+            rows, wanted = _rows(hidden, model.device)
+
+            def watch(call: Call, hidden: Hidden = hidden, wanted: list[list[int]] = wanted) -> Tensor:
+                seen = _OnFacts(hidden, wanted, call.layer.heads)
+                output = call.observe([seen])
+                sums[call.layer.index] += seen.sum
+                counts[call.layer.index] += seen.count
+                return output
+
+            with attachment.handling(watch):
+                _body(model)(rows, past_key_values=full, use_cache=True)
+            if progress is not None:
+                progress(n + 1)
+    return HeadScores(
+        tuple(s / c for s, c in zip(sums, counts, strict=True)),
+        name="lookup",
+        meaning="mean attention of the tokens of an answer to the hidden fact that they repeat",
+        unit="share",
+        direction="higher: looks facts up",
+        kv_groups=tuple(layer.heads // layer.kv_heads for layer in layers),
+    )
