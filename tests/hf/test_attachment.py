@@ -212,7 +212,7 @@ def test_a_copy_of_an_attached_model_still_runs():
 
 
 def test_a_model_is_freed_although_it_was_attached():
-    from polyhead.hf.attach import _entries
+    from polyhead.hf.attachment import _entries
 
     gc.collect()
     before = len(_entries)

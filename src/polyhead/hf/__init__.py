@@ -3,9 +3,9 @@
 Nothing here imports transformers before it is used.
 """
 
-from polyhead.hf.attach import Attachment, attach
+from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
-from polyhead.hf.load import Loaded, load
+from polyhead.hf.loading import Loaded, load
 
 __all__ = ["Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "Loaded", "attach", "load"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -164,7 +165,16 @@ def _unreadable() -> tuple[type[Exception], ...]:
     """What transformers raises for a file or folder that it cannot read."""
     from safetensors import SafetensorError
 
-    return OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError
+    return (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        struct.error,
+    )
 
 
 def _first_line(error: BaseException) -> str:
