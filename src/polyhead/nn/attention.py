@@ -135,7 +135,8 @@ class MultiHeadAttention(AttentionModule):
         Returns:
             `(B, L, d)`.
         """
-        check_inputs("x", x, self.projection.dim)
+        projection, position = self.projection, self.position
+        check_inputs("x", x, projection.dim)
         queries = x.shape[1]
         if cache is not None and cache.holds_context:
             return self._from_context(x, context, mask, padding, positions, cache)
@@ -148,23 +149,23 @@ class MultiHeadAttention(AttentionModule):
                 check_real("x", padding, x)
                 x = x.masked_fill(~padding[..., None], 0.0)
             where: int | Tensor = seen if own is None else own
-            x = self.position.add(x, where)
+            x = position.add(x, where)
             source, places = x, where
         else:
             own = None
-            check_inputs("context", context, self.projection.context_dim)
+            check_inputs("context", context, projection.context_dim)
             if padding is not None:
                 check_real("context", padding, context)
                 context = context.masked_fill(~padding[..., None], 0.0)
             where = seen + context.shape[1] - queries if positions is None else positions
             source, places = context, seen
-            x = self.position.add(x, where)
-            if self.position.adds:
-                source = self.position.add(context, places)
-        q = self.projection.queries(x)
-        k, v = self.projection.keys_values(source)
-        if self.position.turns:
-            q, k = self.position.turn(q, where), self.position.turn(k, places)
+            x = position.add(x, where)
+            if position.adds:
+                source = position.add(context, places)
+        q = projection.queries(x)
+        k, v = projection.keys_values(source)
+        if position.turns:
+            q, k = position.turn(q, where), position.turn(k, places)
         if cache is None:
             kept = Kept((k, v), k.shape[2], padding)
         else:

@@ -128,14 +128,21 @@ class TokenRows:
     def accept(self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None) -> bool:
         """Check what comes, and say whether autograd has to follow it."""
         self._check(rows, padding)
+        if (padding is not None and self.padding is None) or (
+            positions is not None and self.positions is None
+        ):
+            self._remember(padding is not None, positions is not None)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *self.streams))
+
+    def _remember(self, padding: bool, positions: bool) -> None:
+        """Make room for padding and positions; the tokens so far were real and stood at their index."""
         device = self.streams[0].device
         with torch.inference_mode(False):
-            if padding is not None and self.padding is None:
+            if padding and self.padding is None:
                 self.padding = torch.ones(self.batch, 1, self.room, 1, dtype=torch.bool, device=device)
-            if positions is not None and self.positions is None:
+            if positions and self.positions is None:
                 steps = torch.arange(self.room, device=device).view(1, 1, -1, 1)
                 self.positions = steps.expand(self.batch, 1, -1, 1).clone()
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *self.streams))
 
     def write(
         self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None, at: int
