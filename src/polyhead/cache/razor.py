@@ -28,8 +28,9 @@ from torch import nn
 from polyhead.errors import ConfigError
 from polyhead.head_scores import Heads, HeadScores
 from polyhead.heads import profile
-from polyhead.heads.inputs import Repeats, context_length
+from polyhead.heads.inputs import Repeats
 from polyhead.heads.measurements.repeats import DuplicateToken, Induction
+from polyhead.tasks.reading import context_length
 
 __all__ = ["Probe", "probe", "retrieval_heads"]
 
