@@ -1,0 +1,390 @@
+"""The main job, `polyhead report MODEL`: look at every head, try smaller caches, write the report.
+
+Everything that can be wrong with the call is found before the work starts: the folder, the text, the model.
+Files are written at the very end, all or none, so that an interruption leaves what was there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.report import data as d
+from polyhead.report import savings as curve
+from polyhead.report import summary, words
+from polyhead.report.packing import lookup_queries, pack_lookups, pack_pictures, picture_side
+from polyhead.report.page import require_jinja
+from polyhead.report.write import FILES, Written, check_folder, write_report
+
+__all__ = ["LENGTH", "run"]
+
+LENGTH = 2048
+"""How many tokens of a text are read unless the user says so."""
+
+_LEAST = 32  # tokens of a text: fewer say nothing about heads
+_LOOKUPS = 4  # most attended positions that are kept for each token
+
+
+def run(
+    model: str,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "report",
+    length: int | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    fractions: Sequence[float] | None = None,
+    sink: int = 4,
+    window: int = 256,
+    quick: bool = False,
+    savings: bool = True,
+    console: Console | None = None,
+) -> Written:
+    """Look at every head of a model, try smaller caches, and write the report into a folder.
+
+    Args:
+        model: what `polyhead.hf.load` takes by name: "smollm2", "minilm", a folder, a GGUF file, a hub id.
+        text: a UTF-8 file that the heads are looked at on. Default: the packaged English sample.
+        out: the folder to write to; empty, not there yet, or holding an earlier report.
+        length: how many tokens of the text to read. Default: 2048, or all of a shorter text.
+        seeds: how many random choices of heads to compare with, at each size that they are tried at.
+        seed: the first of these seeds; it also draws the facts and all else that is drawn.
+        fractions: shares of KV heads to keep in full. Default: `savings.FRACTIONS`.
+        sink, window: first and recent tokens that the other heads keep.
+        quick: a much reduced run, to see that everything works.
+        savings: whether to try smaller caches at all.
+        console: where progress and findings go. Default: standard output, progress on standard error.
+
+    Raises:
+        PolyheadError: something is wrong with the call; nothing has been written.
+    """
+    effort = _effort(seeds, seed, fractions, sink, window, quick)
+    require_jinja()
+    folder = _check_out(out)
+    source = _read_text(text)
+    console = console or Console(highlight=False)
+    stages = Stages(Console(stderr=True))
+    with stages:
+        loaded, tokenizer = _load(model, stages, console)
+        ids, held_out = _tokens(loaded, tokenizer, source, text, length, console)
+        profile = _profile(loaded, tokenizer, ids, seed, stages)
+        measured = None
+        notes: list[str] = []
+        if savings and not profile.is_encoder:
+            measured, notes = _savings(loaded, tokenizer, effort, held_out, model, stages)
+        with stages.stage("drawing"):
+            report = _assemble(model, loaded, tokenizer, profile, ids, text, measured, notes, effort, stages)
+            report = replace(report, run=_about(model, text, out, length, effort, quick, stages))
+            written = write_report(report, folder)
+    _tell(report, written, console)
+    return written
+
+
+# -- what can be wrong with the call -------------------------------------------------------------------
+
+
+def _effort(
+    seeds: int, seed: int, fractions: Sequence[float] | None, sink: int, window: int, quick: bool
+) -> curve.Effort:
+    if seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    base = curve.QUICK if quick else curve.Effort()
+    chosen = tuple(range(seed, seed + (1 if quick else seeds)))
+    found = replace(base, seeds=chosen, sink=sink, window=window)
+    return replace(found, fractions=tuple(fractions)) if fractions is not None else found
+
+
+def _check_out(out: str | os.PathLike[str]) -> Path:
+    """The folder, if it may be written to and nothing but a report is in it."""
+    folder = check_folder(out)
+    if folder.is_dir():
+        found = sorted(p.name for p in folder.iterdir())
+        if found and not any((folder / name).is_file() for name in FILES):
+            raise ConfigError(
+                f"out: the folder {out} holds other files ({found[0]}{', ...' if len(found) > 1 else ''}) and no "
+                "report; choose an empty or a new one"
+            )
+    return folder
+
+
+def _read_text(text: str | os.PathLike[str] | None) -> str:
+    from polyhead.tasks import sample_text
+
+    if text is None:
+        return sample_text()
+    path = Path(text).expanduser()
+    try:
+        found = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"text: there is no file {str(text)!r}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text: {str(text)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"text: {str(text)!r} cannot be read: {error.strerror}") from None
+    if not found.strip():
+        raise ConfigError(f"text: {str(text)!r} is empty; give a text of some sentences")
+    return found
+
+
+def _tokens(
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    text: str | os.PathLike[str] | None,
+    length: int | None,
+    console: Console,
+) -> tuple[torch.Tensor, list[int] | None]:
+    """The tokens that heads are looked at on, and those of the user's text that are left after them."""
+    from polyhead.tasks.reading import context_length, encode
+
+    if tokenizer is None:
+        raise ConfigError("the model came without a tokenizer, so it cannot read a text")
+    limit = context_length(model)
+    ids = encode(tokenizer, source)
+    name = "the packaged sample" if text is None else f"the text {str(text)!r}"
+    if len(ids) < _LEAST:
+        raise ConfigError(f"{name} has {len(ids)} tokens; to see what heads do it needs at least {_LEAST}")
+    if length is not None:
+        if not _LEAST <= length <= (limit or length):
+            at_most = f" and at most {limit}, which the model can read" if limit else ""
+            raise ConfigError(f"length must be at least {_LEAST}{at_most}; got {length}")
+        if length > len(ids):
+            raise ConfigError(f"{name} has {len(ids)} tokens, --length asks for {length}; give a longer text")
+        count = length
+    elif text is not None and limit is not None and len(ids) > limit:
+        raise ConfigError(
+            f"{name} has {len(ids):,} tokens and the model can read {limit:,}; "
+            f"use its beginning with --length {min(LENGTH, limit)} (at most {limit})"
+        )
+    else:
+        count = min(LENGTH, len(ids), limit or LENGTH)
+    if text is not None and count < len(ids):
+        console.print(f"reading the first {count:,} of {len(ids):,} tokens of {name} (--length changes this)")
+    return ids[:count], None if text is None else ids[count:].tolist()
+
+
+# -- the parts of the work -----------------------------------------------------------------------------
+
+
+class Stages:
+    """Progress bars, and the seconds that each part of the work takes."""
+
+    def __init__(self, console: Console) -> None:
+        self.phases: list[d.Phase] = []
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """A part of the work; what it gives is called as advance(detail) or advance(detail, done, total)."""
+        start = time.perf_counter()
+        task = self._progress.add_task(name, total=total, detail="")
+
+        def advance(detail: str, done: int | None = None, of: int | None = None) -> None:
+            if done is None:
+                self._progress.update(task, detail=detail, advance=1)
+            else:
+                self._progress.update(task, detail=detail, completed=done, total=of)
+
+        yield advance
+        self._progress.update(task, detail="", total=1, completed=1)
+        self.phases.append(d.Phase(name, round(time.perf_counter() - start, 1)))
+
+
+def _load(name: str, stages: Stages, console: Console) -> tuple[Any, Any]:
+    from polyhead import hf
+
+    with stages.stage("loading the model"):
+        loaded = hf.load(name, announce=console.print)
+        hf.attach(loaded.model).detach()  # an architecture that cannot be looked into is refused here
+    return loaded.model, loaded.tokenizer
+
+
+def _profile(model: Any, tokenizer: Any, ids: torch.Tensor, seed: int, stages: Stages) -> Any:
+    from polyhead.heads import profile
+    from polyhead.hf import attach
+
+    with attach(model) as attachment:
+        heads = sum(layer.heads for layer in attachment.layers)
+        causal = all(layer.kind == "decoder" for layer in attachment.layers)
+    side = picture_side(heads, causal=causal, tokens=len(ids))
+    with stages.stage("looking at every head") as advance:
+        return profile(model, tokenizer, ids, seed=seed, pictures=side, progress=advance)
+
+
+def _savings(
+    model: Any,
+    tokenizer: Any,
+    effort: curve.Effort,
+    held_out: list[int] | None,
+    name: str,
+    stages: Stages,
+) -> tuple[curve.Curve | None, list[str]]:
+    why = curve.why_not(model, tokenizer, effort)
+    if why:
+        return None, [why]
+    tester = curve.Tester(model, tokenizer, effort, held_out)
+    with stages.stage("trying smaller caches", curve.steps(tester.effort, len(tester.all_heads))) as advance:
+        tester.report_to(advance)
+        found = curve.measure(tester, name)
+    return found, list(found.notes)
+
+
+# -- the report ----------------------------------------------------------------------------------------
+
+
+def _assemble(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    profile: Any,
+    ids: torch.Tensor,
+    text: str | os.PathLike[str] | None,
+    measured: curve.Curve | None,
+    notes: Sequence[str],
+    effort: curve.Effort,
+    stages: Stages,
+) -> d.ReportData:
+    causal = not profile.is_encoder
+    heads = sum(layer.heads for layer in profile.layers)
+    pictures = profile.pictures(picture_side(heads, causal=causal, tokens=len(ids)))
+    queries = lookup_queries(heads, len(ids), k=_LOOKUPS)
+    looks = profile.lookups(queries.tolist(), k=_LOOKUPS)
+    scores = list(profile.values())
+    if measured is not None:
+        scores.append(measured.chosen_by)
+    return d.ReportData(
+        model=d.Model(
+            name=Path(name).name or name,
+            architecture=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            head_dim=profile.layers[0].head_dim,
+            heads=tuple(layer.heads for layer in profile.layers),
+            kv_heads=tuple(layer.kv_heads for layer in profile.layers),
+            is_encoder=profile.is_encoder,
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        ),
+        text=_text(tokenizer, profile, ids, text),
+        run=d.Run("", "", "", ""),
+        measurements=tuple(_measurement(s) for s in scores),
+        roles=_roles(profile),
+        pictures=pack_pictures(pictures.mass, causal=causal),
+        lookups=pack_lookups(queries, looks.positions, looks.weights),
+        savings=measured.savings if measured else None,
+        recommendation=measured.recommendation if measured else None,
+        notes=tuple(notes),
+    )
+
+
+def _text(tokenizer: Any, profile: Any, ids: torch.Tensor, text: str | os.PathLike[str] | None) -> d.Text:
+    tokens = tuple(tokenizer.decode([i]) for i in ids.tolist())
+    received: tuple[float, ...] = ()
+    if profile.received:
+        rows = torch.cat([torch.as_tensor(r) for r in profile.received])
+        received = tuple(rows.nanmean(0).nan_to_num(0.0).tolist())
+    # a sink of the text is one in at least a tenth of the layers
+    counts: dict[int, int] = {}
+    for layer in profile.sinks:
+        for position in layer:
+            counts[position] = counts.get(position, 0) + 1
+    sinks = tuple(sorted(p for p, n in counts.items() if 10 * n >= len(profile.layers)))
+    name = "the packaged English sample" if text is None else Path(text).name
+    return d.Text(name, tokens, sinks, received)
+
+
+def _measurement(scores: Any) -> d.Measurement:
+    from polyhead.heads import MEASUREMENTS
+
+    known = MEASUREMENTS.get(scores.name)
+    title = known.title if known is not None else {"lookup": "looking facts up"}.get(scores.name, scores.name)
+    title = title[:1].upper() + title[1:]
+    values = tuple(tuple(float(v) for v in layer) for layer in scores.values)
+    return d.Measurement(scores.name, title, scores.meaning, scores.unit, scores.direction, values)
+
+
+def _roles(profile: Any) -> d.Roles:
+    from polyhead.heads import roles
+
+    return roles(profile)
+
+
+def _about(
+    model: str,
+    text: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    length: int | None,
+    effort: curve.Effort,
+    quick: bool,
+    stages: Stages,
+) -> d.Run:
+    from polyhead import __version__
+
+    command = f"polyhead report {model}"
+    if text is not None:
+        command += f" --text {text}"
+    if length is not None:
+        command += f" --length {length}"
+    command += f" --out {out}" + (" --quick" if quick else "")
+    return d.Run(
+        version=__version__,
+        command=command,
+        date=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        machine=_machine(),
+        seeds=effort.seeds,
+        phases=tuple(stages.phases),
+    )
+
+
+def _machine() -> str:
+    """The processor, how many of its threads are used, and the versions that count."""
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    threads = words.plural(torch.get_num_threads(), "thread")
+    return f"{name}, {threads}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _tell(report: d.ReportData, written: Written, console: Console) -> None:
+    """The findings, and where the report is."""
+    console.print()
+    console.print(words.summary(report), soft_wrap=True)
+    if report.savings is not None:
+        console.print()
+        console.print(summary.points_table(report.savings))
+    for note in report.notes:
+        console.print(f"\nnote: {note}", soft_wrap=True)
+    if report.recommendation is not None:
+        console.print(f"\n{report.recommendation.why}\n", soft_wrap=True)
+        console.print(report.recommendation.python, markup=False, soft_wrap=True)
+    seconds = sum(phase.seconds for phase in report.run.phases)
+    console.print(f"the report is in {written.page} ({seconds:.0f} s)", soft_wrap=True, markup=False)

@@ -1,0 +1,97 @@
+"""What a run says in the terminal, and the Python lines that apply its recommendation."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from polyhead.report.curves import wilson
+from polyhead.report.data import Point, Savings
+from polyhead.report.words import compact, megabytes, percent
+
+if TYPE_CHECKING:
+    from polyhead.report.savings import Effort
+
+__all__ = ["points_table", "python_lines", "reason"]
+
+
+def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink: int, window: int) -> str:
+    """Lines that make the recommended cache and use it; they run as they are."""
+    pairs = textwrap.fill(", ".join(f"({layer}, {head})" for layer, head in heads), 92, break_long_words=False)
+    listed = textwrap.indent(pairs, "    ")
+    return f"""import polyhead as ph
+
+model, tokenizer = ph.hf.load({source!r})
+full = [  # {len(heads)} of {total} KV heads keep the whole context: (layer, KV head)
+{listed},
+]
+cache = ph.cache.per_head(model, full=full, sink={sink}, window={window})
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+output = model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(output[0]))
+print(cache)
+"""
+
+
+def reason(
+    effort: Effort, before: Sequence[bool], after: Sequence[bool], old: Point, new: Point
+) -> str:
+    """Why a cache is recommended."""
+    n = len(before)
+    low, high = wilson(sum(after) / n, n)
+    assert old.perplexity is not None
+    assert new.perplexity is not None
+    return (
+        f"The smallest cache tried that loses at most {max(1, int(effort.losses * n))} of {n} hidden facts on "
+        f"balance and raises perplexity by at most {percent(effort.tolerance)}. On fresh texts it finds "
+        f"{sum(after)} of {n} (95 % interval {percent(low)} to {percent(high)}; whole cache {sum(before)}), "
+        f"and perplexity goes from {compact(old.perplexity)} to {compact(new.perplexity)}."
+    )
+
+
+def points_table(savings: Savings) -> Table:
+    """The curve as a table for the terminal; random choices of one size share a line."""
+    lengths = [n for n, _ in savings.baseline.cache_bytes]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("KV heads in full")
+    table.add_column("chosen")
+    table.add_column("facts found", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("perplexity", justify="right")
+    for n in lengths:
+        table.add_column(f"cache at {n:,}", justify="right")
+    table.add_column("tokens/s", justify="right")
+    for group in _groups(savings):
+        table.add_row(*_row(group, lengths))
+    return table
+
+
+def _groups(savings: Savings) -> list[list[Point]]:
+    groups: dict[tuple[str, int], list[Point]] = {("full", savings.baseline.heads_kept): [savings.baseline]}
+    for point in sorted(savings.points, key=lambda p: (-p.heads_kept, p.policy == "random")):
+        groups.setdefault((point.policy, point.heads_kept), []).append(point)
+    return list(groups.values())
+
+
+def _row(group: list[Point], lengths: Sequence[int]) -> list[str]:
+    first = group[0]
+    n = sum(p.needles for p in group)
+    shares = [p.needle_accuracy for p in group if p.needle_accuracy is not None]
+    share = sum(shares) / len(shares) if shares else None
+    found = "–" if share is None else f"{round(share * n)} of {n}"
+    interval = "–" if share is None else " – ".join(percent(x) for x in wilson(share, n))
+    perplexities = [p.perplexity for p in group if p.perplexity is not None]
+    held = dict(first.cache_bytes)
+    how = {"full": "whole cache"}.get(first.policy, first.policy)
+    return [
+        f"{first.heads_kept} ({percent(first.kv_fraction)})",
+        how + (f", {len(group)} seeds" if len(group) > 1 else ""),
+        found,
+        interval,
+        compact(sum(perplexities) / len(perplexities)) if perplexities else "–",
+        *(megabytes(held.get(n)) for n in lengths),
+        compact(first.decode_tokens_per_second),
+    ]
