@@ -71,6 +71,9 @@ class PerHeadLayer(CacheLayerMixin):
             Group(keep, heads, info, compensate and keep.window is not None and keep.horizon is None)
             for keep, heads in keeps(full, sink, window, info.window)
         ]
+        # whether the groups' heads, one group after the other, are the layer's heads in their order
+        self.groups.sort(key=lambda group: group.kv_heads)
+        self._in_order = sum((group.kv_heads for group in self.groups), ()) == tuple(range(info.kv_heads))
         self.seen = 0
         self._pending: HeldKeys | None = None
 
@@ -241,7 +244,9 @@ class PerHeadLayer(CacheLayerMixin):
             ]
         if len(answers) == 1:
             return answers[0]
-        # in the layout that the model goes on with: (B, L, H, Dv)
+        if self._in_order and queries == 1:
+            return torch.cat(answers, dim=1)
+        # in the layout that the model goes on with, (B, L, H, Dv)
         out = answers[0].new_empty(batch, queries, heads, answers[0].shape[3]).transpose(1, 2)
         for group, answer in zip(self.groups, answers, strict=True):
             out[:, group.queries] = answer

@@ -15,6 +15,7 @@ from polyhead.attend.scores import Score
 from polyhead.cache.dropped import Dropped, merged, running_means
 from polyhead.cache.group import Group
 from polyhead.cache.held import Held, HeldScore, of_heads, pointwise
+from polyhead.cache.one_token import attend_one
 from polyhead.cache.rows import Growing, Ring
 from polyhead.cache.step import Step
 from polyhead.errors import ConfigError, UnsupportedModel
@@ -130,7 +131,7 @@ def decode(call: Call, group: Group, step: Step) -> Tensor:
 
 def _over(call: Call, group: Group, k: Tensor, v: Tensor, mask: Mask | None, index: Tensor | None) -> Tensor:
     if mask is None and _is_plain(call):
-        return attend(group.of_queries(call.q), k, v, scale=call.scale)
+        return attend_one(group.of_queries(call.q), k, v, call.scale)
     return attend_to(call, k, v, mask, group, index)
 
 
