@@ -38,7 +38,11 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def machine(device: str = "cpu") -> str:
-    """One line: processor, threads, versions, revision of the source."""
+    """One line: processor, threads, versions, revision of the source, and how busy the machine is.
+
+    Where more processes run than there are cores, threads that wait by spinning (the default of OpenMP) hold
+    up whatever consists of many short operations: OMP_WAIT_POLICY=passive then measures the work itself.
+    """
     name = platform.processor() or platform.machine()
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
@@ -48,7 +52,8 @@ def machine(device: str = "cpu") -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}; "
-        f"torch {torch.__version__}, python {platform.python_version()}; revision {_revision()}"
+        f"torch {torch.__version__}, python {platform.python_version()}; revision {_revision()}; "
+        f"load {os.getloadavg()[0]:.1f}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'default')}"
     )
 
 

@@ -38,6 +38,10 @@ def _chunks(rows: Tensor, alpha: float | Tensor, *more: Tensor) -> Iterator[tupl
         yield rows[piece], alpha[piece] if isinstance(alpha, Tensor) else alpha, *(m[piece] for m in more)
 
 
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)
+
+
 def _power(y: Tensor, exponent: float | Tensor, out: Tensor) -> Tensor:
     """y^exponent for y ≥ 0, also 0^0 = 0, so that it counts the support.
 
@@ -67,12 +71,12 @@ def _measure(y: Tensor, p: float | Tensor, scratch: Tensor) -> tuple[Tensor, Ten
     tiny = torch.finfo(y.dtype).tiny
     if _plain(p) and p == 1.0:
         count = torch.sign(y, out=scratch).sum(-1, keepdim=True)
-        return y.sum(-1, keepdim=True), count.clamp_min_(1.0).reciprocal_()
+        return _sum(y), count.clamp_min_(1.0).reciprocal_()
     if _plain(p):
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        return norm, norm / y.sum(-1, keepdim=True).clamp_min_(tiny)
+        return norm, norm / _sum(y).clamp_min_(tiny)
     _power(y, p - 1.0, scratch)
-    slope = scratch.sum(-1, keepdim=True).clamp_min_(tiny)
+    slope = _sum(scratch).clamp_min_(tiny)
     total = scratch.mul_(y).sum(-1, keepdim=True)
     norm = total.pow(1.0 / p)
     return norm, total.div_(norm.clamp_min(tiny)).div_(slope)
@@ -136,7 +140,7 @@ def entmax_(rows: Tensor, alpha: float | Tensor) -> Tensor:
             if p == 2.0:
                 y.square_()
         else:
-            torch.div(scratch, scratch.sum(-1, keepdim=True).clamp_min_(tiny), out=y)
+            torch.div(scratch, _sum(scratch).clamp_min_(tiny), out=y)
     return rows
 
 
@@ -148,15 +152,18 @@ def entmax_vjp_(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
     if weights.numel() == 0:
         return grad
     tiny = torch.finfo(weights.dtype).tiny
+    scratch = None
     for w, a, g in _chunks(weights, alpha, grad):
+        scratch = w.new_empty(2, *w.shape) if scratch is None else scratch[:, : len(w)]
+        s, sg = scratch
         if not isinstance(a, Tensor) and a == 2.0:
-            s = w.sign()
+            torch.sign(w, out=s)
         elif not isinstance(a, Tensor) and a == 1.5:
-            s = w.clamp_min(tiny).rsqrt_().mul_(w)  # a square root, several times faster on zeros
+            torch.clamp_min(w, tiny, out=s).rsqrt_().mul_(w)  # a square root, much faster on zeros
         else:
-            s = _power(w, 2.0 - a, torch.empty_like(w))
-        inner = (s * g).sum(-1, keepdim=True).div_(s.sum(-1, keepdim=True).clamp_min_(tiny))
-        g.sub_(inner).mul_(s)
+            _power(w, 2.0 - a, s)
+        inner = torch.mul(s, g, out=sg).sum(-1, keepdim=True)
+        g.sub_(inner.div_(_sum(s).clamp_min_(tiny))).mul_(s)
     return grad
 
 
@@ -170,14 +177,18 @@ def entmax_alpha_vjp(weights: Tensor, grad: Tensor, alpha: float | Tensor) -> Te
     out = weights.new_zeros(len(weights), 1)
     if weights.numel() == 0:
         return out
+    scratch = None
     for w, alpha_, g, o in _chunks(weights, alpha, grad, out):
         a = alpha_ - 1.0
-        log = w.clamp_min(torch.finfo(w.dtype).tiny).log_()
-        h = (w * log).neg_()
+        scratch = w.new_empty(2, *w.shape) if scratch is None else scratch[:, : len(w)]
+        log, x = scratch
+        torch.clamp_min(w, torch.finfo(w.dtype).tiny, out=log).log_()
+        g_w = _sum(torch.mul(w, g, out=x))
+        sum_h = -_sum(torch.mul(w, log, out=x))
+        g_h = -_sum(x.mul_(g))
         wm = log.mul_(-a).expm1_().mul_(w)
-        total, g_w, g_wm = (x.sum(-1, keepdim=True) for x in (wm, g * w, g * wm))
+        total, g_wm = _sum(wm), _sum(wm.mul_(g))
         g_t = (g_w + g_wm) / (1.0 + total)
         spread = (g_w * total - g_wm) / (1.0 + total)
-        g_h = (g * h).sum(-1, keepdim=True)
-        o.copy_(spread / a**2 + (g_h - g_t * h.sum(-1, keepdim=True)) / a)
+        o.copy_(spread / a**2 + (g_h - g_t * sum_h) / a)
     return out
