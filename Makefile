@@ -2,7 +2,7 @@
 # environment that it needs; one that was interrupted takes it up again. PYTHON names the Python to use.
 
 PYTHON ?= python3
-PYTEST ?= -n auto --dist loadfile
+PYTEST ?= -n auto --dist worksteal
 OUT ?= report
 
 .DEFAULT_GOAL := help

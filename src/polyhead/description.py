@@ -94,7 +94,17 @@ class Part:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, eq=False, repr="__repr__" not in cls.__dict__)(cls)
+        if "kind" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{cls.__name__}: a field of a part cannot be called 'kind'; choose another name"
+            )
         cls.kind = cls.__name__
+        known = _KINDS.get(cls.kind)
+        if known is not None and known.__module__ != cls.__module__:
+            raise ConfigError(
+                f"there is a part called {cls.kind} in {known.__module__} already, and JSON knows parts by "
+                "their class names; choose another name"
+            )
         _KINDS[cls.kind] = cls
 
     def _values(self) -> tuple[Any, ...]:
@@ -198,7 +208,8 @@ def to_json(value: Any) -> Any:
         fields = dataclasses.fields(value)  # type: ignore[arg-type]
         return {"part": value.kind} | {f.name: to_json(getattr(value, f.name)) for f in fields}
     if isinstance(value, Tensor):
-        return {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+        data = {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+        return data | ({"requires_grad": True} if value.requires_grad else {})
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, tuple | list):
@@ -228,7 +239,8 @@ def from_json(data: Any) -> Any:
             raise unknown_name("part", str(kind), _KINDS)
         return _KINDS[kind](**{k: from_json(v) for k, v in data.items() if k != "part"})
     if "tensor" in data:
-        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
+        dtype = getattr(torch, data["dtype"])
+        return torch.tensor(data["tensor"], dtype=dtype, requires_grad=data.get("requires_grad", False))
     if "dtype" in data:
         return getattr(torch, data["dtype"])
     if "function" in data:

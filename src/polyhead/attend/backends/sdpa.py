@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.attend.masks import Padding, causal
+from polyhead.attend.masks import And, Mask, Padding, causal, densify
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 
 __all__ = ["Sdpa", "plain"]
 
 _CAUSAL = causal()
+# Up to so many pairs (256 x 256) a mask of any kind is written out: nothing else is as quick for so few.
+_SMALL = 1 << 16
 
 
 def plain(
@@ -21,7 +23,7 @@ def plain(
     """Softmax attention by SDPA with grouped heads; `causal` needs L == S or L == 1."""
     batch, heads, queries, width = q.shape
     kv_heads = k.shape[1]
-    if queries == 1 and kv_heads != heads:
+    if queries == 1 and kv_heads != heads and (allowed is None or allowed.shape[1] == 1):
         # the queries of a group become rows, so that its keys are read once and not once a head
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=allowed, scale=scale)
@@ -40,7 +42,7 @@ def plain(
 
 
 class Sdpa:
-    """Plain softmax, no mask, causal or padding."""
+    """Plain softmax: no mask, causal, padding; for few tokens any mask."""
 
     name = "sdpa"
     dense = False
@@ -67,20 +69,20 @@ class Sdpa:
         mask, queries, keys = problem.mask, q.shape[2], k.shape[2]
         if mask is None or (mask == _CAUSAL and queries in (1, keys)):
             return ""
+        if queries * keys <= _SMALL and not problem.dropout:
+            return ""
         if mask == _CAUSAL:
             return (
                 f"its causal mask starts at the first key, and here L = {queries} queries end S = {keys} keys"
             )
-        if isinstance(mask, Padding):
+        if _only_padding(mask, queries) is not None:
             return "" if cpu else "its fused kernels on this device take no padding mask"
         return f"it would need {mask} as an L × S tensor"
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         problem = request.problem
-        allowed = None
-        if isinstance(problem.mask, Padding):
-            allowed = problem.mask.mask.to(request.q.device)[:, None, None, :]
-        causal = problem.mask == _CAUSAL
+        allowed = self._allowed(request)
+        causal = problem.mask == _CAUSAL and allowed is None
         if problem.dropout:
             out = F.scaled_dot_product_attention(
                 request.q,
@@ -94,6 +96,24 @@ class Sdpa:
             return out, None
         out = plain(request.q, request.k, request.v, causal=causal, scale=problem.scale, allowed=allowed)
         if allowed is not None:
-            # an item without a single real key: SDPA leaves it undefined
+            # a row that may look at nothing: SDPA leaves it undefined
             out = torch.where(allowed.any(-1, keepdim=True), out, 0.0)
         return out, None
+
+    def _allowed(self, request: Request) -> Tensor | None:
+        """The mask as SDPA takes it, `(B or 1, H or 1, L or 1, S)`; None: no mask, or its own causal one."""
+        mask, queries, keys = request.problem.mask, request.q.shape[2], request.k.shape[2]
+        if mask is None or (mask == _CAUSAL and queries in (1, keys)):
+            return None
+        real = _only_padding(mask, queries)
+        if real is not None:
+            return real.mask.to(request.q.device)[:, None, None, :]
+        batch, heads = request.q.shape[:2]
+        return densify(mask, batch=batch, heads=heads, queries=queries, keys=keys, device=request.q.device)
+
+
+def _only_padding(mask: Mask, queries: int) -> Padding | None:
+    """The padding, if the mask hides nothing else: the last query alone may look at all that lies before."""
+    if queries == 1 and isinstance(mask, And) and len(mask.terms) == 2 and _CAUSAL in mask.terms:
+        mask = mask.terms[1 - mask.terms.index(_CAUSAL)]
+    return mask if isinstance(mask, Padding) else None
