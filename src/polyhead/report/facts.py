@@ -1,10 +1,10 @@
 """Facts hidden in a text and asked for one by one: what a cache is tried on.
 
-A needle in a haystack, several at a time. Facts of different kinds stand at different depths of one text; each
-is asked for in a continuation of its own, which starts from a copy of the same cache. The text, which is long,
-is thus read once for all its facts. The answer is compared token by token with what the model would say
-greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which is
-the case if and only if greedy decoding from there gives just this answer.
+A needle in a haystack, several at a time. Facts of different kinds stand at different depths of one text;
+each is asked for in a continuation of its own, which starts from a copy of the same cache. The text, which is
+long, is thus read once for all its facts. The answer is compared token by token with what the model would
+say greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which
+is the case if and only if greedy decoding from there gives just this answer.
 
 Two stocks of kinds and names have nothing in common: one for choosing heads, one for trying the choice.
 """
@@ -30,11 +30,14 @@ __all__ = ["FOR_CHOOSING", "FOR_TRYING", "Asked", "Hidden", "Kind", "Stock", "an
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to state a fact, to ask for it, and to begin the answer; `{name}` and `{value}` are filled in."""
+    """A way to state a fact and to ask for it: "`begin` 48213`end`." `{name}` is filled in.
 
-    statement: str
+    The answer begins as the statement does.
+    """
+
+    begin: str
+    end: str
     question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -45,32 +48,43 @@ class Stock:
     names: tuple[str, ...]
 
 
+_PEOPLE = "Anna Boris Clara Daniel Emma Felix Greta Henry Irene Jonas Laura Martin"
+_CITIES = "Vienna Lagos Lima Oslo Cairo Quito Dakar Turin Perth Hanoi Tunis Kyoto"
+
 FOR_CHOOSING = Stock(
     (
-        Kind("The secret code of {name} is {value}.", "What is the secret code of {name}?", "The secret code of {name} is"),
-        Kind("The room of {name} has number {value}.", "Which number does the room of {name} have?", "The room of {name} has number"),
-        Kind("The farm of {name} has {value} apple trees.", "How many apple trees does the farm of {name} have?", "The farm of {name} has"),
-        Kind("The badge number of {name} is {value}.", "What is the badge number of {name}?", "The badge number of {name} is"),
-        Kind("The account of {name} holds {value} coins.", "How many coins does the account of {name} hold?", "The account of {name} holds"),
-        Kind("The factory of {name} made {value} wheels.", "How many wheels did the factory of {name} make?", "The factory of {name} made"),
-        Kind("The telephone number of {name} is {value}.", "What is the telephone number of {name}?", "The telephone number of {name} is"),
-        Kind("The walk of {name} took {value} steps.", "How many steps did the walk of {name} take?", "The walk of {name} took"),
+        Kind("The secret code of {name} is", "", "What is the secret code of {name}?"),
+        Kind("The room of {name} has number", "", "Which number does the room of {name} have?"),
+        Kind("The farm of {name} has", " apple trees", "How many apple trees does the farm of {name} have?"),
+        Kind("The badge number of {name} is", "", "What is the badge number of {name}?"),
+        Kind("The account of {name} holds", " coins", "How many coins does the account of {name} hold?"),
+        Kind("The factory of {name} made", " wheels", "How many wheels did the factory of {name} make?"),
+        Kind("The telephone number of {name} is", "", "What is the telephone number of {name}?"),
+        Kind("The walk of {name} took", " steps", "How many steps did the walk of {name} take?"),
     ),
-    ("Anna", "Boris", "Clara", "Daniel", "Emma", "Felix", "Greta", "Henry", "Irene", "Jonas", "Laura", "Martin"),
-)  # fmt: skip
+    tuple(_PEOPLE.split()),
+)
 FOR_TRYING = Stock(
     (
-        Kind("The special magic number for {name} is {value}.", "What is the special magic number for {name}?", "The special magic number for {name} is"),
-        Kind("The phone extension of {name} is {value}.", "What is the phone extension of {name}?", "The phone extension of {name} is"),
-        Kind("The password of the archive in {name} is {value}.", "What is the password of the archive in {name}?", "The password of the archive in {name} is"),
-        Kind("The museum in {name} keeps {value} paintings.", "How many paintings does the museum in {name} keep?", "The museum in {name} keeps"),
-        Kind("The postal code of {name} is {value}.", "What is the postal code of {name}?", "The postal code of {name} is"),
-        Kind("The bridge near {name} has weight limit {value}.", "What weight limit does the bridge near {name} have?", "The bridge near {name} has weight limit"),
-        Kind("The ticket to {name} costs {value} crowns.", "How many crowns does the ticket to {name} cost?", "The ticket to {name} costs"),
-        Kind("The library of {name} owns {value} books.", "How many books does the library of {name} own?", "The library of {name} owns"),
+        Kind("The special magic number for {name} is", "", "What is the special magic number for {name}?"),
+        Kind("The phone extension of {name} is", "", "What is the phone extension of {name}?"),
+        Kind(
+            "The password of the archive in {name} is", "", "What is the password of the archive in {name}?"
+        ),
+        Kind(
+            "The museum in {name} keeps", " paintings", "How many paintings does the museum in {name} keep?"
+        ),
+        Kind("The postal code of {name} is", "", "What is the postal code of {name}?"),
+        Kind(
+            "The bridge near {name} has weight limit",
+            "",
+            "What weight limit does the bridge near {name} have?",
+        ),
+        Kind("The ticket to {name} costs", " crowns", "How many crowns does the ticket to {name} cost?"),
+        Kind("The library of {name} owns", " books", "How many books does the library of {name} own?"),
     ),
-    ("Vienna", "Lagos", "Lima", "Oslo", "Cairo", "Quito", "Dakar", "Turin", "Perth", "Hanoi", "Tunis", "Kyoto"),
-)  # fmt: skip
+    tuple(_CITIES.split()),
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def hide(
     values = draw.sample(range(10_000, 100_000), count)
     head, foot = _frame(tokenizer)
     facts = [
-        kind.statement.format(name=name, value=value)
+        f"{kind.begin} {value}{kind.end}.".format(name=name)
         for kind, name, value in zip(kinds, names, values, strict=True)
     ]
     stated = [_ids(tokenizer, " " + fact) for fact in facts]
@@ -146,7 +160,7 @@ def hide(
     text += source[at:room]
     asked = []
     for kind, name, value, fact, place in zip(kinds, names, values, facts, places, strict=True):
-        lead = foot.format(question=kind.question.format(name=name)) + kind.answer.format(name=name)
+        lead = foot.format(question=kind.question.format(name=name)) + kind.begin.format(name=name)
         tail, answer = _answer(tokenizer, lead, f" {value}")
         asked.append(Asked(fact, tail, answer, place))
     return Hidden(tuple(text), tuple(asked))
@@ -172,12 +186,14 @@ def _frame(tokenizer: Any) -> tuple[Any, str]:
 
 
 def _cuts(tokenizer: Any, source: Sequence[int], last: int, count: int, draw: random.Random) -> list[int]:
-    """A place in each of `count` equal parts of the first `last` tokens, after the end of a sentence if there is one."""
+    """A place in each of `count` equal parts of the first `last` tokens, after a sentence where one ends."""
     cuts = []
     for k in range(count):
         start, stop = max(1, last * k // count), last * (k + 1) // count
         ends = [
-            i for i in range(start, stop) if tokenizer.decode([source[i - 1]]).rstrip(" ").endswith((".", "\n"))
+            i
+            for i in range(start, stop)
+            if tokenizer.decode([source[i - 1]]).rstrip(" ").endswith((".", "\n"))
         ]
         cuts.append(draw.choice(ends or list(range(start, stop))))
     return cuts
@@ -253,9 +269,12 @@ class _OnFacts:
 
 
 def looked_up(
-    model: Any, texts: Sequence[Hidden], cache: Callable[[], Any], progress: Callable[[int], None] | None = None
+    model: Any,
+    texts: Sequence[Hidden],
+    cache: Callable[[], Any],
+    progress: Callable[[int], None] | None = None,
 ) -> HeadScores:
-    """The retrieval score by attention mass: mean attention of an answer's tokens to the fact that it repeats.
+    """The retrieval score by attention mass: mean attention of answers to the facts that they repeat.
 
     `cache` makes an ordinary cache of transformers, which holds all tokens.
     """

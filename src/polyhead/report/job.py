@@ -20,12 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from polyhead.errors import ConfigError, PolyheadError
+from polyhead.errors import ConfigError
 from polyhead.report import data as d
 from polyhead.report import savings as curve
 from polyhead.report import summary, words
+from polyhead.report.effort import QUICK, Effort, steps
 from polyhead.report.packing import lookup_queries, pack_lookups, pack_pictures, picture_side
 from polyhead.report.page import require_jinja
+from polyhead.report.trying import Tester
 from polyhead.report.write import FILES, Written, check_folder, write_report
 
 __all__ = ["LENGTH", "run"]
@@ -97,10 +99,10 @@ def run(
 
 def _effort(
     seeds: int, seed: int, fractions: Sequence[float] | None, sink: int, window: int, quick: bool
-) -> curve.Effort:
+) -> Effort:
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
-    base = curve.QUICK if quick else curve.Effort()
+    base = QUICK if quick else Effort()
     chosen = tuple(range(seed, seed + (1 if quick else seeds)))
     found = replace(base, seeds=chosen, sink=sink, window=window)
     return replace(found, fractions=tuple(fractions)) if fractions is not None else found
@@ -113,8 +115,8 @@ def _check_out(out: str | os.PathLike[str]) -> Path:
         found = sorted(p.name for p in folder.iterdir())
         if found and not any((folder / name).is_file() for name in FILES):
             raise ConfigError(
-                f"out: the folder {out} holds other files ({found[0]}{', ...' if len(found) > 1 else ''}) and no "
-                "report; choose an empty or a new one"
+                f"out: the folder {out} holds other files ({', '.join(found[:3])}) "
+                "and no report; choose an empty or a new one"
             )
     return folder
 
@@ -130,7 +132,9 @@ def _read_text(text: str | os.PathLike[str] | None) -> str:
     except FileNotFoundError:
         raise ConfigError(f"text: there is no file {str(text)!r}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"text: {str(text)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ConfigError(
+            f"text: {str(text)!r} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
     except OSError as error:
         raise ConfigError(f"text: {str(text)!r} cannot be read: {error.strerror}") from None
     if not found.strip():
@@ -240,7 +244,7 @@ def _profile(model: Any, tokenizer: Any, ids: torch.Tensor, seed: int, stages: S
 def _savings(
     model: Any,
     tokenizer: Any,
-    effort: curve.Effort,
+    effort: Effort,
     held_out: list[int] | None,
     name: str,
     stages: Stages,
@@ -248,8 +252,8 @@ def _savings(
     why = curve.why_not(model, tokenizer, effort)
     if why:
         return None, [why]
-    tester = curve.Tester(model, tokenizer, effort, held_out)
-    with stages.stage("trying smaller caches", curve.steps(tester.effort, len(tester.all_heads))) as advance:
+    tester = Tester(model, tokenizer, effort, held_out)
+    with stages.stage("trying smaller caches", steps(tester.effort, len(tester.all_heads))) as advance:
         tester.report_to(advance)
         found = curve.measure(tester, name)
     return found, list(found.notes)
@@ -267,7 +271,7 @@ def _assemble(
     text: str | os.PathLike[str] | None,
     measured: curve.Curve | None,
     notes: Sequence[str],
-    effort: curve.Effort,
+    effort: Effort,
     stages: Stages,
 ) -> d.ReportData:
     causal = not profile.is_encoder
@@ -338,7 +342,7 @@ def _about(
     text: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     length: int | None,
-    effort: curve.Effort,
+    effort: Effort,
     quick: bool,
     stages: Stages,
 ) -> d.Run:

@@ -13,14 +13,16 @@ from polyhead.report.data import Point, Savings
 from polyhead.report.words import compact, megabytes, percent
 
 if TYPE_CHECKING:
-    from polyhead.report.savings import Effort
+    from polyhead.report.effort import Effort
 
 __all__ = ["points_table", "python_lines", "reason"]
 
 
 def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink: int, window: int) -> str:
     """Lines that make the recommended cache and use it; they run as they are."""
-    pairs = textwrap.fill(", ".join(f"({layer}, {head})" for layer, head in heads), 92, break_long_words=False)
+    pairs = textwrap.fill(
+        ", ".join(f"({layer}, {head})" for layer, head in heads), 92, break_long_words=False
+    )
     listed = textwrap.indent(pairs, "    ")
     return f"""import polyhead as ph
 
@@ -36,17 +38,15 @@ print(cache)
 """
 
 
-def reason(
-    effort: Effort, before: Sequence[bool], after: Sequence[bool], old: Point, new: Point
-) -> str:
+def reason(effort: Effort, before: Sequence[bool], after: Sequence[bool], old: Point, new: Point) -> str:
     """Why a cache is recommended."""
     n = len(before)
     low, high = wilson(sum(after) / n, n)
     assert old.perplexity is not None
     assert new.perplexity is not None
     return (
-        f"The smallest cache tried that loses at most {max(1, int(effort.losses * n))} of {n} hidden facts on "
-        f"balance and raises perplexity by at most {percent(effort.tolerance)}. On fresh texts it finds "
+        f"The smallest cache tried that loses at most {max(1, int(effort.losses * n))} of {n} hidden facts "
+        f"on balance and raises perplexity by at most {percent(effort.tolerance)}. On fresh texts it finds "
         f"{sum(after)} of {n} (95 % interval {percent(low)} to {percent(high)}; whole cache {sum(before)}), "
         f"and perplexity goes from {compact(old.perplexity)} to {compact(new.perplexity)}."
     )

@@ -1,0 +1,108 @@
+"""How much the main job tries: sizes, numbers of texts and facts, lengths, tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from polyhead.errors import ConfigError
+
+__all__ = ["FRACTIONS", "QUICK", "Effort", "sizes", "steps"]
+
+FRACTIONS = (0.5, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+"""Shares of KV heads that are tried, besides all of them."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried. The defaults take a model of 135 M parameters some minutes on two cores.
+
+    Attributes:
+        fractions: shares of KV heads that keep the whole context.
+        random_fractions: those of them at which random choices are tried too, besides the recommended one.
+        seeds: seeds of the random choices; the first one also draws facts.
+        sink, window: what the other heads keep.
+        length: tokens of a text with hidden facts.
+        facts: facts in one text.
+        texts: texts that the chosen heads are tried on; random choices are tried on the first `random_texts`.
+        choosing: texts that heads are chosen by.
+        scored: tokens of the text whose perplexity is measured.
+        confirm_length, confirm_texts: of the texts that the recommendation is confirmed on.
+        lengths: context lengths whose cache bytes are told.
+        decode_length: context length at which decoding is timed.
+        decode_rounds: how often each cache is timed, in turn.
+        tolerance: by which share perplexity may rise.
+        losses: share of facts that may be lost.
+    """
+
+    fractions: tuple[float, ...] = FRACTIONS
+    random_fractions: tuple[float, ...] = (0.5, 0.1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sink: int = 4
+    window: int = 256
+    length: int = 1024
+    facts: int = 8
+    texts: int = 3
+    random_texts: int = 2
+    choosing: int = 3
+    scored: int = 1024
+    confirm_length: int = 2048
+    confirm_texts: int = 2
+    lengths: tuple[int, ...] = (2048, 8192)
+    decode_length: int = 8192
+    decode_rounds: int = 3
+    tolerance: float = 0.05
+    losses: float = 0.05
+
+    def __post_init__(self) -> None:
+        for f in self.fractions:
+            if not 0 <= f <= 1:
+                raise ConfigError(f"fractions must lie in 0..1, got {f}")
+        if not self.fractions or not self.seeds:
+            raise ConfigError("fractions and seeds must hold at least one value each")
+        if self.sink < 0 or self.window < 1:
+            raise ConfigError(
+                f"sink must be at least 0 and window at least 1, got {self.sink} and {self.window}"
+            )
+
+    def fitting(self, context: int | None) -> Effort:
+        """The same for a model that reads no more than `context` tokens."""
+        if context is None:
+            return self
+        spare = 80  # for the question and the answer
+        return replace(
+            self,
+            length=min(self.length, context - spare),
+            confirm_length=min(self.confirm_length, context - spare),
+            scored=min(self.scored, context),
+            lengths=tuple(n for n in self.lengths if n <= context) or (context,),
+            decode_length=min(self.decode_length, context - 16),
+        )
+
+
+QUICK = Effort(
+    fractions=(0.5, 0.2, 0.0),
+    random_fractions=(),
+    seeds=(0,),
+    texts=1,
+    random_texts=1,
+    choosing=1,
+    facts=4,
+    scored=384,
+    confirm_texts=1,
+    decode_rounds=1,
+)
+"""Enough to see that everything runs; too little to believe the numbers."""
+
+
+def sizes(effort: Effort, total: int) -> list[int]:
+    """The numbers of KV heads that are tried, from many to none, each once; not all of them."""
+    return sorted({round(f * total) for f in effort.fractions} - {total}, reverse=True)
+
+
+def steps(effort: Effort, total: int) -> int:
+    """How often `advance` is called at most, for a progress bar."""
+    tried = len(sizes(effort, total))
+    drawn = (len(effort.random_fractions) + 1) * len(effort.seeds)
+    one, other = effort.texts + 1, effort.random_texts + 1
+    confirm = 2 * (effort.confirm_texts + 1)
+    return effort.choosing + (tried + 1) * one + drawn * other + confirm + (tried + 2) * effort.decode_rounds

@@ -1,0 +1,280 @@
+"""Trying caches: which facts are found again, perplexity, bytes, decoding speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from polyhead.cache import per_head
+from polyhead.head_scores import Heads, HeadScores
+from polyhead.hf import attach
+from polyhead.report import facts
+from polyhead.report.data import Point
+from polyhead.report.effort import Effort
+from polyhead.tasks import held_out_text, perplexity, sample_text
+from polyhead.tasks.reading import context_length, encode, evaluating
+
+__all__ = ["Advance", "Outcome", "Tester", "cache_bytes"]
+
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A point of the curve, with the answer to each fact."""
+
+    point: Point
+    answers: tuple[bool, ...]
+
+
+class Tester:
+    """A model and what its caches are tried on.
+
+    Args:
+        model, tokenizer: a decoder.
+        effort: how much is tried.
+        held_out: token ids of a text for perplexity; default: the packaged held-out text.
+        advance: called with a word whenever a part of the work is done.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        effort: Effort,
+        held_out: Sequence[int] | None = None,
+        advance: Advance | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.effort = effort.fitting(context_length(model))
+        self._held_out = held_out
+        self._advance: Advance = advance or (lambda _: None)
+
+    def report_to(self, advance: Advance) -> None:
+        """Call `advance` with a word whenever a part of the work is done."""
+        self._advance = advance
+
+    # -- what is tried on --------------------------------------------------------------------------------
+
+    @cached_property
+    def _test_ids(self) -> list[int]:
+        return encode(self.tokenizer, held_out_text()).tolist()
+
+    def _texts(
+        self, source: list[int], stock: facts.Stock, count: int, length: int, start: int, seed: int
+    ) -> list[facts.Hidden]:
+        """Texts with facts, from token `start` of the source on, one after the other."""
+        e = self.effort
+        found = []
+        for k in range(count):
+            at = start + k * length
+            ids = [source[(at + i) % len(source)] for i in range(length)]
+            found.append(
+                facts.hide(
+                    self.tokenizer,
+                    ids,
+                    stock,
+                    length=length,
+                    count=e.facts,
+                    unseen=e.window,
+                    seed=1000 * e.seeds[0] + seed + k,
+                )
+            )
+        return found
+
+    @cached_property
+    def choosing(self) -> list[facts.Hidden]:
+        """What heads are chosen by: the end of the sample text, of which a profile reads the beginning."""
+        e = self.effort
+        source = encode(self.tokenizer, sample_text()).tolist()
+        start = max(0, len(source) - e.choosing * e.length)
+        return self._texts(source, facts.FOR_CHOOSING, e.choosing, e.length, start, 100)
+
+    @cached_property
+    def trying(self) -> list[facts.Hidden]:
+        """What every choice is tried on."""
+        e = self.effort
+        return self._texts(self._test_ids, facts.FOR_TRYING, e.texts, e.length, 0, 200)
+
+    @cached_property
+    def confirming(self) -> list[facts.Hidden]:
+        """What nothing is decided by."""
+        e = self.effort
+        start = e.texts * e.length + 2 * e.scored
+        return self._texts(self._test_ids, facts.FOR_TRYING, e.confirm_texts, e.confirm_length, start, 300)
+
+    def _prose(self, part: int) -> torch.Tensor:
+        """The text for perplexity: part 0 for the curve, part 1 for confirming it."""
+        e = self.effort
+        given = self._held_out
+        if given is not None and len(given) >= (part + 1) * e.scored:
+            ids = given[part * e.scored : (part + 1) * e.scored]
+        else:
+            start = e.texts * e.length + part * e.scored
+            ids = [self._test_ids[(start + i) % len(self._test_ids)] for i in range(e.scored)]
+        return torch.tensor(ids)
+
+    @property
+    def prose_name(self) -> str:
+        """Where the text for perplexity comes from."""
+        given = self._held_out is not None and len(self._held_out) >= self.effort.scored
+        return "the rest of the text" if given else "a text of its own"
+
+    # -- caches -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def layers(self) -> list[tuple[int, int]]:
+        """The layers with a cache and their KV heads: pairs (layer, heads)."""
+        with attach(self.model) as attachment:
+            infos = [i for i in attachment.layers if i.kind == "decoder" and i.cache_index is not None]
+        return [(info.index, info.kv_heads) for info in infos]
+
+    @property
+    def all_heads(self) -> list[tuple[int, int]]:
+        """Every KV head, (layer, head)."""
+        return [(layer, head) for layer, count in self.layers for head in range(count)]
+
+    def whole(self) -> Any:
+        """transformers' own cache."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def small(self, heads: Sequence[tuple[int, int]]) -> Any:
+        """A cache with these KV heads in full."""
+        pairs = Heads(tuple(heads), level="kv")
+        return per_head(self.model, full=pairs, sink=self.effort.sink, window=self.effort.window)
+
+    # -- trying -----------------------------------------------------------------------------------------
+
+    def choose(self) -> HeadScores:
+        """The score that heads are chosen by, for each KV head the highest of its query heads."""
+        with evaluating(self.model):
+            scores = facts.looked_up(
+                self.model, self.choosing, self.whole, lambda _: self._advance("choosing heads")
+            )
+        return scores
+
+    def answers(self, texts: Sequence[facts.Hidden], make: Callable[[], Any], what: str) -> tuple[bool, ...]:
+        """Which facts are found again."""
+        found: list[bool] = []
+        with evaluating(self.model):
+            for hidden in texts:
+                found += self._with(make, lambda cache, h=hidden: facts.answered(self.model, h, cache))
+                self._advance(what)
+        return tuple(found)
+
+    def perplexity(self, make: Callable[[], Any], part: int, what: str) -> float:
+        """Perplexity of the held-out text."""
+        value = self._with(
+            make,
+            lambda cache: (
+                perplexity(self.model, self.tokenizer, self._prose(part), chunk=512, cache=cache).value
+            ),
+        )
+        self._advance(what)
+        return value
+
+    def _with(self, make: Callable[[], Any], use: Callable[[Any], Any]) -> Any:
+        cache = make()
+        try:
+            return use(cache)
+        finally:
+            if hasattr(cache, "detach"):
+                cache.detach()
+
+    def outcome(
+        self,
+        policy: str,
+        heads: Sequence[tuple[int, int]] | None,
+        *,
+        seed: int | None = None,
+        fresh: bool = False,
+    ) -> Outcome:
+        """Try a choice of heads (None: transformers' own cache); `fresh` on what is kept for confirming."""
+        total = len(self.all_heads)
+        count = total if heads is None else len(heads)
+        make = self.whole if heads is None else lambda: self.small(heads)
+        what = f"{policy}, {count} of {total} KV heads"
+        texts = self.confirming if fresh else self.trying
+        if policy == "random":
+            texts = texts[: self.effort.random_texts]
+        answers = self.answers(texts, make, what)
+        point = Point(
+            policy=policy,
+            kv_fraction=count / total,
+            heads_kept=count,
+            seed=seed,
+            needle_accuracy=sum(answers) / len(answers),
+            needles=len(answers),
+            perplexity=self.perplexity(make, int(fresh), what),
+            cache_bytes=tuple((n, self.bytes(make, n)) for n in self.effort.lengths),
+            heads=tuple(sorted(heads)) if heads is not None else (),
+        )
+        return Outcome(point, answers)
+
+    # -- bytes and speed --------------------------------------------------------------------------------
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, int, int, torch.dtype]]:
+        """For each layer of the cache: KV heads, widths of keys and values, dtype; as the model fills it."""
+        cache = self.whole()
+        with evaluating(self.model):
+            self.model(
+                torch.tensor([[0, 0]], device=self.model.device), past_key_values=cache, use_cache=True
+            )
+        return [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3], x.keys.dtype) for x in cache.layers]
+
+    def _fill(self, cache: Any, tokens: int, device: Any) -> None:
+        """Put `tokens` tokens into a cache without running the model."""
+        made: dict[Any, torch.Tensor] = {}
+        for layer, (heads, wide, value, dtype) in enumerate(self._rows):
+            for width in {wide, value}:
+                if (heads, width) not in made:
+                    made[heads, width] = torch.randn(1, heads, tokens, width, dtype=dtype, device=device)
+            cache.update(made[heads, wide], made[heads, value], layer)
+        if hasattr(cache, "nbytes"):
+            cache.crop(0)  # takes nothing back, but has the layers take in what has come
+
+    def bytes(self, make: Callable[[], Any], tokens: int) -> int:
+        """What a cache holds after so many tokens, by its own account; memory set aside included."""
+
+        def count(cache: Any) -> int:
+            self._fill(cache, tokens, "meta")
+            return cache_bytes(cache)
+
+        return self._with(make, count)
+
+    def speeds(self, choices: Sequence[Sequence[tuple[int, int]] | None], steps: int = 4) -> list[float]:
+        """Tokens decoded per second with each choice of heads, in rounds: disturbances hit all alike."""
+        token = torch.tensor([[0]], device=self.model.device)
+        seconds: list[list[float]] = [[] for _ in choices]
+
+        def run(cache: Any, into: list[float]) -> None:
+            self._fill(cache, self.effort.decode_length, self.model.device)
+            for step in range(steps + 1):
+                start = time.perf_counter()
+                int(self.model(token, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+                if step:  # the first one makes room
+                    into.append(time.perf_counter() - start)
+
+        with evaluating(self.model):
+            for _ in range(self.effort.decode_rounds):
+                for heads, into in zip(choices, seconds, strict=True):
+                    make = self.whole if heads is None else lambda h=heads: self.small(h)
+                    self._with(make, lambda cache, into=into: run(cache, into))
+                    self._advance("timing decoding")
+        return [1 / statistics.median(s) for s in seconds]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a transformers cache, or one of ours, holds."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes())
+    return sum(t.numel() * t.element_size() for x in cache.layers for t in (x.keys, x.values))
