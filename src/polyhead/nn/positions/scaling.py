@@ -147,7 +147,8 @@ class LongRope(RopeScaling):
 
     cos and sin are scaled by `attention_factor`, by default √(1 + ln(factor)/ln(N)) where `factor` is the
     ratio of the new to the trained length N. Keys in a cache keep the divisors under which they came:
-    decoding past the trained length differs from one full forward, as in transformers. Paper: arXiv 2402.13753.
+    decoding past the trained length differs from one full forward, as in transformers.
+    Paper: arXiv 2402.13753.
     """
 
     stretching: ClassVar[bool] = True
