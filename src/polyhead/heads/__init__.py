@@ -1,25 +1,35 @@
 """Looking at heads: measure every head of a pretrained model, in O(length) memory."""
 
-import polyhead.heads.measurements  # noqa: F401  (makes the measurements known)
+from polyhead.heads import measurements
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
 from polyhead.heads.pictures import Lookups, Pictures
 from polyhead.heads.profile import Profile, profile
+from polyhead.heads.retrieval import CopyScores, copy_scores, retrieval_mass, retrieval_score
+from polyhead.heads.roles import RoleRule, RoleRules, Roles
 from polyhead.heads.rows import Rows, View
 from polyhead.heads.watch import Watcher, measure, watch
 
 __all__ = [
     "MEASUREMENTS",
+    "CopyScores",
     "Gauge",
     "Lookups",
     "Measurement",
     "Pictures",
     "Profile",
+    "RoleRule",
+    "RoleRules",
+    "Roles",
     "RowMean",
     "Rows",
     "View",
     "Watcher",
+    "copy_scores",
     "measure",
+    "measurements",
     "profile",
     "register",
+    "retrieval_mass",
+    "retrieval_score",
     "watch",
 ]

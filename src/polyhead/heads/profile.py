@@ -15,8 +15,10 @@ from polyhead.errors import ConfigError, MissingExtra, PolyheadError, unknown_na
 from polyhead.head_scores import HeadScores
 from polyhead.heads.inputs import Given, Reader, Source, Text
 from polyhead.heads.measurement import Gauge, Measurement, Progress, chosen
+from polyhead.heads.measurements.places import WindowMass
 from polyhead.heads.measurements.received import ReceivedGauge, SinkGauge
 from polyhead.heads.pictures import LookupGauge, Lookups, PictureGauge, Pictures
+from polyhead.heads.roles import RoleRules, Roles
 from polyhead.heads.watch import Watcher, watch
 from polyhead.hf import LayerInfo
 from polyhead.tasks.reading import evaluating, texts
@@ -65,6 +67,11 @@ class Profile(Mapping[str, HeadScores]):
         heads = sum(layer.heads for layer in self.layers)
         what = f"{len(self.layers)} layers, {heads} heads, {len(self.ids)} tokens"
         return f"Profile({what}; {', '.join(self.scores)})"
+
+    @property
+    def roles(self) -> Roles:
+        """One word for what each head does, by the default `RoleRules` (`RoleRules(...).assign(profile)`)."""
+        return RoleRules().assign(self)
 
     @property
     def is_encoder(self) -> bool:
@@ -184,7 +191,7 @@ def profile(
             sample that comes with Polyhead.
         length: use the first `length` tokens of each text. Default: all.
         measurements: names out of `polyhead.heads.MEASUREMENTS`, or `Measurement` objects. Default: all that
-            make sense for the model.
+            make sense for the model, with "window" an eighth of the shortest text if that is below 64.
         seed: of the random tokens and needles that some measurements have the model read.
         pictures: also make `Profile.pictures` of this side in the same pass.
         progress: called as progress(what, done, total) after each attention layer.
@@ -207,6 +214,9 @@ def profile(
     with evaluating(model), watch(model) as watcher:
         kinds = frozenset(layer.kind for layer in watcher.layers)
         wanted = _suitable(chosen(measurements), measurements is None, model, tokenizer, kinds)
+        if measurements is None and isinstance(main, Text):
+            eighth = max(1, min(map(len, main.ids)) // 8)
+            wanted = [WindowMass(min(m.width, eighth)) if isinstance(m, WindowMass) else m for m in wanted]
         sources: dict[Source | None, list[Measurement]] = {}
         for measurement in wanted:
             sources.setdefault(measurement.source, []).append(measurement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,6 +26,9 @@ class View:
         visible: which rows count, and how many keys each row may look at.
         ids: token ids `(B, S)` of the keys, where they are known.
         projection: the layer's output projection by heads, `(H, Dv, d)`, where it was found.
+        start: which token of the sequence key position 0 is; above 0 where a cache has dropped some.
+        marks: what the source says of the sequence, counted in tokens of the sequence, such as where a
+            needle lies.
     """
 
     kind: str
@@ -35,6 +39,8 @@ class View:
     visible: Visible
     ids: Tensor | None = None
     projection: Tensor | None = None
+    start: int = 0
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -96,6 +102,11 @@ class Rows:
         """Position of the first real token of each batch item, `(b|1, 1, 1)`."""
         first = self.view.visible.first
         return (first if len(first) == 1 else first[self.tile.batch_slice]).view(-1, 1, 1)
+
+    def within(self, positions: Tensor, mark: str) -> Tensor:
+        """Which of the (query or key) `positions` `(p,)` lie in a marked span `(B, 2)`, bool `(b, p)`."""
+        spans = self.view.marks[mark][self.tile.batch_slice] - self.view.start
+        return (positions >= spans[:, :1]) & (positions < spans[:, 1:])
 
     @property
     def ids(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Watcher:
         self._gauges: Sequence[Sequence[Gauge]] = ()
         self._after: Callable[[LayerInfo], None] | None = None
         self._ids: Tensor | None = None
+        self._marks: Mapping[str, Tensor] = {}
         self._padding: dict[str, Tensor | None] = {}
         self._visible: list[tuple[Mask | None, tuple[Any, ...], Visible]] = []
         self._projections: dict[int, Tensor | None] = {}
@@ -50,6 +51,7 @@ class Watcher:
         ids: Tensor | None = None,
         padding: Tensor | None = None,
         query_padding: Tensor | None = None,
+        marks: Mapping[str, Tensor] | None = None,
         after: Callable[[LayerInfo], None] | None = None,
     ) -> Iterator[None]:
         """Within the block every attention call is seen by the gauges of its layer.
@@ -59,17 +61,19 @@ class Watcher:
             ids: token ids `(B, S)` that the model reads.
             padding: `(B, S)`, true at real tokens, of encoder layers and of a decoder by itself.
             query_padding: the same for the decoder of a model that has an encoder too.
+            marks: what measurements need to know of the sequence, such as where a needle lies.
             after: called with each layer that is done.
         """
         if query_padding is None:
             query_padding = padding
-        self._gauges, self._after, self._ids = gauges, after, ids
+        self._gauges, self._after, self._ids, self._marks = gauges, after, ids, marks or {}
         self._padding = {"encoder": padding, "decoder": query_padding, "cross": query_padding}
         self._visible = []
         try:
             yield
         finally:
-            self._gauges, self._after, self._ids, self._padding, self._visible = (), None, None, {}, []
+            self._gauges, self._after, self._ids, self._marks = (), None, None, {}
+            self._padding, self._visible = {}, []
 
     def handle(self, call: Call) -> Tensor:
         """The attention handler: what reaches the end of all other handlers is what is observed."""
@@ -95,18 +99,22 @@ class Watcher:
         batch, heads, queries, _ = call.q.shape
         keys = call.k.shape[2]
         kind = call.layer.kind
-        ids = self._ids
-        if ids is not None and (kind == "cross" or ids.shape[-1] != keys):
-            ids = None
+        held = slice(call.start, call.start + keys)  # the tokens that the keys are
+        ids, padding = self._ids, self._padding.get(kind)
+        ids = None if ids is None or kind == "cross" else ids[:, held]
+        if padding is not None and kind != "cross":
+            padding = padding[:, held]
         if call.layer.index not in self._projections:
             width = call.v.shape[-1]
             module = self.model.get_submodule(call.layer.name)
             self._projections[call.layer.index] = output_projection(
                 self.model, call.layer.name, module, heads, width
             )
-        visible = self._count(call.mask, kind, batch, heads, queries, keys, call.q.device)
+        visible = self._count(
+            call.mask, kind, batch, heads, queries, keys, padding, call.start, call.q.device
+        )
         projection = self._projections[call.layer.index]
-        return View(kind, batch, heads, queries, keys, visible, ids, projection)
+        return View(kind, batch, heads, queries, keys, visible, ids, projection, call.start, self._marks)
 
     def _count(
         self,
@@ -116,11 +124,12 @@ class Watcher:
         heads: int,
         queries: int,
         keys: int,
+        padding: Tensor | None,
+        start: int,
         device: torch.device,
     ) -> Visible:
         """What is visible under a mask; layers commonly share one."""
-        padding = self._padding.get(kind)
-        key = (batch, heads, queries, keys, id(padding))
+        key = (kind, batch, heads, queries, keys, start)
         for known, sizes, visible in self._visible:
             if sizes == key and (known is mask or known == mask):
                 return visible

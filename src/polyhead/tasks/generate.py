@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def greedy(
     steps: int,
     padding: Tensor | None = None,
     cache: Any = None,
-    each: Callable[[int, Tensor], None] | None = None,
+    around: AbstractContextManager[Any] | None = None,
 ) -> Tensor:
     """The most likely next tokens `(B, steps)` after `ids` `(B, S)`, one by one.
 
@@ -68,7 +69,7 @@ def greedy(
         model: a causal language model of transformers.
         padding: bool `(B, S)`, True at real tokens; padding stands on the left.
         cache: the transformers `Cache` to fill. Default: a `DynamicCache`.
-        each: called as each(step, tokens) with the tokens `(B,)` that a step gave.
+        around: a context for the steps, entered when the prompt has been read up to its last token.
     """
     from transformers import DynamicCache
 
@@ -80,12 +81,13 @@ def greedy(
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     said: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
         if ids.shape[1] > 1:
             before = None if padding is None else padding[:, :-1]
             forward(model, ids[:, :-1], before, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = ids[:, -1:]
-        for step in range(steps):
+        stack.enter_context(around or nullcontext())
+        for _ in range(steps):
             out = forward(model, token, padding, past_key_values=cache, use_cache=True)
             best = out.logits[:, -1].argmax(-1)
             if said:
@@ -93,8 +95,6 @@ def greedy(
             for end in ends:
                 done |= best == end
             said.append(best)
-            if each is not None:
-                each(step, best)
             if bool(done.all()):
                 said += [best] * (steps - len(said))
                 break

@@ -269,6 +269,9 @@ def score(
         # two tokens more than the answer has, to see whether the number goes on
         said = greedy(model, ids, steps=len(case.answer_ids) + 2, cache=cache)
         text = tokenizer.decode(said[0], skip_special_tokens=True)
+        release = getattr(cache, "detach", None)  # a cache that acts through the model's attention
+        if release is not None:
+            release()
         results.append(NeedleResult(case, text, is_right(text, case.answer)))
         if progress is not None:
             progress(done + 1, len(cases))

@@ -15,14 +15,14 @@ __all__ = ["OutputShare"]
 
 @register
 class OutputShare(Measurement):
-    """mean_i ||W_h o_ih|| / sum_g ||W_g o_ig||: o_ih the head's output, W_h its part of the output projection.
+    """mean_i ||W_h o_ih|| / sum_g ||W_g o_ig||: o_ih the head's output, W_h its part of W_O.
 
-    Where a layer's output projection is not found, with ||o_ih|| in place of ||W_h o_ih||.
+    Where a layer's output projection W_O is not found, with ||o_ih|| in place of ||W_h o_ih||.
     """
 
     name = "output_share"
     title = "share of the layer's output"
-    meaning = "norm of what the head adds to the residual stream, over the sum of those of its layer"
+    meaning = "norm of what the head adds to the residual stream, over the sum for its layer"
     unit = "share"
     direction = "higher: weighs more in its layer"
     paper = "Kobayashi et al. 2020, Attention is Not Only a Weight, arXiv 2004.10102"
