@@ -235,6 +235,15 @@ def test_wrapped_models_are_found():
         assert model.config._attn_implementation == "polyhead"
 
 
+def test_a_compiled_model():
+    model = llama()
+    expected = logits(model)
+    compiled = torch.compile(model, backend="eager")
+    with attach(model):
+        torch.testing.assert_close(logits(compiled), expected, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(compiled), expected, atol=3e-5, rtol=1e-5)
+
+
 def test_dropout_in_training_is_handed_on():
     config = t.LlamaConfig(**SIZES, attention_dropout=0.5)
     model, drawn = make(t.LlamaForCausalLM, config), []
@@ -297,9 +306,13 @@ def test_attention_beside_the_interface_is_told():
         intermediate_size=48,
         vision_config=CLIP_VISION,
     )
-    with attach(make(t.GitForCausalLM, config)) as attachment:
+    model = make(t.GitForCausalLM, config)
+    expected = logits(model)
+    with attach(model) as attachment:
         assert [layer.kind for layer in attachment.layers] == ["encoder"]
         assert attachment.unseen == ["git.encoder.layer.0.attention.self"]
+        # it adds its mask to its scores, and gets one that can be added
+        torch.testing.assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("thing", ["smollm2", nn.Linear(2, 2)])

@@ -182,3 +182,34 @@ def test_a_written_out_bias_of_the_user():
     bias = bias.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf)
     got, expected = both(llama(), lambda m: m(tokens(), attention_mask=bias, use_cache=False).logits)
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_gradient_of_a_position_bias():
+    model, ids = t5(), tokens(2, 200)  # several strips
+
+    def gradients(m):
+        m.zero_grad()
+        m(input_ids=ids, labels=ids).loss.backward()
+        stacks = (m.encoder, m.decoder)
+        return [s.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.clone() for s in stacks]
+
+    expected = gradients(eager(model))
+    with attach(model):
+        got = gradients(model)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
+
+
+def test_gradient_checkpointing():
+    model = llama().train()
+
+    def gradient(m):
+        m.zero_grad()
+        m(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        return m.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    expected = gradient(eager(model))
+    model.gradient_checkpointing_enable()
+    with attach(model):
+        torch.testing.assert_close(gradient(model), expected, atol=1e-5, rtol=1e-3)

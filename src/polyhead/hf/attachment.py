@@ -27,10 +27,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from polyhead.errors import MissingExtra, UnsupportedModel
@@ -168,6 +170,7 @@ class Attachment:
         return f"Attachment({type(self.model).__name__}, {len(self.layers)} attention layers, {state})"
 
 
+@cache
 def _register() -> None:
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -175,8 +178,9 @@ def _register() -> None:
         raise MissingExtra("transformers", "hf", "attaching to a pretrained model") from error
     from polyhead.hf.masks import mask_function
 
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, mask_function)
+    # in a compiled model both run uncompiled, between compiled parts
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_function))
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(mask_function))
 
 
 def attention_function(
