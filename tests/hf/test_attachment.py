@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -217,9 +218,12 @@ def test_a_model_is_freed_although_it_was_attached():
     gc.collect()
     before = len(_entries)
     model = llama()
-    attachment = attach(model)
+    attach(model)  # and never detached
+    gone = weakref.ref(model)
     assert len(_entries) == before + 2
-    attachment.detach()
+    del model
+    gc.collect()
+    assert gone() is None
     assert len(_entries) == before
 
 

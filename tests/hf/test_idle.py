@@ -120,6 +120,17 @@ def test_bert(side):
     torch.testing.assert_close(got[real], expected[real], **CLOSE)
 
 
+@pytest.mark.parametrize("side", ["none", "right"])
+def test_a_decoder_used_in_both_directions(side):
+    model, mask = llama(), padding(side)
+    model.config.is_causal = False
+    got, expected = both(model, lambda m: m(tokens(), attention_mask=mask, use_cache=False).logits)
+    real = torch.ones(2, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(got[real], expected[real], **CLOSE)
+    with attach(model) as attachment:
+        assert [layer.kind for layer in attachment.layers] == ["encoder", "encoder"]
+
+
 def test_vit():
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     got, expected = both(vit(), lambda m: m(pixels).last_hidden_state)

@@ -19,7 +19,9 @@ before.
         return call.observe([consumer])
 
 Attachments nest: each adds its handlers on top of those that are there, and takes only its own away.
-What `update` of a transformers `Cache` returns reaches the handler untouched, also when it is a `KVHandle`.
+Handlers belong to the model, for all threads that run it. What `update` of a transformers `Cache` returns
+reaches them untouched, also when it is a `KVHandle`. As under transformers' `sdpa`, `output_attentions=True`
+yields no weights: observe instead. With gradient checkpointing, call `backward()` while attached.
 """
 
 from __future__ import annotations

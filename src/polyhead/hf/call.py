@@ -23,7 +23,7 @@ Kind = Literal["decoder", "encoder", "cross"]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One attention layer of a model.
+    """One attention layer of a model, as its module and config tell it before anything runs.
 
     Attributes:
         index: place among all attention layers of the model, in forward order, from 0.
