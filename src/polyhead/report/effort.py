@@ -24,7 +24,6 @@ class Effort:
         length: tokens of a text with hidden facts.
         facts: facts in one text.
         texts: texts that the chosen heads are tried on; random choices are tried on the first `random_texts`.
-        choosing: texts that heads are chosen by.
         scored: tokens of the text whose perplexity is measured.
         confirm_length, confirm_texts: of the texts that the recommendation is confirmed on.
         lengths: context lengths whose cache bytes are told.
@@ -43,7 +42,6 @@ class Effort:
     facts: int = 8
     texts: int = 3
     random_texts: int = 2
-    choosing: int = 3
     scored: int = 1024
     confirm_length: int = 2048
     confirm_texts: int = 2
@@ -85,7 +83,6 @@ QUICK = Effort(
     seeds=(0,),
     texts=1,
     random_texts=1,
-    choosing=1,
     facts=4,
     scored=384,
     confirm_texts=1,
@@ -105,4 +102,4 @@ def steps(effort: Effort, total: int) -> int:
     drawn = (len(effort.random_fractions) + 1) * len(effort.seeds)
     one, other = effort.texts + 1, effort.random_texts + 1
     confirm = 2 * (effort.confirm_texts + 1)
-    return effort.choosing + (tried + 1) * one + drawn * other + confirm + (tried + 2) * effort.decode_rounds
+    return (tried + 1) * one + drawn * other + confirm + (tried + 2) * effort.decode_rounds

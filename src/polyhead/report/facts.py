@@ -6,26 +6,24 @@ long, is thus read once for all its facts. The answer is compared token by token
 say greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which
 is the case if and only if greedy decoding from there gives just this answer.
 
-Two stocks of kinds and names have nothing in common: one for choosing heads, one for trying the choice.
+`STOCK` has no name and no kind in common with the needles that heads are chosen by (`polyhead.tasks.NAMES`,
+"the secret number of").
 """
 
 from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyhead.attend.tile import Tile
 from polyhead.errors import ConfigError
-from polyhead.head_scores import HeadScores
-from polyhead.hf import Call, attach
 
-__all__ = ["FOR_CHOOSING", "FOR_TRYING", "Asked", "Hidden", "Kind", "Stock", "answered", "hide", "looked_up"]
+__all__ = ["STOCK", "Asked", "Hidden", "Kind", "Stock", "answered", "hide"]
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,9 @@ class Stock:
     names: tuple[str, ...]
 
 
-_PEOPLE = "Anna Boris Clara Daniel Emma Felix Greta Henry Irene Jonas Laura Martin"
 _CITIES = "Vienna Lagos Lima Oslo Cairo Quito Dakar Turin Perth Hanoi Tunis Kyoto"
 
-FOR_CHOOSING = Stock(
-    (
-        Kind("The secret code of {name} is", "", "What is the secret code of {name}?"),
-        Kind("The room of {name} has number", "", "Which number does the room of {name} have?"),
-        Kind("The farm of {name} has", " apple trees", "How many apple trees does the farm of {name} have?"),
-        Kind("The badge number of {name} is", "", "What is the badge number of {name}?"),
-        Kind("The account of {name} holds", " coins", "How many coins does the account of {name} hold?"),
-        Kind("The factory of {name} made", " wheels", "How many wheels did the factory of {name} make?"),
-        Kind("The telephone number of {name} is", "", "What is the telephone number of {name}?"),
-        Kind("The walk of {name} took", " steps", "How many steps did the walk of {name} take?"),
-    ),
-    tuple(_PEOPLE.split()),
-)
-FOR_TRYING = Stock(
+STOCK = Stock(
     (
         Kind("The special magic number for {name} is", "", "What is the special magic number for {name}?"),
         Kind("The phone extension of {name} is", "", "What is the phone extension of {name}?"),
@@ -244,65 +228,3 @@ def _rows(hidden: Hidden, device: Any) -> tuple[Tensor, list[list[int]]]:
     rows = torch.tensor([one.tail + (one.tail[-1],) * (width - len(one.tail)) for one in hidden.asked])
     wanted = [list(range(len(one.tail) - one.answer - 1, len(one.tail) - 1)) for one in hidden.asked]
     return rows.to(device), wanted
-
-
-class _OnFacts:
-    """Adds up the attention that the rows of the answers give to the tokens of their facts."""
-
-    needs_logits = False
-
-    def __init__(self, hidden: Hidden, wanted: list[list[int]], heads: int) -> None:
-        self.hidden, self.wanted = hidden, wanted
-        self.sum = torch.zeros(heads, dtype=torch.float64)
-        self.count = torch.zeros(heads, dtype=torch.float64)
-
-    def visit(self, tile: Tile, logits: Tensor | None, weights: Tensor) -> None:
-        for k in range(tile.batch):
-            item = tile.batch_start + k
-            start, stop = self.hidden.asked[item].place
-            rows = [p - tile.row_start for p in self.wanted[item] if 0 <= p - tile.row_start < len(tile.rows)]
-            if rows:
-                fact = (tile.cols >= start) & (tile.cols < stop)
-                mass = weights[k][:, rows][..., fact].sum(-1)
-                self.sum[tile.head_slice] += mass.sum(-1).double().cpu()
-                self.count[tile.head_slice] += len(rows)
-
-
-def looked_up(
-    model: Any,
-    texts: Sequence[Hidden],
-    cache: Callable[[], Any],
-    progress: Callable[[int], None] | None = None,
-) -> HeadScores:
-    """The retrieval score by attention mass: mean attention of answers to the facts that they repeat.
-
-    `cache` makes an ordinary cache of transformers, which holds all tokens.
-    """
-    with attach(model) as attachment:
-        layers = attachment.layers
-        sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
-        counts = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
-        for n, hidden in enumerate(texts):
-            full = cache()
-            _read(model, hidden, full)
-            rows, wanted = _rows(hidden, model.device)
-
-            def watch(call: Call, hidden: Hidden = hidden, wanted: list[list[int]] = wanted) -> Tensor:
-                seen = _OnFacts(hidden, wanted, call.layer.heads)
-                output = call.observe([seen])
-                sums[call.layer.index] += seen.sum
-                counts[call.layer.index] += seen.count
-                return output
-
-            with attachment.handling(watch):
-                _body(model)(rows, past_key_values=full, use_cache=True)
-            if progress is not None:
-                progress(n + 1)
-    return HeadScores(
-        tuple(s / c for s, c in zip(sums, counts, strict=True)),
-        name="lookup",
-        meaning="mean attention of the tokens of an answer to the hidden fact that they repeat",
-        unit="share",
-        direction="higher: looks facts up",
-        kv_groups=tuple(layer.heads // layer.kv_heads for layer in layers),
-    )

@@ -27,7 +27,7 @@ from polyhead.report import summary, words
 from polyhead.report.effort import QUICK, Effort, steps
 from polyhead.report.packing import lookup_queries, pack_lookups, pack_pictures, picture_side
 from polyhead.report.page import require_jinja
-from polyhead.report.trying import Tester
+from polyhead.report.trying import Trial
 from polyhead.report.write import FILES, Written, check_folder, write_report
 
 __all__ = ["LENGTH", "run"]
@@ -85,7 +85,7 @@ def run(
         measured = None
         notes: list[str] = []
         if savings and not profile.is_encoder:
-            measured, notes = _savings(loaded, tokenizer, effort, held_out, model, stages)
+            measured, notes = _savings(loaded, tokenizer, profile, effort, held_out, model, stages)
         with stages.stage("drawing"):
             report = _assemble(model, loaded, tokenizer, profile, ids, text, measured, notes, effort, stages)
             report = replace(report, run=_about(model, text, out, length, effort, quick, stages))
@@ -244,18 +244,23 @@ def _profile(model: Any, tokenizer: Any, ids: torch.Tensor, seed: int, stages: S
 def _savings(
     model: Any,
     tokenizer: Any,
+    profile: Any,
     effort: Effort,
     held_out: list[int] | None,
     name: str,
     stages: Stages,
 ) -> tuple[curve.Curve | None, list[str]]:
+    if "retrieval" not in profile:
+        return None, [
+            "Retrieval scores could not be measured on this model, so no heads could be chosen by them."
+        ]
     why = curve.why_not(model, tokenizer, effort)
     if why:
         return None, [why]
-    tester = Tester(model, tokenizer, effort, held_out)
-    with stages.stage("trying smaller caches", steps(tester.effort, len(tester.all_heads))) as advance:
-        tester.report_to(advance)
-        found = curve.measure(tester, name)
+    trial = Trial(model, tokenizer, effort, held_out)
+    with stages.stage("trying smaller caches", steps(trial.effort, len(trial.all_heads))) as advance:
+        trial.report_to(advance)
+        found = curve.measure(trial, profile["retrieval"], name)
     return found, list(found.notes)
 
 
@@ -279,9 +284,6 @@ def _assemble(
     pictures = profile.pictures(picture_side(heads, causal=causal, tokens=len(ids)))
     queries = lookup_queries(heads, len(ids), k=_LOOKUPS)
     looks = profile.lookups(queries.tolist(), k=_LOOKUPS)
-    scores = list(profile.values())
-    if measured is not None:
-        scores.append(measured.chosen_by)
     return d.ReportData(
         model=d.Model(
             name=Path(name).name or name,
@@ -295,7 +297,7 @@ def _assemble(
         ),
         text=_text(tokenizer, profile, ids, text),
         run=d.Run("", "", "", ""),
-        measurements=tuple(_measurement(s) for s in scores),
+        measurements=tuple(_measurement(s) for s in profile.values()),
         roles=_roles(profile),
         pictures=pack_pictures(pictures.mass, causal=causal),
         lookups=pack_lookups(queries, looks.positions, looks.weights),
@@ -325,16 +327,23 @@ def _measurement(scores: Any) -> d.Measurement:
     from polyhead.heads import MEASUREMENTS
 
     known = MEASUREMENTS.get(scores.name)
-    title = known.title if known is not None else {"lookup": "looking facts up"}.get(scores.name, scores.name)
+    title = known.title if known is not None else scores.name
     title = title[:1].upper() + title[1:]
     values = tuple(tuple(float(v) for v in layer) for layer in scores.values)
     return d.Measurement(scores.name, title, scores.meaning, scores.unit, scores.direction, values)
 
 
 def _roles(profile: Any) -> d.Roles:
-    from polyhead.heads import roles
-
-    return roles(profile)
+    found = profile.roles
+    rules = tuple(
+        d.RoleRule(
+            rule.role,
+            rule.text[:1].upper() + rule.text[1:] + ".",
+            (d.Condition(rule.measurement, ">=", rule.threshold),) if rule.measurement else (),
+        )
+        for rule in found.rules
+    )
+    return d.Roles(rules, found.by_layer)
 
 
 def _about(

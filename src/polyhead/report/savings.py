@@ -1,9 +1,9 @@
 """What a smaller cache costs: KV heads kept in full from all of them down to none, and what comes of it.
 
-Heads are chosen by how much they look facts up (`facts.looked_up`), on texts, kinds of facts, names and
-numbers of their own. Every choice is tried on the same facts in other texts, and its perplexity on another
-text. The smallest cache whose answers hold is tried once more, on facts and texts that nothing was decided
-by, before it is recommended.
+Heads are chosen by a score, such as the profile's `retrieval`: attention to needles in the sample text. Every
+choice is tried on the same facts, of other kinds, with other names, in other texts, and on the perplexity of
+a text of its own. The smallest cache whose answers hold is tried once more, on facts and texts that nothing
+was decided by, before it is recommended.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from polyhead.cache import per_head
 from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
 from polyhead.report.data import Recommendation, Savings
 from polyhead.report.effort import Effort, sizes
 from polyhead.report.summary import python_lines, reason
-from polyhead.report.trying import Outcome, Tester
+from polyhead.report.trying import Outcome, Trial
 from polyhead.tasks.reading import context_length
 
 __all__ = ["Curve", "holds", "measure", "why_not"]
@@ -27,10 +29,9 @@ __all__ = ["Curve", "holds", "measure", "why_not"]
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve, by what its heads were chosen, and what is recommended (None: nothing, for `notes`)."""
+    """The curve, what is recommended (None: nothing), and what there is to say about them."""
 
     savings: Savings
-    chosen_by: HeadScores
     recommendation: Recommendation | None
     notes: tuple[str, ...]
 
@@ -55,46 +56,48 @@ def why_not(model: Any, tokenizer: Any, effort: Effort) -> str:
     return ""
 
 
-def measure(tester: Tester, source: str) -> Curve:
-    """The whole curve and the recommendation; `source` is how the user named the model."""
-    e, total = tester.effort, len(tester.all_heads)
-    scores = tester.choose()
-    order = scores.by_kv_head("max").top(total).pairs
-    order = tuple(pair for pair in order if pair in set(tester.all_heads))
+def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
+    """The whole curve and the recommendation.
 
-    whole = tester.outcome("full", None)
-    chosen = [tester.outcome("retrieval", order[:count]) for count in sizes(e, total)]
+    Args:
+        trial: the model, and what its caches are tried on.
+        scores: what heads are chosen by; a KV head counts as the highest of the query heads that read it.
+        source: how the user named the model.
+    """
+    e, total = trial.effort, len(trial.all_heads)
+    order = _order(scores, trial.all_heads)
+
+    whole = trial.outcome("full", None)
+    chosen = [trial.outcome("retrieval", order[:count]) for count in sizes(e, total)]
     capable = sum(whole.answers) >= len(whole.answers) / 2
     notes = [] if capable else [_incapable(whole)]
 
     confirmed = None
     if capable:
-        confirmed = _confirm(tester, whole, [o for o in chosen if o.point.heads_kept])
+        confirmed = _confirm(trial, whole, [o for o in chosen if o.point.heads_kept])
     wanted = [round(f * total) for f in e.random_fractions]
     if confirmed is not None:
         wanted.append(confirmed[1].point.heads_kept)
     counts = sorted(({*wanted} & set(sizes(e, total))) - {0}, reverse=True)
     drawn = [
-        tester.outcome("random", _drawn(tester.all_heads, count, seed), seed=seed)
+        trial.outcome("random", _drawn(trial.all_heads, count, seed), seed=seed)
         for count in counts
         for seed in e.seeds
     ]
 
-    everything = tester.small(order)
-    everything.detach()
-    timed = tester.speeds([None, order, *(o.point.heads for o in chosen)])
+    timed = trial.speeds([None, order, *(o.point.heads for o in chosen)])
     baseline = replace(whole.point, decode_tokens_per_second=timed[0])
     full = replace(
         whole.point,
         policy="retrieval",
         decode_tokens_per_second=timed[1],
-        cache_bytes=tuple((n, tester.bytes(lambda: tester.small(order), n)) for n in e.lengths),
+        cache_bytes=tuple((n, trial.bytes(lambda: trial.small(order), n)) for n in e.lengths),
         heads=tuple(sorted(order)),
     )
     points = [full] + [
         replace(o.point, decode_tokens_per_second=speed) for o, speed in zip(chosen, timed[2:], strict=True)
     ]
-    savings = Savings(baseline, (*points, *(o.point for o in drawn)), *_hows(tester))
+    savings = Savings(baseline, (*points, *(o.point for o in drawn)), *_hows(trial))
 
     advice = None
     if confirmed is not None:
@@ -105,11 +108,17 @@ def measure(tester: Tester, source: str) -> Curve:
             after=replace(after.point, decode_tokens_per_second=speed[after.point.heads_kept]),
             why=reason(e, before.answers, after.answers, before.point, after.point),
             python=python_lines(source, after.point.heads, total, e.sink, e.window),
-            how=_confirm_how(tester),
+            how=_confirm_how(trial),
         )
     elif capable:
         notes.append("No smaller cache that was tried keeps its answers: keep the whole cache.")
-    return Curve(savings, scores, advice, tuple(notes))
+    return Curve(savings, advice, tuple(notes))
+
+
+def _order(scores: HeadScores, heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """KV heads with a cache, those with the highest scores first."""
+    by_kv = scores.by_kv_head("max")
+    return tuple(sorted(heads, key=lambda pair: (-np.nan_to_num(by_kv[pair], nan=-1.0), pair)))
 
 
 def holds(effort: Effort, before: Outcome, after: Outcome) -> bool:
@@ -120,22 +129,22 @@ def holds(effort: Effort, before: Outcome, after: Outcome) -> bool:
     return lost <= allowed and old is not None and new is not None and new <= (1 + effort.tolerance) * old
 
 
-def _confirm(tester: Tester, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[Outcome, Outcome] | None:
+def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[Outcome, Outcome] | None:
     """The smallest cache that holds, as all larger ones do, on the curve and again on fresh texts.
 
     Returns the whole cache and the smaller one, both as found on the fresh texts.
     """
     candidates: list[Outcome] = []
     for one in chosen:  # from many heads to few
-        if not holds(tester.effort, whole, one):
+        if not holds(trial.effort, whole, one):
             break
         candidates.append(one)
     if not candidates:
         return None
-    before = tester.outcome("full", None, fresh=True)
+    before = trial.outcome("full", None, fresh=True)
     for one in reversed(candidates):
-        after = tester.outcome("retrieval", one.point.heads, fresh=True)
-        if holds(tester.effort, before, after):
+        after = trial.outcome("retrieval", one.point.heads, fresh=True)
+        if holds(trial.effort, before, after):
             return before, after
     return None
 
@@ -152,15 +161,15 @@ def _incapable(whole: Outcome) -> str:
     )
 
 
-def _hows(tester: Tester) -> tuple[str, str, str]:
-    e = tester.effort
+def _hows(trial: Trial) -> tuple[str, str, str]:
+    e = trial.effort
     per_text = f"{e.facts} facts of different kinds in each of {e.texts} texts of {e.length:,} tokens"
     drawn = f" ({e.random_texts} for random choices)" if e.random_texts != e.texts else ""
     return (
         f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts when greedy "
-        "decoding gives exactly the number. Heads are chosen by the attention that answers give to their "
-        f"facts in {e.choosing} texts with other facts, kinds and names.",
-        f"Perplexity: {e.scored:,} tokens of {tester.prose_name}, the first token on, each predicted from "
+        "decoding gives exactly the number. Heads are chosen by their retrieval score, measured on other "
+        "texts with facts of another kind and other names.",
+        f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, the first token on, each predicted from "
         "what its cache holds.",
         f"Decoding: median of single tokens at {e.decode_length:,} tokens of context, caches in turn for "
         f"{e.decode_rounds} rounds, filled with random numbers (their content does not change the time). "
@@ -169,8 +178,8 @@ def _hows(tester: Tester) -> tuple[str, str, str]:
     )
 
 
-def _confirm_how(tester: Tester) -> str:
-    e = tester.effort
+def _confirm_how(trial: Trial) -> str:
+    e = trial.effort
     return (
         f"Measured on {e.facts * e.confirm_texts} facts in texts of {e.confirm_length:,} tokens and on "
         f"{e.scored:,} tokens of prose that neither chose the heads nor the size."

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from polyhead.cache import per_head
-from polyhead.head_scores import Heads, HeadScores
+from polyhead.head_scores import Heads
 from polyhead.hf import attach
 from polyhead.report import facts
 from polyhead.report.data import Point
 from polyhead.report.effort import Effort
-from polyhead.tasks import held_out_text, perplexity, sample_text
+from polyhead.tasks import held_out_text, perplexity
 from polyhead.tasks.reading import context_length, encode, evaluating
 
-__all__ = ["Advance", "Outcome", "Tester", "cache_bytes"]
+__all__ = ["Advance", "Outcome", "Trial", "cache_bytes"]
 
 Advance = Callable[[str], None]
 
@@ -33,7 +33,7 @@ class Outcome:
     answers: tuple[bool, ...]
 
 
-class Tester:
+class Trial:
     """A model and what its caches are tried on.
 
     Args:
@@ -66,11 +66,9 @@ class Tester:
     def _test_ids(self) -> list[int]:
         return encode(self.tokenizer, held_out_text()).tolist()
 
-    def _texts(
-        self, source: list[int], stock: facts.Stock, count: int, length: int, start: int, seed: int
-    ) -> list[facts.Hidden]:
-        """Texts with facts, from token `start` of the source on, one after the other."""
-        e = self.effort
+    def _texts(self, count: int, length: int, start: int, seed: int) -> list[facts.Hidden]:
+        """Texts with facts, from token `start` of the held-out text on, one after the other."""
+        e, source = self.effort, self._test_ids
         found = []
         for k in range(count):
             at = start + k * length
@@ -79,7 +77,7 @@ class Tester:
                 facts.hide(
                     self.tokenizer,
                     ids,
-                    stock,
+                    facts.STOCK,
                     length=length,
                     count=e.facts,
                     unseen=e.window,
@@ -89,25 +87,17 @@ class Tester:
         return found
 
     @cached_property
-    def choosing(self) -> list[facts.Hidden]:
-        """What heads are chosen by: the end of the sample text, of which a profile reads the beginning."""
-        e = self.effort
-        source = encode(self.tokenizer, sample_text()).tolist()
-        start = max(0, len(source) - e.choosing * e.length)
-        return self._texts(source, facts.FOR_CHOOSING, e.choosing, e.length, start, 100)
-
-    @cached_property
     def trying(self) -> list[facts.Hidden]:
         """What every choice is tried on."""
         e = self.effort
-        return self._texts(self._test_ids, facts.FOR_TRYING, e.texts, e.length, 0, 200)
+        return self._texts(e.texts, e.length, 0, 200)
 
     @cached_property
     def confirming(self) -> list[facts.Hidden]:
         """What nothing is decided by."""
         e = self.effort
         start = e.texts * e.length + 2 * e.scored
-        return self._texts(self._test_ids, facts.FOR_TRYING, e.confirm_texts, e.confirm_length, start, 300)
+        return self._texts(e.confirm_texts, e.confirm_length, start, 300)
 
     def _prose(self, part: int) -> torch.Tensor:
         """The text for perplexity: part 0 for the curve, part 1 for confirming it."""
@@ -152,14 +142,6 @@ class Tester:
         return per_head(self.model, full=pairs, sink=self.effort.sink, window=self.effort.window)
 
     # -- trying -----------------------------------------------------------------------------------------
-
-    def choose(self) -> HeadScores:
-        """The score that heads are chosen by, for each KV head the highest of its query heads."""
-        with evaluating(self.model):
-            scores = facts.looked_up(
-                self.model, self.choosing, self.whole, lambda _: self._advance("choosing heads")
-            )
-        return scores
 
     def answers(self, texts: Sequence[facts.Hidden], make: Callable[[], Any], what: str) -> tuple[bool, ...]:
         """Which facts are found again."""

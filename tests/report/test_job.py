@@ -1,0 +1,357 @@
+"""The main job on small models: what it writes, and how it ends when something is wrong."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from polyhead import cli, hf
+from polyhead.report import ReportData, job, savings, write
+from polyhead.report.data import Point
+from polyhead.report.effort import Effort, sizes
+from polyhead.report.summary import python_lines
+from polyhead.report.trying import Outcome, Trial, cache_bytes
+from report import small_models
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return small_models.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return small_models.bert(tmp_path_factory.mktemp("bert"))
+
+
+def report(model, *options, code=0):
+    """Run the command; what it printed, or the one line that it ended with."""
+    result = runner.invoke(cli.app, ["report", str(model), "--quick", *map(str, options)])
+    assert result.exit_code == code, result.output
+    if code:
+        lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "interrupted"))]
+        assert len(lines) == 1, result.stderr
+        assert "Traceback" not in result.output
+        return lines[0]
+    return result.stdout
+
+
+def read(folder):
+    return ReportData.from_json((folder / "report.json").read_text(encoding="utf-8"))
+
+
+OPTIONS = ("--window", 96, "--sink", 2, "--length", 300)
+
+
+def test_a_folder_of_ones_own(llama, tmp_path):
+    said = report(llama, "--out", tmp_path / "a", *OPTIONS)
+    data = read(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path / "a")) == sorted(write.FILES)
+    assert data.model.architecture == "LlamaForCausalLM"
+    assert (data.model.heads, data.model.kv_heads) == ((4, 4), (2, 2))
+    assert len(data.text.tokens) == 300
+    assert {"sink", "entropy", "retrieval"} <= {m.name for m in data.measurements}
+    # a random model finds nothing: that is said, and nothing is recommended
+    assert data.recommendation is None
+    assert "With its whole cache the model finds 0 of 4 hidden facts" in data.notes[0]
+    assert "too few to see what a smaller cache loses" in " ".join(said.split())
+    # four KV heads: shares that come to the same number of heads are tried once
+    assert [(p.policy, p.heads_kept) for p in data.savings.points] == [
+        ("retrieval", 4),
+        ("retrieval", 2),
+        ("retrieval", 1),
+        ("retrieval", 0),
+    ]
+    for point in data.savings.points:
+        assert point.needles == 4
+        assert point.perplexity > 1
+        assert point.decode_tokens_per_second > 0
+        assert len(point.heads) == point.heads_kept
+    held = [dict(p.cache_bytes)[512] for p in data.savings.points]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < 0.25 * held[0]
+
+
+def test_the_same_seed_gives_the_same_report(llama, tmp_path):
+    found = []
+    for name in ("a", "b"):
+        report(llama, "--out", tmp_path / name, *OPTIONS)
+        data = json.loads((tmp_path / name / "report.json").read_text())
+        del data["run"]
+        for point in (data["savings"]["baseline"], *data["savings"]["points"]):
+            del point["decode_tokens_per_second"]
+        found.append(data)
+    assert found[0] == found[1]
+
+
+def test_an_encoder_has_roles_and_nothing_to_save(bert, tmp_path):
+    said = report(bert, "--out", tmp_path / "e", "--length", 200)
+    data = read(tmp_path / "e")
+    assert data.model.is_encoder
+    assert data.savings is None
+    assert data.recommendation is None
+    assert "retrieval" not in {m.name for m in data.measurements}
+    assert "nothing to save" in " ".join(said.split())
+    assert not (tmp_path / "e" / "savings.svg").exists()
+
+
+def test_without_savings_and_with_a_text_of_ones_own(llama, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("A text of one's own: ä, 日本, 😀. " * 40, encoding="utf-8")
+    said = report(llama, "--out", tmp_path / "r", "--text", text, "--length", 128, "--no-savings")
+    data = read(tmp_path / "r")
+    assert data.savings is None
+    assert data.text.name == "own.txt"
+    assert "reading the first 128 of" in said
+    assert (
+        data.run.command
+        == f"polyhead report {llama} --text {text} --length 128 --out {tmp_path / 'r'} --quick"
+    )
+
+
+def test_a_window_that_the_model_cannot_show(llama, tmp_path):
+    report(llama, "--out", tmp_path / "r", "--length", 100, "--window", 300)
+    data = read(tmp_path / "r")
+    assert data.savings is None
+    assert "The model reads 512 tokens, too few to see what a window of 300 leaves out" in data.notes[0]
+
+
+# -- what is wrong with a call -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--text", "{tmp}/none.txt"], "there is no file"),
+        (["--text", "{tmp}/empty.txt"], "is empty; give a text of some sentences"),
+        (["--text", "{tmp}/tiny.txt"], "needs at least 32"),
+        (["--text", "{tmp}/binary.bin"], "is not UTF-8 text"),
+        (["--text", "{tmp}/long.txt"], "the model can read 512; use its beginning with --length 512"),
+        (["--text", "{tmp}"], "cannot be read"),
+        (
+            ["--length", "4096"],
+            "length must be at least 32 and at most 512, which the model can read; got 4096",
+        ),
+        (["--length", "3"], "length must be at least 32"),
+        (["--text", "{tmp}/short.txt", "--length", "500"], "--length asks for 500; give a longer text"),
+        (["--out", "{tmp}/tiny.txt"], "is a file, not a folder; choose another folder"),
+        (["--out", "{tmp}/tiny.txt/deep"], "is a file, not a folder"),
+        (["--out", "{tmp}"], "holds other files (binary.bin, empty.txt"),
+        (["--fractions", "0.5,2"], "fractions must lie in 0..1, got 2.0"),
+        (["--fractions", "half"], "--fractions takes numbers between 0 and 1"),
+    ],
+)
+def test_bad_input_ends_with_one_line(llama, tmp_path, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "tiny.txt").write_text("Two words.")
+    (tmp_path / "short.txt").write_text("Some forty words. " * 15)
+    (tmp_path / "long.txt").write_text("Words of a long text, one after another. " * 200)
+    (tmp_path / "binary.bin").write_bytes(b"\x80\x81\xff" * 20)
+    before = sorted(os.listdir(tmp_path))
+    line = report(llama, *(o.format(tmp=tmp_path) for o in options), code=2)
+    assert expected in line
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_no_such_model(tmp_path):
+    assert "there is no file or folder" in report(tmp_path / "nothing", "--out", tmp_path / "o", code=2)
+    (tmp_path / "bare").mkdir()
+    assert "no config.json" in report(tmp_path / "bare", "--out", tmp_path / "o", code=2)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_that_cannot_be_looked_into(tmp_path, monkeypatch):
+    folder = small_models.gptj(tmp_path / "gptj")
+    line = report(folder, "--out", tmp_path / "o", code=2)
+    assert "GPTJForCausalLM (model type 'gptj') does not go through" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(llama, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(write.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded before looking at the folder"))
+    assert "cannot write to" in report(llama, "--out", tmp_path / "o", code=2)
+
+
+@pytest.mark.parametrize("stage", ["_load", "_profile", "_savings", "_assemble", "write_report"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interruption_leaves_what_was_there(llama, tmp_path, monkeypatch, stage, error):
+    out = tmp_path / "r"
+    report(llama, "--out", out, "--length", 64, "--no-savings")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    if stage == "write_report":
+        replaced = []
+
+        def fail(a, b):
+            replaced.append(b)
+            raise error
+
+        monkeypatch.setattr(write.os, "replace", fail)
+    else:
+        monkeypatch.setattr(job, stage, _raising(error))
+    options = ("--out", out, "--length", 96, "--window", 96)
+    if error is KeyboardInterrupt:
+        assert report(llama, *options, code=130) == "interrupted"
+    elif stage == "write_report":
+        assert "No space left on device" in report(llama, *options, code=2)
+    else:
+        with pytest.raises(OSError, match="No space"):
+            job.run(str(llama), out=out, length=96, window=96, quick=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["r"]
+
+
+def _raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_report_may_be_written_over_an_earlier_one(llama, tmp_path):
+    for length in (64, 100):
+        report(llama, "--out", tmp_path / "r", "--length", length, "--no-savings")
+        assert len(read(tmp_path / "r").text.tokens) == length
+
+
+# -- caches --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trial(llama):
+    model, tokenizer = hf.load(llama)
+    effort = dataclasses.replace(Effort(), window=96, facts=4, texts=1, random_texts=1, scored=300)
+    return Trial(model, tokenizer, effort)
+
+
+@pytest.mark.parametrize("tokens", [50, 98, 99, 300])
+def test_bytes_are_those_of_a_cache_that_has_read_so_much(trial, tokens):
+    ids = torch.arange(tokens)[None] % 600
+    for make in (trial.whole, lambda: trial.small([(0, 1)]), lambda: trial.small([])):
+        cache = make()
+        with torch.no_grad():
+            trial.model(ids, past_key_values=cache, use_cache=True)
+        held = cache_bytes(cache)
+        assert held > 0
+        if hasattr(cache, "detach"):
+            assert held == cache.nbytes()
+            cache.detach()
+        assert trial.bytes(make, tokens) == held
+
+
+def test_a_cache_with_all_heads_answers_as_the_whole_one(trial):
+    everything = trial.all_heads
+    assert everything == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    whole, same = trial.outcome("full", None), trial.outcome("retrieval", everything)
+    assert whole.answers == same.answers
+    assert whole.point.perplexity == pytest.approx(same.point.perplexity, rel=1e-5)
+
+
+def test_what_is_confirmed_on_was_not_tried_on(trial):
+    tried = {one.statement for hidden in trial.trying for one in hidden.asked}
+    fresh = {one.statement for hidden in trial.confirming for one in hidden.asked}
+    assert not tried & fresh
+    assert not torch.equal(trial._prose(0), trial._prose(1))
+
+
+def test_a_held_out_text_is_used_if_it_is_long_enough(trial):
+    given = Trial(trial.model, trial.tokenizer, trial.effort, held_out=list(range(500)))
+    assert given._prose(0).tolist() == list(range(300))
+    assert given.prose_name == "the rest of the text"
+    short = Trial(trial.model, trial.tokenizer, trial.effort, held_out=list(range(200)))
+    assert torch.equal(short._prose(0), trial._prose(0))
+
+
+def test_sizes_for_few_heads():
+    assert sizes(Effort(), 90) == [45, 30, 22, 18, 14, 9, 4, 0]
+    assert sizes(Effort(), 4) == [2, 1, 0]
+    assert sizes(Effort(), 1) == [0]
+
+
+# -- what is recommended -------------------------------------------------------------------------------
+
+
+def outcome(kept, right, perplexity, asked=40):
+    point = Point(
+        "retrieval",
+        kept / 10,
+        kept,
+        None,
+        right / asked,
+        asked,
+        perplexity,
+        heads=tuple((0, h) for h in range(kept)),
+    )
+    return Outcome(point, (True,) * right + (False,) * (asked - right))
+
+
+def test_answers_hold_within_the_tolerances():
+    whole = outcome(10, 38, 10.0)
+    assert savings.holds(Effort(), whole, outcome(5, 36, 10.4))
+    assert not savings.holds(Effort(), whole, outcome(5, 35, 10.0))
+    assert not savings.holds(Effort(), whole, outcome(5, 38, 10.6))
+
+
+class Fresh:
+    """Stands for a `Trial` on fresh texts."""
+
+    effort = Effort()
+
+    def __init__(self, right):
+        self.right = right
+
+    def outcome(self, policy, heads, fresh):
+        assert fresh
+        return outcome(10, 40, 10.0) if heads is None else outcome(len(heads), self.right[len(heads)], 10.0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "fresh", "expected"),
+    [
+        ({5: 40, 3: 40, 2: 39, 1: 20}, {2: 40}, 2),  # the smallest that holds
+        ({5: 40, 3: 20, 2: 40, 1: 20}, {5: 40}, 5),  # a lucky smaller one after one that failed is not taken
+        ({5: 40, 3: 40, 2: 40, 1: 40}, {1: 10, 2: 30, 3: 39}, 3),  # what fails on fresh texts is not taken
+        ({5: 40, 3: 40}, {3: 0, 5: 0}, None),
+        ({5: 12, 3: 0}, {}, None),
+    ],
+)
+def test_the_smallest_cache_that_holds_is_recommended(curve, fresh, expected):
+    chosen = [outcome(kept, right, 10.0) for kept, right in curve.items()]
+    found = savings._confirm(Fresh(fresh), outcome(10, 40, 10.0), chosen)
+    assert (found and found[1].point.heads_kept) == expected
+
+
+def test_the_lines_run_as_printed(llama, capsys):
+    lines = python_lines(str(llama), [(0, 1), (1, 0)], 4, 2, 8)
+    exec(compile(lines, "lines", "exec"), {})
+    assert "PerHeadCache(2 of 4 KV heads in full, the rest 2 + 8 tokens" in capsys.readouterr().out
+    many = python_lines("m", [(layer, head) for layer in range(40) for head in range(4)], 320, 4, 256)
+    compile(many, "lines", "exec")
+    assert max(map(len, many.splitlines())) <= 100
+
+
+def test_the_command_knows_its_options():
+    command = typer.main.get_command(cli.app).commands["report"]
+    names = {name for option in command.params for name in option.opts}
+    assert {
+        "--text",
+        "--out",
+        "--length",
+        "--seeds",
+        "--fractions",
+        "--sink",
+        "--window",
+        "--quick",
+        "--no-savings",
+    } <= names
