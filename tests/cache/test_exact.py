@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cache.tiny import MODELS, left_padded, llama, masked_forward, some_heads, tokens
+from polyhead.attend.masks import where
 from polyhead.cache import per_head
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -104,26 +105,44 @@ def test_a_mask_written_out_pair_by_pair():
         torch.testing.assert_close(found[row : row + 1, count:], alone, **CLOSE)
 
 
-def test_dense_prefill_is_exact_and_forgets_afterwards():
-    """DuoAttention: prefill is dense; the next tokens are under the per-head mask, over those keys."""
-    model, ids = llama(), tokens(2, 40)
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_prefill_is_exact(name):
+    model, ids = MODELS[name](), tokens(2, 40)
+    with torch.no_grad():
+        expected = masked_forward(model, ids, [[True] * 6] * 3, 0, 1)
+        cache = per_head(model, full=some_heads(model), sink=3, window=8, prefill="dense")
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, **CLOSE)
+    assert min(cache.held()[0]) == 11
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("chunks", [[40], [30] + [1] * 10, [13, 1, 1, 9, 16]], ids=str)
+def test_dense_chunks_forget_afterwards(name, chunks):
+    """A token sees its own chunk, the sinks, and the window as it was when the chunk came."""
+    model, ids = MODELS[name](), tokens(2, 40)
+    full = some_heads(model)
+    first = torch.tensor([sum(chunks[:n]) for n, count in enumerate(chunks) for _ in range(count)])
+    alone = torch.tensor([count == 1 for count in chunks for _ in range(count)])
+
+    def seen(b, h, i, j):
+        return (j < 3) | (j >= first[i] - 8 + alone[i])  # one token takes the place of the oldest
+
+    cache = per_head(model, full=full, sink=3, window=8, prefill="dense")
+    found = cached_forward(model, ids, cache, chunks)
+    expected = masked_forward(model, ids, full, 3, 8, short=where(seen))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_dense_chunks_with_padding():
+    model = llama()
+    ids, mask = left_padded(3, 40, [0, 9, 21])
     full = some_heads(model)
     cache = per_head(model, full=full, sink=3, window=8, prefill="dense")
-    with torch.no_grad():
-        expected = model(ids[:, :30], use_cache=False).logits
-        torch.testing.assert_close(model(ids[:, :30], past_key_values=cache).logits, expected, **CLOSE)
-        assert [max(row) for row in cache.held()] == [11, 30, 30]
-
-        # with no layer before it that has forgotten anything, layer 0 alone shows the mask of the next tokens
-        one = per_head(model, full=[[False] * 3, [True] * 3, [True] * 3], sink=3, window=8, prefill="dense")
-        model(ids[:, :30], past_key_values=one)
-        keys = one.layers[0].groups[0].rows.keys
-        assert keys.shape[2] == 11
-        steps = [model(ids[:, t : t + 1], past_key_values=one).logits for t in range(30, 40)]
-        both = per_head(model, full=[[False] * 3, [True] * 3, [True] * 3], sink=3, window=8, prefill="dense")
-        model(ids[:, :30], past_key_values=both)
-        later = cached_forward(model, ids[:, 30:], both, [1] * 10)
-        torch.testing.assert_close(later, torch.cat(steps, 1))
+    found = cached_forward(model, ids, cache, [30, 1, 1, 8], mask)
+    for row, count in enumerate([0, 9, 21]):
+        own = per_head(model, full=full, sink=3, window=8, prefill="dense")
+        alone = cached_forward(model, ids[row : row + 1, count:], own, [30 - count, 1, 1, 8])
+        torch.testing.assert_close(found[row : row + 1, count:], alone, **CLOSE)
 
 
 def test_short_sequences_are_exact_for_any_choice():

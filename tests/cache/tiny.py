@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from polyhead.attend.masks import Mask, causal, per_head, prefix, sink, window
+from polyhead.attend.masks import Mask, causal, per_head, sink, window
 from polyhead.hf import attach
 
 WORDS = 97
@@ -103,15 +103,13 @@ def some_heads(model):
     return rows
 
 
-def short_mask(sinks: int, recent: int, starts: torch.Tensor | None = None) -> Mask:
-    first = sink(sinks) if starts is None else prefix(starts + sinks)
-    return window(recent - 1) | first if sinks or starts is not None else window(recent - 1)
+def short_mask(sinks: int, recent: int) -> Mask:
+    return window(recent - 1) | sink(sinks)
 
 
-def masked_forward(model, ids, full, sinks, recent, attention_mask=None):
+def masked_forward(model, ids, full, sinks, recent, short=None):
     """Logits of one full forward pass without a cache, every head under its own mask."""
-    starts = None if attention_mask is None else (attention_mask == 0).sum(1)
-    short = short_mask(sinks, recent, starts)
+    short = short_mask(sinks, recent) if short is None else short
 
     def handler(call):
         repeat = call.layer.heads // call.layer.kv_heads
@@ -120,4 +118,4 @@ def masked_forward(model, ids, full, sinks, recent, attention_mask=None):
         return call.replace(mask=own if call.mask is None else call.mask & own).proceed()
 
     with attach(model) as attachment, attachment.handling(handler), torch.no_grad():
-        return model(ids, attention_mask=attention_mask, use_cache=False).logits
+        return model(ids, use_cache=False).logits

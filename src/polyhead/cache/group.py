@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from polyhead.cache.policy import Keep
-from polyhead.cache.rows import Growing, Ring
+from polyhead.cache.ring import Ring
+from polyhead.cache.rows import Growing
 from polyhead.hf import LayerInfo
 
 __all__ = ["Group"]
@@ -19,7 +20,6 @@ class Group:
         keep: what the heads keep.
         kv_heads: the key/value heads, ascending.
         all: whether these are all the heads of the layer.
-        queries: selects the query heads that read them.
         rows: what is held.
     """
 
@@ -29,26 +29,24 @@ class Group:
         self.kv_heads = kv_heads
         self.all = len(kv_heads) == info.kv_heads
         self.rows: Growing | Ring = Growing() if keep.window is None else Ring(keep, compensate)
-        self._heads = tuple(h * repeat + r for h in kv_heads for r in range(repeat))
-        self._kv = _selection(kv_heads)
-        self.queries = _selection(self._heads)
-        self._index: Tensor | None = None
+        self._kv = Selection(kv_heads)
+        self._queries = Selection(tuple(h * repeat + r for h in kv_heads for r in range(repeat)))
 
     def of_kv(self, x: Tensor) -> Tensor:
         """The group's part of keys or values `(B, G, L, ·)`."""
-        return x if self.all else x[:, self._kv]
+        return x if self.all else self._kv.take(x)
 
     def of_queries(self, x: Tensor) -> Tensor:
         """The group's part of queries `(B, H, L, ·)`."""
-        return x if self.all else x[:, self.queries]
+        return x if self.all else self._queries.take(x)
+
+    def put(self, out: Tensor, answer: Tensor) -> None:
+        """Write the group's answer to its place among all heads, `(B, H, L, Dv)`."""
+        self._queries.put(out, answer)
 
     def index(self, device: torch.device) -> Tensor | None:
         """The group's query heads `(h,)`; None: all."""
-        if self.all:
-            return None
-        if self._index is None or self._index.device != device:
-            self._index = torch.tensor(self._heads, device=device)
-        return self._index
+        return None if self.all else self._queries.on(device)
 
     def sees_all(self, dense: bool, tokens: int) -> bool:
         """Whether the group sees all of a first chunk of so many tokens, up to the model's own mask."""
@@ -56,8 +54,28 @@ class Group:
         return dense or keep.size is None or tokens <= keep.size or keep.window == keep.horizon
 
 
-def _selection(heads: tuple[int, ...]) -> slice | list[int]:
-    """Heads as a slice where they are neighbours, which selects without a copy."""
-    if heads == tuple(range(heads[0], heads[-1] + 1)):
-        return slice(heads[0], heads[-1] + 1)
-    return list(heads)
+class Selection:
+    """Some heads of a tensor `(B, heads, ...)`; a slice where they are neighbours, which copies nothing."""
+
+    def __init__(self, heads: tuple[int, ...]) -> None:
+        self.heads = heads
+        neighbours = heads == tuple(range(heads[0], heads[-1] + 1))
+        self._slice = slice(heads[0], heads[-1] + 1) if neighbours else None
+        self._index: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The heads as a tensor, kept for the next time."""
+        if self._index is None or self._index.device != device:
+            self._index = torch.tensor(self.heads, device=device)
+        return self._index
+
+    def take(self, x: Tensor) -> Tensor:
+        """The heads of `x`."""
+        return x.index_select(1, self.on(x.device)) if self._slice is None else x[:, self._slice]
+
+    def put(self, out: Tensor, part: Tensor) -> None:
+        """Write the heads of `out`."""
+        if self._slice is None:
+            out.index_copy_(1, self.on(out.device), part)
+        else:
+            out[:, self._slice] = part

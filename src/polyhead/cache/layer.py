@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from polyhead.cache.decode import decode
 from polyhead.cache.group import Group
 from polyhead.cache.policy import keeps
-from polyhead.cache.reading import Before, attend_to, before, decode, prefill
+from polyhead.cache.prefill import Before, before, prefill
+from polyhead.cache.reading import attend_to
 from polyhead.cache.step import Step, Steps
 from polyhead.errors import ConfigError, ShapeError, UnsupportedModel
 from polyhead.hf import Call, KVHandle, LayerInfo
@@ -212,6 +214,7 @@ class PerHeadLayer(CacheLayerMixin):
         self._pending = None
         count = handle.k.shape[2]
         real = self._steps.padding(handle.shape[2], count) if step is None else step.new
+        real = None if real is None else real.to(handle.device)
         if step is not None and count > 1:
             handle.before = [before(group.rows) for group in self.groups]
         for group in self.groups:
@@ -249,5 +252,5 @@ class PerHeadLayer(CacheLayerMixin):
         # in the layout that the model goes on with, (B, L, H, Dv)
         out = answers[0].new_empty(batch, queries, heads, answers[0].shape[3]).transpose(1, 2)
         for group, answer in zip(self.groups, answers, strict=True):
-            out[:, group.queries] = answer
+            group.put(out, answer)
         return out
