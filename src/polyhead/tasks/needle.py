@@ -129,9 +129,8 @@ def needle(
         ConfigError: a value is out of range, or a length has no room for needle and question.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(
-            f"needle() needs a fast tokenizer, which knows where its tokens stand; got {tokenizer!r}"
-        )
+        kind = type(tokenizer).__name__
+        raise ConfigError(f"needle() needs a fast tokenizer, which knows where its tokens stand; got {kind}")
     if not lengths or not depths or n < 1:
         raise ConfigError(f"lengths, depths and n must give at least one case, got {lengths}, {depths}, {n}")
     if any(not 0 <= d <= 1 for d in depths):

@@ -66,7 +66,7 @@ def texts(
             raise ConfigError(
                 f"token ids must be integers (S,) or (N, S), got {text.dtype} {tuple(text.shape)}"
             )
-        several = list(text.reshape(-1, text.shape[-1]).long())
+        several = [ids.long() for ids in (text if text.ndim == 2 else text[None])]
     else:
         several = [text] if isinstance(text, str) else list(text)
         if not several or not all(isinstance(t, str) for t in several):

@@ -23,21 +23,24 @@ def _read(name: str) -> str:
     return resources.files("polyhead").joinpath("data", name).read_text(encoding="utf-8")
 
 
-def sentences(text: str) -> list[str]:
+def sentences(text: str, longest: int = 40) -> list[str]:
     """The sentences of a text: cut after a full stop, question or exclamation mark and white space.
+
+    Args:
+        longest: sentences with more words are cut after so many of them.
 
     Raises:
         ConfigError: there is none.
     """
     found: list[str] = []
-    start = 0
-    words = " ".join(text.split())
-    for k in range(len(words) - 1):
-        if words[k] in ".!?" and words[k + 1] == " ":
-            found.append(words[start : k + 1])
-            start = k + 2
-    if words[start:]:
-        found.append(words[start:])
+    sentence: list[str] = []
+    for word in text.split():
+        sentence.append(word)
+        if word[-1] in ".!?" or len(sentence) == longest:
+            found.append(" ".join(sentence))
+            sentence = []
+    if sentence:
+        found.append(" ".join(sentence))
     if not found:
         raise ConfigError("the text holds no words; give one with some sentences")
     return found
