@@ -41,7 +41,7 @@ class Effort:
     length: int = 1024
     facts: int = 8
     texts: int = 3
-    random_texts: int = 2
+    random_texts: int = 1
     scored: int = 1024
     confirm_length: int = 2048
     confirm_texts: int = 2
@@ -82,7 +82,6 @@ QUICK = Effort(
     random_fractions=(),
     seeds=(0,),
     texts=1,
-    random_texts=1,
     facts=4,
     scored=384,
     confirm_texts=1,

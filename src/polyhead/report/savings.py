@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
         whole.point,
         policy="retrieval",
         decode_tokens_per_second=timed[1],
-        cache_bytes=tuple((n, trial.bytes(lambda: trial.small(order), n)) for n in e.lengths),
+        cache_bytes=tuple((n, trial.bytes(partial(trial.small, order), n)) for n in e.lengths),
         heads=tuple(sorted(order)),
     )
     points = [full] + [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from polyhead.tasks.reading import context_length, encode, evaluating
 __all__ = ["Advance", "Outcome", "Trial", "cache_bytes"]
 
 Advance = Callable[[str], None]
+Make = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -141,35 +143,31 @@ class Trial:
         pairs = Heads(tuple(heads), level="kv")
         return per_head(self.model, full=pairs, sink=self.effort.sink, window=self.effort.window)
 
+    def _maker(self, heads: Sequence[tuple[int, int]] | None) -> Make:
+        return self.whole if heads is None else partial(self.small, heads)
+
+    def _decode(self, cache: Any, token: torch.Tensor) -> int:
+        """One step of greedy decoding: the id of the next token."""
+        return int(self.model(token, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+
     # -- trying -----------------------------------------------------------------------------------------
 
-    def answers(self, texts: Sequence[facts.Hidden], make: Callable[[], Any], what: str) -> tuple[bool, ...]:
+    def answers(self, texts: Sequence[facts.Hidden], make: Make, what: str) -> tuple[bool, ...]:
         """Which facts are found again."""
         found: list[bool] = []
         with evaluating(self.model):
             for hidden in texts:
-                found += self._with(make, lambda cache, h=hidden: facts.answered(self.model, h, cache))
+                with _used(make) as cache:
+                    found += facts.answered(self.model, hidden, cache)
                 self._advance(what)
         return tuple(found)
 
-    def perplexity(self, make: Callable[[], Any], part: int, what: str) -> float:
+    def perplexity(self, make: Make, part: int, what: str) -> float:
         """Perplexity of the held-out text."""
-        value = self._with(
-            make,
-            lambda cache: (
-                perplexity(self.model, self.tokenizer, self._prose(part), chunk=512, cache=cache).value
-            ),
-        )
+        with _used(make) as cache:
+            found = perplexity(self.model, self.tokenizer, self._prose(part), chunk=512, cache=cache)
         self._advance(what)
-        return value
-
-    def _with(self, make: Callable[[], Any], use: Callable[[Any], Any]) -> Any:
-        cache = make()
-        try:
-            return use(cache)
-        finally:
-            if hasattr(cache, "detach"):
-                cache.detach()
+        return found.value
 
     def outcome(
         self,
@@ -182,7 +180,7 @@ class Trial:
         """Try a choice of heads (None: transformers' own cache); `fresh` on what is kept for confirming."""
         total = len(self.all_heads)
         count = total if heads is None else len(heads)
-        make = self.whole if heads is None else lambda: self.small(heads)
+        make = self._maker(heads)
         what = f"{policy}, {count} of {total} KV heads"
         texts = self.confirming if fresh else self.trying
         if policy == "random":
@@ -224,35 +222,41 @@ class Trial:
         if hasattr(cache, "nbytes"):
             cache.crop(0)  # takes nothing back, but has the layers take in what has come
 
-    def bytes(self, make: Callable[[], Any], tokens: int) -> int:
+    def bytes(self, make: Make, tokens: int) -> int:
         """What a cache holds after so many tokens, by its own account; memory set aside included."""
 
-        def count(cache: Any) -> int:
+        with _used(make) as cache:
             self._fill(cache, tokens, "meta")
             return cache_bytes(cache)
-
-        return self._with(make, count)
 
     def speeds(self, choices: Sequence[Sequence[tuple[int, int]] | None], steps: int = 4) -> list[float]:
         """Tokens decoded per second with each choice of heads, in rounds: disturbances hit all alike."""
         token = torch.tensor([[0]], device=self.model.device)
         seconds: list[list[float]] = [[] for _ in choices]
 
-        def run(cache: Any, into: list[float]) -> None:
-            self._fill(cache, self.effort.decode_length, self.model.device)
-            for step in range(steps + 1):
-                start = time.perf_counter()
-                int(self.model(token, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
-                if step:  # the first one makes room
-                    into.append(time.perf_counter() - start)
-
         with evaluating(self.model):
             for _ in range(self.effort.decode_rounds):
                 for heads, into in zip(choices, seconds, strict=True):
-                    make = self.whole if heads is None else lambda h=heads: self.small(h)
-                    self._with(make, lambda cache, into=into: run(cache, into))
+                    with _used(self._maker(heads)) as cache:
+                        self._fill(cache, self.effort.decode_length, self.model.device)
+                        self._decode(cache, token)  # the first step makes room
+                        for _ in range(steps):
+                            start = time.perf_counter()
+                            self._decode(cache, token)
+                            into.append(time.perf_counter() - start)
                     self._advance("timing decoding")
         return [1 / statistics.median(s) for s in seconds]
+
+
+@contextmanager
+def _used(make: Make) -> Iterator[Any]:
+    """A cache that lets the model go when it is done with."""
+    cache = make()
+    try:
+        yield cache
+    finally:
+        if hasattr(cache, "detach"):
+            cache.detach()
 
 
 def cache_bytes(cache: Any) -> int:
