@@ -13,7 +13,7 @@ from torch import Tensor
 from polyhead.attend.backends import BACKENDS, STREAMING
 from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
-from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.opaque import attend_opaque
 from polyhead.attend.plan import Plan, Request, choose
 from polyhead.attend.problem import Problem
@@ -101,7 +101,8 @@ def attend(
     if (
         backend == "auto"
         and score is None
-        and normalizer is _SOFTMAX
+        and type(normalizer) is Softmax
+        and normalizer.sink is None
         and not dropout
         and not return_lse
         and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyhead.attend import attend
 from polyhead.attend.masks import Mask, causal
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain, soft_cap
@@ -20,8 +19,7 @@ __all__ = ["attention_call"]
 
 # arguments that change the result and cannot be carried: passing over them would give wrong numbers
 _REFUSED = ("indices", "block_indices", "sinks", "cache")
-# the very object that attend() takes by default: its shortest path looks for it
-_plain: Normalizer = (attend.__kwdefaults__ or {}).get("normalizer") or softmax()
+_plain: Normalizer = softmax()
 
 
 def attention_call(
