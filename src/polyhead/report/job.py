@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def run(
     require_jinja()
     folder = _check_out(out)
     source = _read_text(text)
-    console = console or Console(highlight=False)
+    console = console or _console()
     stages = Stages(Console(stderr=True))
     with stages:
         loaded, tokenizer = _load(model, stages, console)
@@ -385,6 +386,11 @@ def _machine() -> str:
         pass
     threads = words.plural(torch.get_num_threads(), "thread")
     return f"{name}, {threads}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _console() -> Console:
+    """Standard output, wide enough for whole rows when it goes elsewhere than to a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _tell(report: d.ReportData, written: Written, console: Console) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from polyhead.report.curves import wilson
-from polyhead.report.data import Point, Savings
-from polyhead.report.words import compact, megabytes, percent
+from polyhead.report.data import Point, ReportData, Savings
+from polyhead.report.words import compact, megabytes, percent, summary
 
 if TYPE_CHECKING:
     from polyhead.report.effort import Effort
 
-__all__ = ["points_table", "python_lines", "reason"]
+__all__ = ["markdown", "points_table", "python_lines", "reason"]
 
 
 def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink: int, window: int) -> str:
@@ -54,19 +54,41 @@ def reason(effort: Effort, before: Sequence[bool], after: Sequence[bool], old: P
 
 def points_table(savings: Savings) -> Table:
     """The curve as a table for the terminal; random choices of one size share a line."""
-    lengths = [n for n, _ in savings.baseline.cache_bytes]
+    heads, *rows = _cells(savings)
     table = Table(box=None, pad_edge=False)
-    table.add_column("KV heads in full")
-    table.add_column("chosen")
-    table.add_column("facts found", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("perplexity", justify="right")
-    for n in lengths:
-        table.add_column(f"cache at {n:,}", justify="right")
-    table.add_column("tokens/s", justify="right")
-    for group in _groups(savings):
-        table.add_row(*_row(group, lengths))
+    for k, head in enumerate(heads):
+        table.add_column(head, justify="left" if k < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def markdown(data: ReportData) -> str:
+    """A report's findings as Markdown, for results that are kept without the page."""
+    parts = [
+        f"# {data.model.name}: what its heads do, and what its KV cache can lose",
+        summary(data),
+        f"`{data.run.command}`, Polyhead {data.run.version}, {data.run.machine}, {data.run.date}",
+    ]
+    if data.savings is not None:
+        heads, *rows = _cells(data.savings)
+        lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        how = (data.savings.needle_how, data.savings.perplexity_how, data.savings.decode_how)
+        parts += [text for text in how if text]
+    parts += data.notes
+    if data.recommendation is not None:
+        parts.append(f"**Recommended.** {data.recommendation.why} {data.recommendation.how}")
+        parts.append(f"```python\n{data.recommendation.python}```")
+    return "\n\n".join(parts)
+
+
+def _cells(savings: Savings) -> list[list[str]]:
+    """The curve as rows of strings, the first one with the headings."""
+    lengths = [n for n, _ in savings.baseline.cache_bytes]
+    heads = ["KV heads in full", "chosen by", "facts found", "95 % interval", "perplexity"]
+    heads += [f"cache at {n:,}" for n in lengths] + ["tokens/s"]
+    return [heads, *(_row(group, lengths) for group in _groups(savings))]
 
 
 def _groups(savings: Savings) -> list[list[Point]]:
@@ -81,16 +103,15 @@ def _row(group: list[Point], lengths: Sequence[int]) -> list[str]:
     n = sum(p.needles for p in group)
     shares = [p.needle_accuracy for p in group if p.needle_accuracy is not None]
     share = sum(shares) / len(shares) if shares else None
-    found = "–" if share is None else f"{round(share * n)} of {n}"
-    interval = "–" if share is None else " – ".join(percent(x) for x in wilson(share, n))
+    low, high = (0.0, 1.0) if share is None else wilson(share, n)
     perplexities = [p.perplexity for p in group if p.perplexity is not None]
     held = dict(first.cache_bytes)
-    how = {"full": "whole cache"}.get(first.policy, first.policy)
+    how = "– (whole cache)" if first.policy == "full" else first.policy
     return [
         f"{first.heads_kept} ({percent(first.kv_fraction)})",
         how + (f", {len(group)} seeds" if len(group) > 1 else ""),
-        found,
-        interval,
+        "–" if share is None else f"{round(share * n)} of {n}",
+        "–" if share is None else f"{100 * low:.0f} – {percent(high)}",
         compact(sum(perplexities) / len(perplexities)) if perplexities else "–",
         *(megabytes(held.get(n)) for n in lengths),
         compact(first.decode_tokens_per_second),

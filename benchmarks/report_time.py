@@ -1,0 +1,58 @@
+"""Time of the main job: `polyhead report smollm2` from start to end, against 5 minutes on 2 cores.
+
+The report is written to a temporary folder; what it found is printed as a table. `--keep FOLDER` also writes
+the table and the plots there. Wall time depends on what else the machine does, processor time hardly.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _harness import arguments, begin, machine
+
+from polyhead.report import ReportData
+from polyhead.report.summary import markdown
+
+AIM = 300.0
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=1)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--keep", type=Path, help="a folder for the table and the plots")
+    options = begin(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report"
+        command = [sys.executable, "-m", "polyhead", "report", options.model, "--out", str(out)]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        data = ReportData.from_json((out / "report.json").read_text(encoding="utf-8"))
+        page = (out / "report.html").stat().st_size / 1e6
+        cpu = used.ru_utime + used.ru_stime
+        lines = [
+            f"wall {wall:.0f} s, processor {cpu:.0f} s ({cpu / wall:.2f} cores busy), peak memory "
+            f"{used.ru_maxrss / 2**20:.1f} GiB, page {page:.1f} MB",
+            *(f"  {phase.name:24} {phase.seconds:6.1f} s" for phase in data.run.phases),
+            f"wall time {wall / AIM:.2f} × the aim of {AIM:.0f} s: {'reached' if wall <= AIM else 'MISSED'}; "
+            f"processor time {cpu / (2 * AIM):.2f} × that of 2 cores in {AIM:.0f} s",
+        ]
+        print("\n".join(lines))
+        print(markdown(data))
+        if options.keep:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            for plot in out.glob("*.svg"):
+                shutil.copy(plot, options.keep / plot.name)
+            told = "\n".join(f"    {line}" for line in [machine(options.device), *lines])
+            (options.keep / "README.md").write_text(f"{markdown(data)}\n\n{told}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
