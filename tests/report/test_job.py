@@ -13,7 +13,7 @@ from polyhead import cli, hf
 from polyhead.report import ReportData, job, savings, write
 from polyhead.report.data import Point
 from polyhead.report.effort import Effort, sizes
-from polyhead.report.summary import python_lines
+from polyhead.report.summary import markdown, python_lines
 from polyhead.report.trying import Outcome, Trial, cache_bytes
 from report import small_models
 
@@ -339,6 +339,17 @@ def test_the_lines_run_as_printed(llama, capsys):
     many = python_lines("m", [(layer, head) for layer in range(40) for head in range(4)], 320, 4, 256)
     compile(many, "lines", "exec")
     assert max(map(len, many.splitlines())) <= 100
+
+
+def test_findings_as_markdown(decoder, encoder):
+    told = markdown(decoder)
+    rows = [line for line in told.splitlines() if line.startswith("| ")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert rows[2].startswith("| 12 (100\u00a0%) | – (whole cache) | 40 of 40 |")
+    assert any("random, 3 seeds | " in row and " of 120 | " in row for row in rows)
+    assert "**Recommended.** The smallest cache" in told
+    assert "```python\nimport polyhead as ph" in told
+    assert "| " not in markdown(encoder)
 
 
 def test_the_command_knows_its_options():

@@ -81,10 +81,13 @@ QUICK = Effort(
     fractions=(0.5, 0.2, 0.0),
     random_fractions=(),
     seeds=(0,),
-    texts=1,
+    length=640,
     facts=4,
+    texts=1,
     scored=384,
+    confirm_length=1024,
     confirm_texts=1,
+    decode_length=2048,
     decode_rounds=1,
 )
 """Enough to see that everything runs; too little to believe the numbers."""

@@ -1,0 +1,88 @@
+"""The main job on real models, much reduced; and the README's example that loads one."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from polyhead import cli
+from polyhead.errors import PolyheadError
+from polyhead.hf import load
+from polyhead.report import ReportData
+from polyhead.report.write import FILES
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[2]
+
+
+def report(model, out, *options):
+    try:
+        load(model)
+    except PolyheadError as error:
+        pytest.skip(f"the demo model {model!r} cannot be had: {error}")
+    result = CliRunner().invoke(cli.app, ["report", model, "--out", str(out), "--quick", *options])
+    assert result.exit_code == 0, result.output
+    return ReportData.from_json((out / "report.json").read_text(encoding="utf-8")), result.stdout
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    return report("smollm2", tmp_path_factory.mktemp("smollm2") / "report", "--length", "512")
+
+
+def test_heads_of_smollm2(smollm2):
+    data, _ = smollm2
+    assert data.model.heads == (9,) * 30
+    assert data.model.kv_heads == (3,) * 30
+    counts = data.roles.counts()
+    assert counts["sink"] > 50
+    assert min(counts["retrieval"], counts["induction"], counts["previous token"]) >= 1
+    # a retrieval head of this model, found on other needles and by other means
+    retrieval = data.measurement("retrieval")
+    flat = [
+        (value, layer, head) for layer, row in enumerate(retrieval.values) for head, value in enumerate(row)
+    ]
+    assert (18, 6) in {(layer, head) for _, layer, head in sorted(flat, reverse=True)[:8]}
+
+
+def test_what_the_cache_of_smollm2_can_lose(smollm2):
+    data, said = smollm2
+    points = {p.heads_kept: p for p in data.savings.points if p.policy == "retrieval"}
+    assert data.savings.baseline.needle_accuracy == 1
+    assert points[45].needle_accuracy >= 0.75
+    assert points[0].needle_accuracy == 0
+    drawn = [p.needle_accuracy for p in data.savings.points if p.policy == "random"]
+    assert drawn
+    assert max(drawn) <= 0.5
+    whole = dict(data.savings.baseline.cache_bytes)[8192]
+    assert whole == 8192 * 30 * 3 * 64 * 2 * 4
+    assert dict(points[18].cache_bytes)[8192] < 0.25 * whole
+    assert "KV heads in full" in said
+
+
+def test_the_recommendation_of_smollm2_can_be_run(smollm2, capsys):
+    data, said = smollm2
+    assert data.recommendation is not None
+    assert data.recommendation.python in said
+    exec(compile(data.recommendation.python, "lines", "exec"), {})
+    assert f"PerHeadCache({data.recommendation.after.heads_kept} of 90 KV heads" in capsys.readouterr().out
+
+
+def test_an_encoder(tmp_path):
+    data, said = report("minilm", tmp_path / "report")
+    assert data.model.heads == (12,) * 6
+    assert data.savings is None
+    assert len(data.text.tokens) == 512  # what the model can read
+    assert sorted(os.listdir(tmp_path / "report")) == sorted(set(FILES) - {"savings.svg"})
+    assert "It is an encoder" in " ".join(said.split())
+
+
+def test_the_example_of_the_readme(capsys):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
+    )
+    (block,) = (one for one in blocks if "hf.load" in one)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "Paris" in capsys.readouterr().out
