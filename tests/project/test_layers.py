@@ -24,6 +24,9 @@ STOREYS = (
 )
 LEVEL = {room: -depth for depth, storey in enumerate(STOREYS) for room in storey}
 
+# What may point up all the same: `Profile.to_html` hands itself to the page, because users look for it there.
+UPWARD = {("polyhead.heads.profile", "report")}
+
 # The naive twins are the oracle of the tests: they share nothing with what they are held against.
 REFERENCE_MAY_IMPORT = {"reference", "errors"}
 
@@ -106,11 +109,13 @@ def test_every_room_has_its_storey():
 
 def test_imports_point_down():
     found = [
-        line
+        (module, line)
         for module, file in modules()
         for line in violations(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
     ]
-    assert not found, "\n".join(found)
+    allowed = [(m, line) for m, line in found for up in UPWARD if m == up[0] and f"imports {up[1]}," in line]
+    assert len(allowed) == len(UPWARD), "an exception of UPWARD is no longer needed"
+    assert found == allowed, "\n".join(line for _, line in found)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_imports_point_down():
     [
         ("from polyhead.attend import attend", "polyhead.hf.attach", False),
         ("from polyhead.hf import attach", "polyhead.attend.function", True),
-        ("def f():\n    import polyhead.report.job", "polyhead.heads.profile", True),
+        ("def f():\n    import polyhead.report.job", "polyhead.heads.roles", True),
         ("from polyhead import cache", "polyhead.nn.module", True),
         ("from polyhead import attend", "polyhead.report.job", False),
         ("from ..heads import profile", "polyhead.hf.attach", True),

@@ -51,6 +51,8 @@ class Profile(Mapping[str, HeadScores]):
     sinks: tuple[tuple[int, ...], ...] = ()
     _again: Callable[..., Any] | None = field(default=None, repr=False)
     _pictures: Pictures | None = field(default=None, repr=False)
+    _model: Any = field(default=None, repr=False)
+    _tokenizer: Any = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> HeadScores:
         if name not in self.scores:
@@ -162,12 +164,18 @@ class Profile(Mapping[str, HeadScores]):
             raise ConfigError(f"not a profile: {error}; expected what Profile.to_json gave") from error
 
     def to_html(self, path: Any) -> None:
-        """Write the profile as a page that opens offline."""
-        try:
-            from polyhead.report import page
-        except ImportError as error:
-            raise MissingExtra("jinja2", "report", "Profile.to_html()") from error
-        page(self, path)  # type: ignore[operator]
+        """Write the profile as one HTML page that opens offline: the report without the savings curve.
+
+        Raises:
+            ConfigError: the profile is not one of a text, or `path` cannot be written.
+            MissingExtra: jinja2 is not installed.
+        """
+        if self._again is None:
+            raise PolyheadError("this profile was loaded and knows no model; call polyhead.profile again")
+        # the one import that points up: a profile hands itself to the page (see docs/design.md, section 4)
+        from polyhead.report.profile_page import write_profile
+
+        write_profile(self, self._model, self._tokenizer, path)
 
 
 def profile(
@@ -248,6 +256,8 @@ def profile(
         **signals,
         _again=again,
         _pictures=_pictures(small) if small else None,
+        _model=model,
+        _tokenizer=tokenizer,
     )
 
 

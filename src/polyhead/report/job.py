@@ -31,7 +31,7 @@ from polyhead.report.page import require_jinja
 from polyhead.report.trying import Trial
 from polyhead.report.write import FILES, Written, check_folder, write_report
 
-__all__ = ["LENGTH", "run"]
+__all__ = ["LENGTH", "assemble", "machine", "run"]
 
 LENGTH = 2048
 """How many tokens of a text are read unless the user says so."""
@@ -88,7 +88,7 @@ def run(
         if savings and not profile.is_encoder:
             measured, notes = _savings(loaded, tokenizer, profile, effort, held_out, model, stages)
         with stages.stage("drawing"):
-            report = _assemble(model, loaded, tokenizer, profile, ids, text, measured, notes, effort, stages)
+            report = assemble(model, loaded, tokenizer, profile, ids, text, measured, notes)
             report = replace(report, run=_about(model, text, out, length, effort, quick, stages))
             written = write_report(report, folder)
     _tell(report, written, console)
@@ -268,18 +268,17 @@ def _savings(
 # -- the report ----------------------------------------------------------------------------------------
 
 
-def _assemble(
+def assemble(
     name: str,
     model: Any,
     tokenizer: Any,
     profile: Any,
     ids: torch.Tensor,
     text: str | os.PathLike[str] | None,
-    measured: curve.Curve | None,
-    notes: Sequence[str],
-    effort: Effort,
-    stages: Stages,
+    measured: curve.Curve | None = None,
+    notes: Sequence[str] = (),
 ) -> d.ReportData:
+    """All that the page shows, but for when and where it was measured."""
     causal = not profile.is_encoder
     heads = sum(layer.heads for layer in profile.layers)
     pictures = profile.pictures(picture_side(heads, causal=causal, tokens=len(ids)))
@@ -368,13 +367,13 @@ def _about(
         version=__version__,
         command=command,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        machine=_machine(),
+        machine=machine(),
         seeds=effort.seeds,
         phases=tuple(stages.phases),
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor, how many of its threads are used, and the versions that count."""
     import transformers
 
