@@ -29,6 +29,7 @@ class View:
         start: which token of the sequence key position 0 is; above 0 where a cache has dropped some.
         marks: what the source says of the sequence, counted in tokens of the sequence, such as where a
             needle lies.
+        buffers: memory for the rows under way, which the calls of a forward pass share.
     """
 
     kind: str

@@ -39,6 +39,7 @@ class Watcher:
         self._after: Callable[[LayerInfo], None] | None = None
         self._ids: Tensor | None = None
         self._marks: Mapping[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._padding: dict[str, Tensor | None] = {}
         self._visible: list[tuple[Mask | None, tuple[Any, ...], Visible]] = []
         self._projections: dict[int, Tensor | None] = {}
@@ -74,6 +75,7 @@ class Watcher:
         finally:
             self._gauges, self._after, self._ids, self._marks = (), None, None, {}
             self._padding, self._visible = {}, []
+            self._buffers.clear()
 
     def handle(self, call: Call) -> Tensor:
         """The attention handler: what reaches the end of all other handlers is what is observed."""
@@ -114,7 +116,19 @@ class Watcher:
             call.mask, kind, batch, heads, queries, keys, padding, call.start, call.q.device
         )
         projection = self._projections[call.layer.index]
-        return View(kind, batch, heads, queries, keys, visible, ids, projection, call.start, self._marks)
+        return View(
+            kind,
+            batch,
+            heads,
+            queries,
+            keys,
+            visible,
+            ids,
+            projection,
+            call.start,
+            self._marks,
+            self._buffers,
+        )
 
     def _count(
         self,
