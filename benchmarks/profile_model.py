@@ -100,13 +100,8 @@ def main():
     title = f"SmolLM2-135M, {options.length} tokens"
     times = report(title, interleave(calls, options.repeats), "plain")
     slower = {name: 1 / ratio for name, ratio in times["ratio"].items()}
-    print(
-        "  time against plain: "
-        + ", ".join(f"{name} {r:.2f} x" for name, r in slower.items() if name != "plain")
-    )
-    print(
-        f"  aim: profile at most {TIME} x the plain forward: {'reached' if slower['profile'] <= TIME else 'MISSED'}"
-    )
+    print("  time against plain: " + ", ".join(f"{name} {r:.2f} x" for name, r in slower.items()))
+    print(f"  aim: profile at most {TIME} x: {'reached' if slower['profile'] <= TIME else 'MISSED'}")
     peaks = {name: peak(name, options.length, torch.get_num_threads()) for name in CALLS}
     for name, mib in peaks.items():
         print(f"  {name:20} peak {mib:7.0f} MiB, {mib / peaks['plain']:.2f} x plain")
