@@ -68,6 +68,15 @@ def _map_tensors(value: Any, visit: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _brief(value: Any) -> str:
+    """The repr of a field; a tensor with more than a few numbers by its shape."""
+    if isinstance(value, Tensor) and value.numel() > 4:
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_brief, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
 def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
@@ -93,7 +102,7 @@ class Part:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True, eq=False, repr="__repr__" not in cls.__dict__)(cls)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         if "kind" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{cls.__name__}: a field of a part cannot be called 'kind'; choose another name"
@@ -109,6 +118,10 @@ class Part:
 
     def _values(self) -> tuple[Any, ...]:
         return tuple([getattr(self, name) for name in self.__match_args__])
+
+    def __repr__(self) -> str:
+        fields = zip(self.__match_args__, self._values(), strict=True)
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in fields)})"
 
     def __eq__(self, other: object) -> bool:
         if self is other:

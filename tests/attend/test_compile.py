@@ -100,6 +100,27 @@ def test_a_new_length_compiles_at_most_once_more(name: str) -> None:
     assert graphs <= 2
 
 
+def test_everything_dynamic() -> None:
+    compiled = torch.compile(CALLS["window"], backend="eager", fullgraph=True, dynamic=True)
+    for length in (200, 300):
+        q, k, v = operands(length, grad=False)
+        torch.testing.assert_close(compiled(q, k, v), CALLS["window"](q, k, v))
+    scaled = torch.compile(
+        lambda q, k, v, s: ph.attend(q, k, v, mask=ph.window(9), scale=s), backend="eager", fullgraph=True
+    )
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(scaled(q, k, v, scale), ph.attend(q, k, v, mask=ph.window(9), scale=scale))
+
+
+def test_export_is_refused_in_words() -> None:
+    class Windowed(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ph.attend(q, k, v, mask=ph.window(9))
+
+    with pytest.raises(Exception, match=r"torch.export keeps no descriptions"):
+        torch.export.export(Windowed(), operands(300, grad=False))
+
+
 def test_dropout_is_repeatable() -> None:
     compiled = torch.compile(
         lambda q, k, v: ph.attend(q, k, v, dropout=0.5), backend="aot_eager", fullgraph=True
@@ -116,17 +137,14 @@ def test_dropout_is_repeatable() -> None:
 
 def test_the_operator_is_a_good_citizen() -> None:
     from polyhead.attend.opaque import _attend, _place
-    from polyhead.attend.problem import Problem
     from polyhead.description import spell
 
     table = torch.randn(4, 9, requires_grad=True)
     tensors: list[Tensor] = []
-    problem = Problem(ph.causal(), ph.relative_bias(table), ph.softmax(), 0.3)
-    place = _place(spell(problem, tensors))
+    place = _place(spell((ph.causal(), ph.relative_bias(table), ph.softmax()), tensors))
     q, k, v = operands(20)
-    torch.library.opcheck(
-        _attend, (q, k, v, tensors, place, torch.zeros((), dtype=torch.int64), True, "auto")
-    )
+    seed = torch.zeros((), dtype=torch.int64)
+    torch.library.opcheck(_attend, (q, k, v, tensors, place, 0.3, 0.0, seed, True, "auto"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
 from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.opaque import attend_opaque
-from polyhead.attend.plan import Plan, Request, choose
+from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.tiles import Consumer, observe_tiles
@@ -90,7 +90,7 @@ def attend(
         backend: `"auto"`, or the name of the one that has to run: see `explain`.
 
     Returns:
-        `(B, H, L, Dv)` in the dtype of q; with `return_lse` also `(B, H, L)` in float32.
+        `(B, H, L, Dv)` in the dtype of q; with `return_lse` also `(B, H, L)` in float32 (or float64).
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit together.
@@ -106,6 +106,7 @@ def attend(
         and not dropout
         and not return_lse
         and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
+        and (scale is None or _finite(scale))
         and _is_plain(q, k, v, mask is not None)
     ):
         # the common call, decided without building a plan: the planner would say the same
@@ -114,7 +115,7 @@ def attend(
     if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
         out, lse = attend_opaque(request, backend)
     else:
-        out, lse = choose(request, BACKENDS, backend)[0].run(request)
+        out, lse = pick(request, BACKENDS, backend).run(request)
     if not return_lse:
         return out
     assert lse is not None
@@ -136,7 +137,7 @@ def explain(
 ) -> Plan:
     """The plan of the same call of `attend`: the chosen backend, and for each other one why not."""
     request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
-    return choose(request, BACKENDS, backend)[1]
+    return plan(request, BACKENDS, backend)
 
 
 def observe(
@@ -161,6 +162,8 @@ def observe(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
     if not (q.ndim == k.ndim == v.ndim == 4):
         return False
     batch, heads, queries, width = q.shape
@@ -176,6 +179,7 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
         and heads % kv_heads == 0
         and (not causal or queries in (1, keys))
         and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
         and q.is_floating_point()
     )
 
@@ -191,21 +195,37 @@ def _request(
     dropout: float,
     return_lse: bool,
 ) -> Request:
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"{name} must be a tensor, got {type(x).__name__}")
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         q, k, v = (
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
         )
     _check_tensors(q, k, v)
     if mask is not None and not isinstance(mask, Mask):
         raise ConfigError(
-            f"mask must be a polyhead mask such as causal(), got {type(mask).__name__}; "
+            f"mask must be a polyhead mask such as causal(), got {_what(mask)}; "
             "for a boolean (B, S) tensor of real keys use padding(tensor), for other tensors where(function)"
         )
     if not isinstance(normalizer, Normalizer):
-        raise ConfigError(f"normalizer must be one such as softmax() or entmax(1.5), got {normalizer!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}")
+        raise ConfigError(f"normalizer must be one such as softmax() or entmax(1.5), got {_what(normalizer)}")
+    for own in normalizer.tensors():
+        if own.ndim == 1 and own.shape[0] not in (1, q.shape[1]):
+            raise ShapeError(
+                f"normalizer {normalizer} holds values for {own.shape[0]} heads, but the call has "
+                f"{q.shape[1]} query heads; give one value a head, or one for all"
+            )
+    if isinstance(scale, Tensor):
+        raise ConfigError(
+            "scale must be a number; a learned one goes into score=temperature(t), with t = 1/scale"
+        )
+    if scale is not None and not _finite(scale):
+        raise ConfigError(f"scale must be a finite number, got {scale!r}")
+    if not _finite(dropout) or not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout!r}")
     if mask is not None:
         batch, heads, queries, _ = q.shape
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
@@ -214,6 +234,21 @@ def _request(
     problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)
+
+
+def _finite(value: object) -> bool:
+    """Whether something is a finite real number."""
+    if torch.compiler.is_compiling():  # it may be symbolic, of which the size is not known
+        return not isinstance(value, str | Tensor)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _what(value: object) -> str:
+    """What somebody passed in the place of a description."""
+    if callable(value) and getattr(value, "__module__", "").startswith("polyhead."):
+        name = getattr(value, "__name__", "it")
+        return f"the function {name}; call it: {name}(...)"
+    return type(value).__name__ if isinstance(value, Tensor) else repr(value)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from polyhead.attend.entmax import as_rows, check_alpha, wide
 from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
 from polyhead.description import Part
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, PolyheadError
 
 __all__ = ["Entmax", "Normalizer", "Sigmoid", "Softmax", "entmax", "sigmoid", "softmax", "sparsemax"]
 
@@ -58,8 +57,11 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(output, *inputs[2:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            raise PolyheadError(
+                f"{ctx.spec} can be differentiated once only; leave create_graph=True out, or use softmax()"
+            )
         weights, *tensors = ctx.saved_tensors
         for_scores, own = ctx.spec.unflatten(tuple(tensors)).vjp(weights, grad.clone())
         return (None, for_scores, *own)
@@ -122,6 +124,17 @@ class Softmax(Normalizer):
             own = (_to_heads(-taken * inner, self.sink),)
         return grad.addcmul_(weights, inner, value=-1), own
 
+    def __call__(self, scores: Tensor) -> Tensor:
+        # in torch's own operations, so that it can be differentiated any number of times
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        safe = scores.masked_fill(nothing, 0.0)
+        weights = torch.softmax(safe, -1)
+        if self.sink is not None:
+            weights = weights * torch.sigmoid(
+                torch.logsumexp(safe, -1, keepdim=True) - _column(self.sink, scores)
+            )
+        return weights.masked_fill(nothing, 0.0)
+
     def lse(self, scores: Tensor) -> Tensor:
         """The logarithm of each row's denominator, `(B, H, r)`, the sink's term included."""
         lse = torch.logsumexp(scores, -1)
@@ -164,6 +177,9 @@ class Sigmoid(Normalizer):
         if self.bias is not None:
             scores = scores.add_(_column(self.bias, scores))
         return scores.sigmoid_()
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores if self.bias is None else scores + _column(self.bias, scores))
 
     def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         grad = torch.addcmul(weights, weights, weights, value=-1).mul_(grad)

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyhead.attend.problem import Problem
 from polyhead.errors import BackendRefused, ConfigError, DenseFallback
 
-__all__ = ["Backend", "Plan", "Request", "choose", "strict"]
+__all__ = ["Backend", "Plan", "Request", "pick", "plan", "strict"]
 
 _STRICT: ContextVar[bool] = ContextVar("polyhead_strict", default=False)
 
@@ -80,7 +80,10 @@ class Plan:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within this context, a call that only dense O(L·S) memory can serve raises `DenseFallback`."""
+    """Within this context, a call that only dense O(L·S) memory can serve raises `DenseFallback`.
+
+    It holds for the thread or task that enters it.
+    """
     token = _STRICT.set(True)
     try:
         yield
@@ -88,7 +91,7 @@ def strict() -> Iterator[None]:
         _STRICT.reset(token)
 
 
-def choose(request: Request, backends: tuple[Backend, ...], name: str) -> tuple[Backend, Plan]:
+def pick(request: Request, backends: tuple[Backend, ...], name: str) -> Backend:
     """The backend for a call, by name or (`"auto"`) the first that accepts, fastest first.
 
     Raises:
@@ -96,36 +99,34 @@ def choose(request: Request, backends: tuple[Backend, ...], name: str) -> tuple[
         BackendRefused: the named backend cannot run the call.
         DenseFallback: under `strict()`, only a dense backend can.
     """
-    if name != "auto":
+    if name == "auto":
+        chosen = next((b for b in backends if not b.opt_in and not b.refuse(request)), None)
+        if chosen is None:
+            reasons = "; ".join(f"{b.name}: {b.refuse(request) or b.opt_in}" for b in backends)
+            raise BackendRefused(f"no backend can run this call: {reasons}")
+    else:
         named = {b.name: b for b in backends}
         if name not in named:
             raise ConfigError(f"backend must be 'auto' or one of {', '.join(map(repr, named))}; got {name!r}")
-        reason = named[name].refuse(request)
+        chosen = named[name]
+        reason = chosen.refuse(request)
         if reason:
             raise BackendRefused(f"backend {name!r} cannot run this call: {reason}; leave backend='auto'")
-    refused: dict[str, str] = {}
-    chosen: Backend | None = None
-    for backend in backends:
-        reason = backend.refuse(request)
-        if not reason and name == "auto":
-            reason = backend.opt_in
-        if not reason and chosen is None and name in ("auto", backend.name):
-            chosen = backend
-        elif not reason:
-            why = (
-                f"{name!r} was asked for" if name != "auto" else f"{chosen.name if chosen else '?'} is faster"
-            )
-            refused[backend.name] = f"could run it, but {why}"
-        else:
-            refused[backend.name] = reason
-    if chosen is None:
-        raise BackendRefused(
-            "no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in refused.items())
-        )
-    plan = Plan(chosen.name, refused, chosen.dense)
-    if _STRICT.get() and chosen.dense:
+    if chosen.dense and _STRICT.get():
         raise DenseFallback(
             f"under polyhead.strict() the dense O(L·S) backend {chosen.name!r} may not run this call; "
-            f"the others refused it:\n{plan}"
+            + "; ".join(f"{b.name}: {b.refuse(request) or b.opt_in}" for b in backends if b is not chosen)
         )
-    return chosen, plan
+    return chosen
+
+
+def plan(request: Request, backends: tuple[Backend, ...], name: str) -> Plan:
+    """What `pick` picks, and why not the others. Raises as `pick` does."""
+    chosen = pick(request, backends, name)
+    why = f"{chosen.name} is faster" if name == "auto" else f"{name!r} was asked for"
+    refused = {}
+    for backend in backends:
+        if backend is not chosen:
+            reason = backend.refuse(request) or (backend.opt_in if name == "auto" else "")
+            refused[backend.name] = reason or f"could run it, but {why}"
+    return Plan(chosen.name, refused, chosen.dense)

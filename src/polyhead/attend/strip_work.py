@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.normalizers import Normalizer
+from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
+from polyhead.attend.stream import of_heads
 from polyhead.attend.strips import Frame, Strip, strips
 from polyhead.attend.tile import Tile
 
@@ -19,11 +21,6 @@ __all__ = ["Operands", "StripWork", "walk"]
 
 def _frame(q: Tensor, k: Tensor) -> Frame:
     return Frame(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: half precisions are computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass
@@ -46,7 +43,7 @@ class Operands:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Operands:
-        frame, dtype = _frame(q, k), _wide(q.dtype)
+        frame, dtype = _frame(q, k), wide(q.dtype)
         n, repeat = frame.batch * frame.kv_heads, frame.heads // frame.kv_heads
         return cls(
             q.to(dtype).reshape(n, repeat, frame.queries, q.shape[-1]),
@@ -119,11 +116,6 @@ class StripWork:
         """Shape (b, h, r, c) of the strip's scores."""
         return (self.tile.batch, self.tile.heads, len(self.tile.rows), self.k.shape[1])
 
-    def of_heads(self, values: Tensor) -> Tensor:
-        """The strip's share of per-head values (H,), or one value for all."""
-        total = self.tile.total_heads
-        return values[self.tile.head_slice] if values.ndim == 1 and values.shape[0] == total else values
-
     def flat(self, x: Tensor) -> Tensor:
         """(b, h, r, ·) as (n, rep·r, ·), the layout of the matrix products."""
         return x.view(self.q.shape[0], self.q.shape[1], x.shape[-1])
@@ -141,10 +133,14 @@ class StripWork:
             scores[..., lo:hi].masked_fill_(self.forbidden, float("-inf"))
         return scores
 
-    def weigh(self, scores: Tensor, normalizer: Normalizer) -> Tensor:
-        """Weights of the strip; rows that may look at nothing get zeros."""
+    def weigh(self, scores: Tensor, normalizer: Normalizer, *, check: bool) -> Tensor:
+        """Weights of the strip; rows that may look at nothing get zeros.
+
+        `check`: a score map may have put -inf where the mask did not.
+        """
+        dead = (scores == float("-inf")).all(-1, keepdim=True) if check else self.dead
         weights = normalizer.weights(scores)
-        return weights if self.dead is None else weights.masked_fill_(self.dead, 0.0)
+        return weights if dead is None else weights.masked_fill_(dead, 0.0)
 
     def keep(self, problem: Problem, seed: int) -> Tensor | None:
         """Dropout's factors: the same numbers in forward and backward, from the seed and the place."""
@@ -164,4 +160,4 @@ def walk(x: Operands, problem: Problem) -> Iterator[tuple[StripWork, Normalizer]
     """The strips under way, each with the normaliser for its heads."""
     for strip in strips(x.frame, problem.mask):
         part = StripWork.of(strip, x, problem)
-        yield part, problem.normalizer.map_tensors(part.of_heads)
+        yield part, of_heads(problem.normalizer, part.tile.head_slice, x.frame.heads)

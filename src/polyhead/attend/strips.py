@@ -19,6 +19,7 @@ __all__ = ["Frame", "Run", "Strip", "strips"]
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 _ROWS = 128
 _COLS = 64
+_TILES = 1 << 18  # tiles of a mask that are looked at together
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _runs(some: list[bool], keys: int) -> list[Run]:
     return runs
 
 
-def _masked(runs: list[Run], every: list[bool]) -> tuple[tuple[int, int] | None, bool]:
+def _masked(runs: tuple[Run, ...], every: list[bool]) -> tuple[tuple[int, int] | None, bool]:
     """The joined columns in which some pair is forbidden, and whether some column tile is all allowed."""
     first, last, base, full = None, 0, 0, False
     for run in runs:
@@ -100,15 +101,6 @@ def _masked(runs: list[Run], every: list[bool]) -> tuple[tuple[int, int] | None,
     return (None if first is None else (first, last)), full
 
 
-def _rows(frame: Frame, budget: int) -> int:
-    """Rows of a strip: as many as keep one KV head's share within the budget."""
-    repeat = frame.heads // frame.kv_heads
-    rows = min(_ROWS, max(frame.queries, 1))
-    while rows > 1 and repeat * rows * frame.keys > budget:
-        rows = (rows + 1) // 2
-    return rows
-
-
 def strips(frame: Frame, mask: Mask | None) -> Iterator[Strip]:
     """The strips of a call, which together hold every pair that the mask allows, each once.
 
@@ -120,48 +112,56 @@ def strips(frame: Frame, mask: Mask | None) -> Iterator[Strip]:
         return
     budget = _ELEMENTS.get(frame.device.type, 1 << 20)
     repeat = frame.heads // frame.kv_heads
-    rows = _rows(frame, budget)
-    per_batch = False
-    some = every = None
-    if mask is not None:
+    for r0, item, runs, masked, alive in _visible(frame, mask):
+        if not runs:
+            continue
+        lo, hi = (0, frame.batch) if item is None else (item, item + 1)
+        columns = sum(run.stop - run.start for run in runs)
+        end = min(r0 + _ROWS, frame.queries)
+        rows = min(end - r0, max(1, budget // (repeat * columns)))
+        fit = max(1, budget // (repeat * rows * columns))  # KV heads that fit into a strip
+        for start in range(r0, end, rows):
+            stop = min(start + rows, end)
+            if fit >= frame.kv_heads:
+                step = max(1, fit // frame.kv_heads)
+                for b0 in range(lo, hi, step):
+                    b1 = min(b0 + step, hi)
+                    yield Strip(b0, b1, 0, frame.kv_heads, start, stop, runs, masked, alive)
+            else:
+                for b0 in range(lo, hi):
+                    for g0 in range(0, frame.kv_heads, fit):
+                        g1 = min(g0 + fit, frame.kv_heads)
+                        yield Strip(b0, b0 + 1, g0, g1, start, stop, runs, masked, alive)
+
+
+_Seen = tuple[int, int | None, tuple[Run, ...], tuple[int, int] | None, bool]
+
+
+def _visible(frame: Frame, mask: Mask | None) -> Iterator[_Seen]:
+    """For each tile of rows: its first row, the batch item (None: all), the runs, what is masked, alive."""
+    if mask is None:
+        for r0 in range(0, frame.queries, _ROWS):
+            yield r0, None, (Run(0, frame.keys),), None, True
+        return
+    # the map of tiles is quadratic in the lengths, if 8192 times smaller: a band of it at a time
+    across = -(-frame.keys // _COLS) * frame.batch * frame.heads
+    band = max(1, _TILES // across) * _ROWS
+    for q0 in range(0, frame.queries, band):
         tiles = tile_map(
             mask,
             batch=frame.batch,
             heads=frame.heads,
-            queries=frame.queries,
+            queries=min(band, frame.queries - q0),
             keys=frame.keys,
-            rows=rows,
+            offset=frame.offset + q0,
+            rows=_ROWS,
             cols=_COLS,
             device=frame.device,
         )
         # united over heads: a strip reads what any of its heads may see
         some, every = tiles.some.any(1).cpu(), tiles.every.all(1).cpu()
-        per_batch = some.shape[0] > 1
-    for r0 in range(0, frame.queries, rows):
-        r1 = min(r0 + rows, frame.queries)
-        for lo, hi in _batches(frame, per_batch):
-            if some is None or every is None:
-                runs, masked, alive = [Run(0, frame.keys)], None, True
-            else:
-                item = lo if per_batch else 0
-                runs = _runs(some[item, r0 // rows].tolist(), frame.keys)
-                masked, alive = _masked(runs, every[item, r0 // rows].tolist())
-            if not runs:
-                continue
-            columns = sum(run.stop - run.start for run in runs)
-            fit = max(1, budget // (repeat * (r1 - r0) * columns))  # KV heads that fit into a strip
-            if fit >= frame.kv_heads:
-                step = max(1, fit // frame.kv_heads)
-                for b0 in range(lo, hi, step):
-                    b1 = min(b0 + step, hi)
-                    yield Strip(b0, b1, 0, frame.kv_heads, r0, r1, tuple(runs), masked, alive)
-            else:
-                for b0 in range(lo, hi):
-                    for g0 in range(0, frame.kv_heads, fit):
-                        g1 = min(g0 + fit, frame.kv_heads)
-                        yield Strip(b0, b0 + 1, g0, g1, r0, r1, tuple(runs), masked, alive)
-
-
-def _batches(frame: Frame, per_batch: bool) -> list[tuple[int, int]]:
-    """Ranges of batch items that may share a strip: those whose mask is the same."""
-    return [(b, b + 1) for b in range(frame.batch)] if per_batch else [(0, frame.batch)]
+        for t in range(some.shape[1]):
+            for item in range(some.shape[0]):
+                runs = tuple(_runs(some[item, t].tolist(), frame.keys))
+                masked, alive = _masked(runs, every[item, t].tolist())
+                yield q0 + t * _ROWS, item if some.shape[0] > 1 else None, runs, masked, alive

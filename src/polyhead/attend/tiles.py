@@ -21,7 +21,7 @@ from torch import Tensor
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score
-from polyhead.attend.stream import trainable
+from polyhead.attend.stream import OwnGradients, trainable
 from polyhead.attend.strip_work import Operands, StripWork, walk
 from polyhead.attend.strips import Strip
 from polyhead.attend.tile import Tile
@@ -54,7 +54,9 @@ def forward(
     out = torch.zeros(*x.q.shape[:3], v.shape[-1], dtype=x.q.dtype, device=q.device)
     lse = None
     if want_lse:
-        lse = torch.full(x.q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+        assert isinstance(problem.normalizer, Softmax)
+        nothing = problem.normalizer.lse(x.q.new_full((1, frame.heads, 1, 1), float("-inf")))
+        lse = nothing.expand(frame.batch, -1, frame.queries).reshape(x.q.shape[:3]).clone()
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
@@ -62,9 +64,9 @@ def forward(
         scores = part.hide(_mapped(raw, problem.score, part.tile))
         if lse is not None:
             assert isinstance(normalizer, Softmax)
-            lse[part.pairs, :, rows] = normalizer.lse(scores).view(*lse[part.pairs, :, rows].shape).float()
+            lse[part.pairs, :, rows] = normalizer.lse(scores).view(lse[part.pairs, :, rows].shape)
         logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
-        weights = part.weigh(scores, normalizer)
+        weights = part.weigh(scores, normalizer, check=_may_hide(problem.score))
         for consumer in consumers:
             consumer.visit(part.tile, logits, weights)
         factors = part.keep(problem, seed)
@@ -88,11 +90,16 @@ def _mapped(scores: Tensor, score: Score | None, tile: Tile) -> Tensor:
     return mapped.clone() if mapped is scores or not mapped.is_contiguous() else mapped
 
 
+def _may_hide(score: Score | None) -> bool:
+    """Whether a score map might put -inf where the mask allows a pair."""
+    return score is not None and not score.positional
+
+
 class _ScoreMap:
     """The score maps of one strip on the way there and back."""
 
-    def __init__(self, score: Score | None, tile: Tile, totals: dict[int, Tensor]) -> None:
-        self.score, self.tile, self.totals = score, tile, totals
+    def __init__(self, score: Score | None, tile: Tile, own: OwnGradients) -> None:
+        self.score, self.tile, self.own = score, tile, own
         self.leaves = trainable(score)
         self.source: Tensor | None = None
         self.result: Tensor | None = None
@@ -125,8 +132,7 @@ class _ScoreMap:
 
     def _collect(self, grads: Sequence[Tensor | None]) -> None:
         for leaf, grad in zip(self.leaves, grads, strict=True):
-            if grad is not None:
-                self.totals[id(leaf)] += grad
+            self.own.add(leaf, grad)
 
 
 def backward(
@@ -134,39 +140,51 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
     """Gradients for q, k and v, and by `id` for the tensors of `problem` that require one."""
     x = Operands.of(q, k, v)
+    frame = x.frame
     up = grad.to(x.q.dtype).reshape(*x.q.shape[:3], v.shape[-1])
     up_lse = None if grad_lse is None else grad_lse.to(x.q.dtype).reshape(*x.q.shape[:3], 1)
     dq = torch.zeros_like(x.q)
     dk, dv = (t.new_zeros(t.shape[0], t.shape[2], t.shape[1]) for t in (x.k, x.v))
-    totals = {id(t): torch.zeros_like(t) for t in problem.tensors() if t.requires_grad}
+    own = OwnGradients(problem)
+    unseen = None if up_lse is None else torch.ones_like(up_lse)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
-        score = _ScoreMap(problem.score, part.tile, totals)
+        score = _ScoreMap(problem.score, part.tile, own)
         scores = part.hide(score.there(part.product(part.q, part.k, x.buffer("scores", part.shape))))
-        weights = part.weigh(scores, normalizer)
+        weights = part.weigh(scores, normalizer, check=_may_hide(problem.score))
         g = up[part.pairs, :, rows].reshape(part.q.shape[0], -1, v.shape[-1])
         gw = part.product(g, part.v, x.buffer("gradient", part.shape))
         factors = part.keep(problem, seed)
         _add(dv, part, g, weights if factors is None else weights * factors)
         if factors is not None:
             gw.mul_(factors)
-        gs, own = normalizer.vjp(weights, gw)
+        gs, found = normalizer.vjp(weights, gw)
         if up_lse is not None:
             assert isinstance(normalizer, Softmax)
             g_lse = up_lse[part.pairs, :, rows].reshape(*part.shape[:3], 1)
-            gs, own = gs.addcmul_(weights, g_lse), normalizer.lse_vjp(weights, g_lse, own)
-        for leaf, d in zip(problem.normalizer.tensors(), own, strict=True):
-            if id(leaf) in totals:
-                part.of_heads(totals[id(leaf)]).add_(d)
+            gs, found = gs.addcmul_(weights, g_lse), normalizer.lse_vjp(weights, g_lse, found)
+            assert unseen is not None
+            unseen[part.pairs, :, rows] = 0
+        for leaf, d in zip(problem.normalizer.tensors(), found, strict=True):
+            own.add(leaf, d, part.tile.head_slice)
         gs = score.back(gs)
         target = dq[part.pairs, :, rows]
         target.copy_(torch.bmm(part.flat(gs), part.k).view(target.shape))
         _add(dk, part, part.q, gs)
+    if up_lse is not None and unseen is not None and isinstance(problem.normalizer, Softmax):
+        # rows that no strip holds: their log-sum-exp is that of the sink alone
+        alone = (up_lse * unseen).view(frame.batch, frame.heads, frame.queries, 1)
+        nothing = alone.new_zeros(*alone.shape[:3], 0)
+        zero = tuple(torch.zeros_like(t) for t in problem.normalizer.tensors())
+        for leaf, d in zip(
+            problem.normalizer.tensors(), problem.normalizer.lse_vjp(nothing, alone, zero), strict=True
+        ):
+            own.add(leaf, d)
     return (
         dq.mul_(problem.scale).view(q.shape).to(q.dtype),
         dk.transpose(1, 2).reshape(k.shape).to(k.dtype),
         dv.transpose(1, 2).reshape(v.shape).to(v.dtype),
-        totals,
+        own.done(),
     )
 
 

@@ -17,13 +17,15 @@ from torch import Tensor
 from polyhead.attend.masks import Band, band
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
+from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Positional
-from polyhead.attend.stream import stream, trainable
+from polyhead.attend.stream import OwnGradients, of_heads, stream, trainable
 from polyhead.attend.tile import Tile
 
 __all__ = ["Banded"]
 
+_ROWS = 32  # queries of a block: few, since a block reads as many keys more than its window
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
@@ -56,8 +58,8 @@ class Banded:
                 "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
             )
         queries, keys = request.q.shape[2], request.k.shape[2]
-        width = _rows(found) + found.left + found.right + found.sinks
-        if queries < 2 * _rows(found) or 2 * width > keys:
+        width = _ROWS + found.left + found.right + found.sinks
+        if queries < 2 * _ROWS or 2 * width > keys:
             return f"a block would read {width} of {keys} keys for {queries} queries, which saves too little"
         return ""
 
@@ -100,8 +102,7 @@ class Banded:
         dk = x.k.new_zeros(x.k.shape[0], room, x.k.shape[2])
         dv = x.v.new_zeros(x.v.shape[0], room, x.v.shape[2])
         dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias)
-        own = problem.normalizer.tensors()
-        totals = {id(t): torch.zeros_like(t) for t in problem.tensors() if t.requires_grad}
+        own = OwnGradients(problem)
         for n, t0, t1 in x.chunks():
             weights = x.weights(n, t0, t1, x.of_heads(base, n))
             flat, g = weights.view(t1 - t0, rows, -1), up[n, t0:t1]
@@ -113,10 +114,8 @@ class Banded:
             if sinks:
                 dv[n, front : front + sinks] += _over_blocks(flat[..., :sinks], g)
             gs, gt = x.normalizer(n).vjp(weights, gw.view(weights.shape))
-            for leaf, d in zip(own, gt, strict=True):
-                if id(leaf) in totals:
-                    target = totals[id(leaf)]
-                    (target[x.heads(n)] if target.shape != d.shape else target).add_(d)
+            for leaf, d in zip(problem.normalizer.tensors(), gt, strict=True):
+                own.add(leaf, d, x.heads(n))
             if dbias is not None:
                 part = gs[..., sinks:].sum(0)
                 target = x.of_heads(dbias, n)
@@ -132,19 +131,14 @@ class Banded:
         if bias is not None and dbias is not None:
             trained = trainable(problem.score)
             for leaf, d in zip(trained, torch.autograd.grad(bias, trained, dbias), strict=True):
-                totals[id(leaf)] += d
+                own.add(leaf, d)
         real = slice(front, front + x.keys)
         return (
             x.unfold(dq.mul_(problem.scale), q),
             dk[:, real].mul(problem.scale).view(k.shape).to(k.dtype),
             dv[:, real].reshape(v.shape).to(v.dtype),
-            totals,
+            own.done(),
         )
-
-
-def _rows(shape: Band) -> int:
-    """Queries of a block: a narrow window wants small blocks, since a block reads rows + window keys."""
-    return 32
 
 
 @dataclass
@@ -166,10 +160,10 @@ class _Blocks:
         assert problem.mask is not None
         shape = band(problem.mask)
         assert shape is not None
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = wide(q.dtype)
         batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
-        x = cls(q, k, v, shape, problem, kv_heads, heads // kv_heads, queries, _rows(shape))
+        x = cls(q, k, v, shape, problem, kv_heads, heads // kv_heads, queries, _ROWS)
         x.k, x.v = (t.to(dtype).reshape(batch * kv_heads, keys, -1) for t in (k, v))
         x.q = x.fold(q.to(dtype))
         return x
@@ -218,7 +212,8 @@ class _Blocks:
         first, last = self.start(t0), self.start(t1 - 1) + self.span
         part = x[n, max(first, 0) : max(last, 0)]
         if first < 0 or last > self.keys:
-            part = F.pad(part, (0, 0, max(0, -first), last - first - max(0, -first) - part.shape[0]))
+            before = min(max(0, -first), last - first)
+            part = F.pad(part, (0, 0, before, last - first - before - part.shape[0]))
         step, width = part.stride(0), part.shape[-1]
         return part.as_strided((t1 - t0, self.span, width), (self.rows * step, step, part.stride(1)))
 
@@ -238,11 +233,7 @@ class _Blocks:
 
     def normalizer(self, n: int) -> Normalizer:
         """The normaliser for the heads of pair n: its per-head tensors sliced."""
-        total = self.kv_heads * self.repeat
-        part: Normalizer = self.problem.normalizer.map_tensors(
-            lambda t: t[self.heads(n)] if t.ndim == 1 and t.shape[0] == total else t
-        )
-        return part
+        return of_heads(self.problem.normalizer, self.heads(n), self.kv_heads * self.repeat)
 
     def bias(self) -> Tensor | None:
         """The score's bias (H, R, K) inside a band, the same for every block; with gradient."""

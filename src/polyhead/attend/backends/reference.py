@@ -10,6 +10,7 @@ from torch import Tensor
 from polyhead.attend.masks import densify
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.precision import exact, wide
 from polyhead.attend.tile import Tile
 
 __all__ = ["Reference"]
@@ -28,12 +29,16 @@ class Reference:
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        with exact(request.q.device):
+            return self._run(request)
+
+    def _run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         q, k, v, problem = request.q, request.k, request.v, request.problem
         batch, heads, queries, _ = q.shape
         keys, repeat = k.shape[2], heads // max(k.shape[1], 1)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
-        scores = q.to(wide) * problem.scale @ k.transpose(-1, -2)
+        dtype = wide(q.dtype)
+        k, v = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
+        scores = q.to(dtype) * problem.scale @ k.transpose(-1, -2)
         if problem.score is not None:
             offset = keys - queries
             tile = Tile(
@@ -52,7 +57,7 @@ class Reference:
         lse = None
         if request.want_lse:
             assert isinstance(problem.normalizer, Softmax)
-            lse = problem.normalizer.lse(scores).float()
+            lse = problem.normalizer.lse(scores)
         weights = problem.normalizer(scores)
         weights = torch.dropout(weights, problem.dropout, train=problem.dropout > 0)
         return (weights @ v).to(q.dtype), lse

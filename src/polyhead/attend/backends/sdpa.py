@@ -21,6 +21,8 @@ def plain(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None, allowed: Tensor | None = None
 ) -> Tensor:
     """Softmax attention by SDPA with grouped heads; `causal` needs L == S or L == 1."""
+    # a fused kernel wants its last dimension dense, and holds all L × S scores otherwise
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, width = q.shape
     kv_heads = k.shape[1]
     if queries == 1 and kv_heads != heads and (allowed is None or allowed.shape[1] == 1):

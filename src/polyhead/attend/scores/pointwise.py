@@ -69,12 +69,17 @@ class ScoreFunction(Score):
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         made = self.function(scores, tile.b, tile.h, tile.i, tile.j)
+        if not isinstance(made, Tensor):
+            raise ShapeError(
+                f"the score function returned {type(made).__name__}; it must return the new scores"
+            )
         if made.shape != scores.shape:
             raise ShapeError(
                 f"the score function returned shape {tuple(made.shape)} for scores of shape "
                 f"{tuple(scores.shape)}; it must keep the shape"
             )
-        return made
+        # what follows writes into the scores, and the function may have returned a tensor of its own
+        return made if made is scores else made.to(scores.dtype, copy=True)
 
 
 def score_function(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> ScoreFunction:

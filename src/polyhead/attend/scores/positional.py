@@ -70,6 +70,8 @@ class ALiBi(Positional):
 
     def at(self, distance: Tensor) -> Tensor:
         slopes = self.slopes.to(distance.device)
+        # bfloat16 cannot tell large distances apart
+        slopes = slopes if slopes.dtype == torch.float64 else slopes.float()
         return slopes[:, None] * -distance.abs().to(slopes.dtype)
 
 
