@@ -1,8 +1,8 @@
 """A learned relative bias with gradient, 4096 tokens, 8 heads of 64, against SDPA with the bias as mask.
 
 The gate: the same output and gradients, those of the bias among them. SDPA has to be given the bias as a
-tensor 8 x 4096 x 4096, gathered from the table; on a CPU it then falls back to dense attention. Peak memory is
-that of a process of its own for each.
+tensor 8 x 4096 x 4096, gathered from the table; on a CPU it then falls back to dense attention. Peak memory
+is that of a process of its own for each.
 """
 
 import subprocess
@@ -52,7 +52,6 @@ def peak(name):
     code = (
         "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, attend_bias as a\n"
         "x = a.operands('cpu'); up = torch.ones(1, 8, a.LENGTH, 64)\n"
-        "small = [t[..., :64, :] if t.ndim == 4 else t for t in x]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"a.trained(a.CALLS[{name!r}](True), x, up)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"

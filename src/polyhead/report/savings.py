@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from polyhead.cache import per_head
+from polyhead.cache.per_head import per_head
 from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
 from polyhead.report.data import Recommendation, Savings

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polyhead.cache import per_head
+from polyhead.cache.per_head import per_head
 from polyhead.head_scores import Heads
 from polyhead.hf import attach
 from polyhead.report import facts
