@@ -46,10 +46,17 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """The ids `(S,)` of a text, with the special tokens that the tokenizer puts around one, never cut."""
+def encode(tokenizer: Any, text: str, length: int | None = None) -> Tensor:
+    """The ids `(S,)` of a text, with the special tokens that the tokenizer puts around one.
+
+    Args:
+        length: cut the text so that there are at most so many tokens, special ones included. Default: never.
+    """
     # some tokenizers warn about texts longer than the model; the caller decides about that
-    return torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    if length is not None and len(ids) > length:
+        ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def texts(
@@ -60,6 +67,11 @@ def texts(
     Raises:
         ConfigError: there is no text, it is too short, or longer than the model can read.
     """
+    limit = context_length(model)
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
+        raise ConfigError(f"length must be a number of tokens, at least 2; got {length!r}")
+    if length is not None and limit is not None and length > limit:
+        raise ConfigError(f"length={length} is longer than the {limit} tokens that the model can read")
     several: list[Any]
     if isinstance(text, Tensor):
         if text.is_floating_point() or text.ndim not in (1, 2):
@@ -75,16 +87,11 @@ def texts(
             )
         if tokenizer is None:
             raise ConfigError("a text needs the model's tokenizer; without one, give token ids (S,)")
-        several = [encode(tokenizer, t) for t in several]
-    limit = context_length(model)
+        several = [encode(tokenizer, t, length) for t in several]
     return tuple(_fitting(ids, length, limit) for ids in several)
 
 
 def _fitting(ids: Tensor, length: int | None, limit: int | None) -> Tensor:
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
-        raise ConfigError(f"length must be a number of tokens, at least 2; got {length!r}")
-    if length is not None and limit is not None and length > limit:
-        raise ConfigError(f"length={length} is longer than the {limit} tokens that the model can read")
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens; to see where heads look it needs at least 2")
     if length is not None and len(ids) < length:
