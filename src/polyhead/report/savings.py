@@ -168,10 +168,11 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
     drawn = f" ({e.random_texts} for random choices)" if e.random_texts != e.texts else ""
     return (
         f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts when greedy "
-        "decoding gives exactly the number. Heads are chosen by their retrieval score, measured on other "
+        "decoding gives exactly the number. A text is read with whole attention (prefill='dense'); question "
+        "and answer see what the cache then holds. Heads are chosen by their retrieval score, measured on other "
         "texts with facts of another kind and other names.",
-        f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, the first token on, each predicted from "
-        "what its cache holds.",
+        f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, each predicted from what its cache would "
+        "hold if tokens came one by one.",
         f"Decoding: median of single tokens at {e.decode_length:,} tokens of context, caches in turn for "
         f"{e.decode_rounds} rounds, filled with random numbers (their content does not change the time). "
         "The whole cache is transformers' DynamicCache with the model's own attention. Random choices "

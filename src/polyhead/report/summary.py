@@ -30,7 +30,7 @@ model, tokenizer = ph.hf.load({source!r})
 full = [  # {len(heads)} of {total} KV heads keep the whole context: (layer, KV head)
 {listed},
 ]
-cache = ph.cache.per_head(model, full=full, sink={sink}, window={window})
+cache = ph.cache.per_head(model, full=full, sink={sink}, window={window}, prefill="dense")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 output = model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = ["Advance", "Outcome", "Trial", "cache_bytes"]
 
 Advance = Callable[[str], None]
 Make = Callable[[], Any]
+Prefill = Literal["dense", "masked"]
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,18 @@ class Trial:
 
         return DynamicCache(config=self.model.config)
 
-    def small(self, heads: Sequence[tuple[int, int]]) -> Any:
-        """A cache with these KV heads in full."""
-        pairs = Heads(tuple(heads), level="kv")
-        return per_head(self.model, full=pairs, sink=self.effort.sink, window=self.effort.window)
+    def small(self, heads: Sequence[tuple[int, int]], prefill: Prefill = "dense") -> Any:
+        """A cache with these KV heads in full.
 
-    def _maker(self, heads: Sequence[tuple[int, int]] | None) -> Make:
-        return self.whole if heads is None else partial(self.small, heads)
+        By default a text is read with whole attention, layer by layer, before the other heads forget it. With
+        "masked" every token sees only what the cache would hold if tokens came one by one.
+        """
+        pairs = Heads(tuple(heads), level="kv")
+        e = self.effort
+        return per_head(self.model, full=pairs, sink=e.sink, window=e.window, prefill=prefill)
+
+    def _maker(self, heads: Sequence[tuple[int, int]] | None, prefill: Prefill = "dense") -> Make:
+        return self.whole if heads is None else partial(self.small, heads, prefill)
 
     def _decode(self, cache: Any, token: torch.Tensor) -> int:
         """One step of greedy decoding: the id of the next token."""
@@ -193,7 +199,7 @@ class Trial:
             seed=seed,
             needle_accuracy=sum(answers) / len(answers),
             needles=len(answers),
-            perplexity=self.perplexity(make, int(fresh), what),
+            perplexity=self.perplexity(self._maker(heads, "masked"), int(fresh), what),
             cache_bytes=tuple((n, self.bytes(make, n)) for n in self.effort.lengths),
             heads=tuple(sorted(heads)) if heads is not None else (),
         )
