@@ -169,8 +169,8 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
     return (
         f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts when greedy "
         "decoding gives exactly the number. A text is read with whole attention (prefill='dense'); question "
-        "and answer see what the cache then holds. Heads are chosen by their retrieval score, measured on other "
-        "texts with facts of another kind and other names.",
+        "and answer see what the cache then holds. Heads are chosen by their retrieval score, measured on "
+        "other texts with facts of another kind and other names.",
         f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, each predicted from what its cache would "
         "hold if tokens came one by one.",
         f"Decoding: median of single tokens at {e.decode_length:,} tokens of context, caches in turn for "
