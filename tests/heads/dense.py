@@ -5,6 +5,9 @@ import math
 import numpy as np
 import torch
 
+# where the needle and the rows of the answer are, for both batch items
+MARKS = {"needle": torch.tensor([[60, 75], [80, 81]]), "answer": torch.tensor([[150, 160], [155, 158]])}
+
 
 def dense_attention(q, k, v, mask=None, score=None, normalizer=None):
     """Output, weights, logits after score maps (-inf at forbidden) and allowed pairs, as float64 numpy."""
@@ -82,11 +85,18 @@ def definition(name, weights, logits, allowed, out, where, x, kind):
                     targets = [p + 1 for p in range(i) if x[b, p] == x[b, i]]
                     if targets:
                         rows.append(w[targets].sum())
+                elif name == "retrieval":
+                    if MARKS["answer"][b][0] <= i < MARKS["answer"][b][1]:
+                        rows.append(w[slice(*MARKS["needle"][b].tolist())].sum())
                 elif name == "duplicate_token":
                     targets = [p for p in range(i) if x[b, p] == x[b, i]]
                     if targets:
                         rows.append(w[targets].sum())
-        if not rows or (name == "next_token" and kind == "decoder"):
+        if (
+            not rows
+            or (name == "next_token" and kind == "decoder")
+            or (name == "retrieval" and kind == "encoder")
+        ):
             found.append(math.nan)
         else:
             found.append(max(rows) if name == "largest_logit" else np.mean(rows))

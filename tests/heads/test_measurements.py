@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.dense import by_key, definition, dense_attention
+from heads.dense import MARKS, by_key, definition, dense_attention
 from polyhead.attend.masks import causal, documents, padding, per_head, sink, window
 from polyhead.attend.normalizers import sigmoid, softmax
 from polyhead.attend.scores import alibi, soft_cap
@@ -61,7 +61,7 @@ def call(name, dtype=torch.float64):
 def measured(request):
     (q, k, v), case = call(request.param)
     extra = {n: case[n] for n in ("mask", "score", "normalizer") if n in case}
-    ours = measure(q, k, v, MEASUREMENTS, **case)
+    ours = measure(q, k, v, MEASUREMENTS, marks=MARKS, **case)
     dense = dense_attention(q, k, v, **extra)
     return request.param, case, ours, dense
 
@@ -69,8 +69,6 @@ def measured(request):
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_equals_its_definition(measured, name):
     _, case, ours, (out, weights, logits, allowed) = measured
-    if MEASUREMENTS[name]().source is not None and name not in ("induction", "duplicate_token"):
-        pytest.skip("reads something of its own")
     where, x, kind = case.get("padding"), case["ids"].numpy(), case["kind"]
     if name in ("found_sinks", "concentration", "future_influence"):
         expected = by_key(name, weights, allowed, where)
@@ -196,6 +194,8 @@ def test_token_ids_are_asked_for():
     (q, k, v), _ = call("causal")
     with pytest.raises(ConfigError, match="compares tokens, and their ids are not known"):
         measure(q, k, v, ["induction"], mask=causal())
+    with pytest.raises(ConfigError, match="asks where the 'needle' is, which is not known; give it in marks"):
+        measure(q, k, v, ["retrieval"], mask=causal())
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)

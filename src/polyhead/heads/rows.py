@@ -106,6 +106,10 @@ class Rows:
 
     def within(self, positions: Tensor, mark: str) -> Tensor:
         """Which of the (query or key) `positions` `(p,)` lie in a marked span `(B, 2)`, bool `(b, p)`."""
+        if mark not in self.view.marks:
+            raise ConfigError(
+                f"a measurement asks where the {mark!r} is, which is not known; give it in marks"
+            )
         spans = self.view.marks[mark][self.tile.batch_slice] - self.view.start
         return (positions >= spans[:, :1]) & (positions < spans[:, 1:])
 

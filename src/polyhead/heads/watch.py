@@ -190,6 +190,7 @@ def measure(
     padding: Tensor | None = None,
     ids: Tensor | None = None,
     projection: Tensor | None = None,
+    marks: Mapping[str, Tensor] | None = None,
     mask: Mask | None = None,
     **attention: Any,
 ) -> dict[str, Tensor]:
@@ -204,6 +205,7 @@ def measure(
         padding: bool `(B, S)`, True at real tokens: the queries among them count. It is no mask.
         ids: token ids `(B, S)`, for measurements that compare tokens.
         projection: the output projection by heads, `(H, Dv, d)`, for "output_share".
+        marks: spans `(B, 2)` of positions: for "retrieval" the "needle" and the "answer" rows.
         mask, attention: as for `attend`: mask, score, normalizer, scale.
 
     Returns:
@@ -214,7 +216,7 @@ def measure(
     wanted = chosen(measurements)
     gauges = {m.name: m.gauge(heads) for m in wanted if kind in m.kinds}
     visible = _visible(mask, batch, heads, queries, keys, kind, padding, q.device)
-    view = View(kind, batch, heads, queries, keys, visible, ids, projection)
+    view = View(kind, batch, heads, queries, keys, visible, ids, projection, marks=marks or {})
     gaze(view, list(gauges.values()), q, k, v, mask=mask, **attention)
     nothing = torch.full((heads,), torch.nan, dtype=torch.float64)
     return {m.name: gauges[m.name].result() if m.name in gauges else nothing for m in wanted}
