@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import polyhead.attend.masks as masks_module
+from polyhead.attend import masks as masks_module
 from polyhead.attend.masks import (
     And,
     Mask,
