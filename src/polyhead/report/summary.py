@@ -20,15 +20,13 @@ __all__ = ["markdown", "points_table", "python_lines", "reason"]
 
 def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink: int, window: int) -> str:
     """Lines that make the recommended cache and use it; they run as they are."""
-    pairs = textwrap.fill(
-        ", ".join(f"({layer}, {head})" for layer, head in heads), 92, break_long_words=False
-    )
-    listed = textwrap.indent(pairs, "    ")
+    glued = [f"({layer},\xa0{head})," for layer, head in heads]  # no line is broken inside a pair
+    listed = textwrap.indent(textwrap.fill(" ".join(glued), 92), "    ").replace("\xa0", " ")
     return f"""import polyhead as ph
 
 model, tokenizer = ph.hf.load({source!r})
 full = [  # {len(heads)} of {total} KV heads keep the whole context: (layer, KV head)
-{listed},
+{listed}
 ]
 cache = ph.cache.per_head(model, full=full, sink={sink}, window={window}, prefill="dense")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
