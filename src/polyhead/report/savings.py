@@ -23,6 +23,7 @@ from polyhead.report.data import Recommendation, Savings
 from polyhead.report.effort import Effort, sizes
 from polyhead.report.summary import python_lines, reason
 from polyhead.report.trying import Outcome, Trial
+from polyhead.report.words import plural
 from polyhead.tasks.reading import context_length
 
 __all__ = ["Curve", "holds", "measure", "why_not"]
@@ -102,14 +103,14 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
 
     advice = None
     if confirmed is not None:
-        before, after = confirmed
+        before, after, rejected = confirmed
         speed = {p.heads_kept: p.decode_tokens_per_second for p in points}
         advice = Recommendation(
             before=replace(before.point, decode_tokens_per_second=timed[0]),
             after=replace(after.point, decode_tokens_per_second=speed[after.point.heads_kept]),
             why=reason(e, before.answers, after.answers, before.point, after.point),
             python=python_lines(source, after.point.heads, total, e.sink, e.window),
-            how=_confirm_how(trial),
+            how=_confirm_how(trial, rejected),
         )
     elif capable:
         notes.append("No smaller cache that was tried keeps its answers: keep the whole cache.")
@@ -130,10 +131,11 @@ def holds(effort: Effort, before: Outcome, after: Outcome) -> bool:
     return lost <= allowed and old is not None and new is not None and new <= (1 + effort.tolerance) * old
 
 
-def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[Outcome, Outcome] | None:
+def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[Outcome, Outcome, int] | None:
     """The smallest cache that holds, as all larger ones do, on the curve and again on fresh texts.
 
-    Returns the whole cache and the smaller one, both as found on the fresh texts.
+    Returns the whole cache and the smaller one, both as found on the fresh texts, and how many smaller ones
+    held on the curve and failed there.
     """
     candidates: list[Outcome] = []
     for one in chosen:  # from many heads to few
@@ -143,10 +145,10 @@ def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[O
     if not candidates:
         return None
     before = trial.outcome("full", None, fresh=True)
-    for one in reversed(candidates):
+    for rejected, one in enumerate(reversed(candidates)):
         after = trial.outcome("retrieval", one.point.heads, fresh=True)
         if holds(trial.effort, before, after):
-            return before, after
+            return before, after, rejected
     return None
 
 
@@ -180,9 +182,10 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
     )
 
 
-def _confirm_how(trial: Trial) -> str:
+def _confirm_how(trial: Trial, rejected: int) -> str:
     e = trial.effort
+    failed = f" Here {plural(rejected, 'smaller cache')} failed that held on the curve." if rejected else ""
     return (
         f"Measured on {e.facts * e.confirm_texts} facts in texts of {e.confirm_length:,} tokens and on "
-        f"{e.scored:,} tokens of prose that neither chose the heads nor the size."
+        f"{e.scored:,} tokens of prose, none of which chose the heads or drew the curve.{failed}"
     )

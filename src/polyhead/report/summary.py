@@ -21,7 +21,7 @@ __all__ = ["markdown", "points_table", "python_lines", "reason"]
 def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink: int, window: int) -> str:
     """Lines that make the recommended cache and use it; they run as they are."""
     glued = [f"({layer},\xa0{head})," for layer, head in heads]  # no line is broken inside a pair
-    listed = textwrap.indent(textwrap.fill(" ".join(glued), 92), "    ").replace("\xa0", " ")
+    listed = textwrap.indent(textwrap.fill(" ".join(glued), 76), "    ").replace("\xa0", " ")
     return f"""import polyhead as ph
 
 model, tokenizer = ph.hf.load({source!r})
