@@ -31,7 +31,7 @@ from polyhead.papers import papers
 from polyhead.reference import reference
 
 if TYPE_CHECKING:
-    from polyhead import cache, hf, nn, tasks
+    from polyhead import cache, heads, hf, nn, tasks
     from polyhead.heads import profile
     from polyhead.hf import attach
     from polyhead.mechanisms import build, catalog, entry
@@ -48,7 +48,7 @@ _LAZY = {
     "entry": "polyhead.mechanisms",
     "profile": "polyhead.heads",
 }
-_ROOMS = ("cache", "hf", "nn", "tasks")
+_ROOMS = ("cache", "heads", "hf", "nn", "tasks")
 
 __all__ = [
     "HeadScores",
@@ -70,6 +70,7 @@ __all__ = [
     "entry",
     "explain",
     "from_json",
+    "heads",
     "hf",
     "neighborhood",
     "nn",

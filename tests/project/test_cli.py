@@ -99,7 +99,7 @@ def test_an_error_is_one_line_without_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise PolyheadError("the [red]model[/red] is not there; " + "look again, " * 40)
 
-    monkeypatch.setattr("polyhead.papers.papers", fail)
+    monkeypatch.setattr(sys.modules["polyhead.papers"], "papers", fail)
     result = run("papers")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("polyhead.papers.papers", interrupted)
+    monkeypatch.setattr(sys.modules["polyhead.papers"], "papers", interrupted)
     result = run("papers")
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"
@@ -121,7 +121,7 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("polyhead.papers.papers", broken)
+    monkeypatch.setattr(sys.modules["polyhead.papers"], "papers", broken)
     assert isinstance(run("papers").exception, ZeroDivisionError)
 
 
