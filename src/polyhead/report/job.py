@@ -7,7 +7,6 @@ Files are written at the very end, all or none, so that an interruption leaves w
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +24,19 @@ from polyhead.errors import ConfigError
 from polyhead.report import data as d
 from polyhead.report import savings as curve
 from polyhead.report import summary, words
+from polyhead.report.assemble import assemble, machine
 from polyhead.report.effort import QUICK, Effort, steps
-from polyhead.report.packing import lookup_queries, pack_lookups, pack_pictures, picture_side
+from polyhead.report.packing import picture_side
 from polyhead.report.page import require_jinja
 from polyhead.report.trying import Trial
 from polyhead.report.write import FILES, Written, check_folder, write_report
 
-__all__ = ["LENGTH", "assemble", "machine", "run"]
+__all__ = ["LENGTH", "run"]
 
 LENGTH = 2048
 """How many tokens of a text are read unless the user says so."""
 
 _LEAST = 32  # tokens of a text: fewer say nothing about heads
-_LOOKUPS = 4  # most attended positions that are kept for each token
 
 
 def run(
@@ -74,6 +73,19 @@ def run(
         PolyheadError: something is wrong with the call; nothing has been written.
     """
     effort = _effort(seeds, seed, fractions, sink, window, quick)
+    command = _command(
+        model,
+        text=(text, None),
+        length=(length, None),
+        seeds=(seeds, 3),
+        seed=(seed, 0),
+        fractions=(None if fractions is None else ",".join(map(str, fractions)), None),
+        sink=(sink, 4),
+        window=(window, 256),
+        out=(out, None),
+        quick=(quick, False),
+        no_savings=(not savings, False),
+    )
     require_jinja()
     folder = _check_out(out)
     source = _read_text(text)
@@ -89,7 +101,7 @@ def run(
             measured, notes = _savings(loaded, tokenizer, profile, effort, held_out, model, stages)
         with stages.stage("drawing"):
             report = assemble(model, loaded, tokenizer, profile, ids, text, measured, notes)
-            report = replace(report, run=_about(model, text, out, length, effort, quick, stages))
+            report = replace(report, run=_about(command, effort, stages))
             written = write_report(report, folder)
     _tell(report, written, console)
     return written
@@ -176,7 +188,10 @@ def _tokens(
     else:
         count = min(LENGTH, len(ids), limit or LENGTH)
     if text is not None and count < len(ids):
-        console.print(f"reading the first {count:,} of {len(ids):,} tokens of {name} (--length changes this)")
+        console.print(
+            f"reading the first {count:,} of {len(ids):,} tokens of {name} (--length changes this)",
+            markup=False,
+        )
     return ids[:count], None if text is None else ids[count:].tolist()
 
 
@@ -265,104 +280,22 @@ def _savings(
     return found, list(found.notes)
 
 
-# -- the report ----------------------------------------------------------------------------------------
+# -- what there is to say ---------------------------------------------------------------------------------
 
 
-def assemble(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    profile: Any,
-    ids: torch.Tensor,
-    text: str | os.PathLike[str] | None,
-    measured: curve.Curve | None = None,
-    notes: Sequence[str] = (),
-) -> d.ReportData:
-    """All that the page shows, but for when and where it was measured."""
-    causal = not profile.is_encoder
-    heads = sum(layer.heads for layer in profile.layers)
-    pictures = profile.pictures(picture_side(heads, causal=causal, tokens=len(ids)))
-    queries = lookup_queries(heads, len(ids), k=_LOOKUPS)
-    looks = profile.lookups(queries.tolist(), k=_LOOKUPS)
-    return d.ReportData(
-        model=d.Model(
-            name=Path(name).name or name,
-            architecture=type(model).__name__,
-            parameters=sum(p.numel() for p in model.parameters()),
-            head_dim=profile.layers[0].head_dim,
-            heads=tuple(layer.heads for layer in profile.layers),
-            kv_heads=tuple(layer.kv_heads for layer in profile.layers),
-            is_encoder=profile.is_encoder,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        ),
-        text=_text(tokenizer, profile, ids, text),
-        run=d.Run("", "", "", ""),
-        measurements=tuple(_measurement(s) for s in profile.values()),
-        roles=_roles(profile),
-        pictures=pack_pictures(pictures.mass, causal=causal),
-        lookups=pack_lookups(queries, looks.positions, looks.weights),
-        savings=measured.savings if measured else None,
-        recommendation=measured.recommendation if measured else None,
-        notes=tuple(notes),
-    )
+def _command(model: str, **options: tuple[Any, Any]) -> str:
+    """The command as one would type it, from options as pairs (value, default)."""
+    told = [f"polyhead report {model}"]
+    for name, (value, default) in options.items():
+        if value != default:
+            told.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(told)
 
 
-def _text(tokenizer: Any, profile: Any, ids: torch.Tensor, text: str | os.PathLike[str] | None) -> d.Text:
-    tokens = tuple(tokenizer.decode([i]) for i in ids.tolist())
-    received: tuple[float, ...] = ()
-    if profile.received:
-        rows = torch.cat([torch.as_tensor(r) for r in profile.received])
-        received = tuple(rows.nanmean(0).nan_to_num(0.0).tolist())
-    # a sink of the text is one in at least a tenth of the layers
-    counts: dict[int, int] = {}
-    for layer in profile.sinks:
-        for position in layer:
-            counts[position] = counts.get(position, 0) + 1
-    sinks = tuple(sorted(p for p, n in counts.items() if 10 * n >= len(profile.layers)))
-    name = "the packaged English sample" if text is None else Path(text).name
-    return d.Text(name, tokens, sinks, received)
-
-
-def _measurement(scores: Any) -> d.Measurement:
-    from polyhead.heads import MEASUREMENTS
-
-    known = MEASUREMENTS.get(scores.name)
-    title = known.title if known is not None else scores.name
-    title = title[:1].upper() + title[1:]
-    values = tuple(tuple(float(v) for v in layer) for layer in scores.values)
-    return d.Measurement(scores.name, title, scores.meaning, scores.unit, scores.direction, values)
-
-
-def _roles(profile: Any) -> d.Roles:
-    found = profile.roles
-    rules = tuple(
-        d.RoleRule(
-            rule.role,
-            rule.text[:1].upper() + rule.text[1:] + ".",
-            (d.Condition(rule.measurement, ">=", rule.threshold),) if rule.measurement else (),
-        )
-        for rule in found.rules
-    )
-    return d.Roles(rules, found.by_layer)
-
-
-def _about(
-    model: str,
-    text: str | os.PathLike[str] | None,
-    out: str | os.PathLike[str],
-    length: int | None,
-    effort: Effort,
-    quick: bool,
-    stages: Stages,
-) -> d.Run:
+def _about(command: str, effort: Effort, stages: Stages) -> d.Run:
+    """How the report came to be."""
     from polyhead import __version__
 
-    command = f"polyhead report {model}"
-    if text is not None:
-        command += f" --text {text}"
-    if length is not None:
-        command += f" --length {length}"
-    command += f" --out {out}" + (" --quick" if quick else "")
     return d.Run(
         version=__version__,
         command=command,
@@ -373,20 +306,6 @@ def _about(
     )
 
 
-def machine() -> str:
-    """The processor, how many of its threads are used, and the versions that count."""
-    import transformers
-
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    threads = words.plural(torch.get_num_threads(), "thread")
-    return f"{name}, {threads}, torch {torch.__version__}, transformers {transformers.__version__}"
-
-
 def _console() -> Console:
     """Standard output, wide enough for whole rows when it goes elsewhere than to a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -395,12 +314,12 @@ def _console() -> Console:
 def _tell(report: d.ReportData, written: Written, console: Console) -> None:
     """The findings, and where the report is."""
     console.print()
-    console.print(words.summary(report), soft_wrap=True)
+    console.print(words.summary(report), soft_wrap=True, markup=False)
     if report.savings is not None:
         console.print()
         console.print(summary.points_table(report.savings))
     for note in report.notes:
-        console.print(f"\nnote: {note}", soft_wrap=True)
+        console.print(f"\nnote: {note}", soft_wrap=True, markup=False)
     if report.recommendation is not None:
         console.print(f"\n{report.recommendation.why}\n", soft_wrap=True)
         console.print(report.recommendation.python, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 
 from polyhead.errors import ConfigError
 from polyhead.report import data as d
-from polyhead.report.job import assemble, machine
+from polyhead.report.assemble import assemble, machine
 from polyhead.report.page import build_page, require_jinja
 
 __all__ = ["write_profile"]
