@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from polyhead.errors import ConfigError
 from polyhead.report import data as d
 from polyhead.report import savings as curve
 from polyhead.report import summary, words
 from polyhead.report.assemble import assemble, machine
-from polyhead.report.effort import QUICK, Effort, steps
+from polyhead.report.effort import Effort, steps
+from polyhead.report.given import effort_of, read_text, tokens_of, usable_folder
 from polyhead.report.packing import picture_side
 from polyhead.report.page import require_jinja
+from polyhead.report.stages import Stages
 from polyhead.report.trying import Trial
-from polyhead.report.write import FILES, Written, check_folder, write_report
+from polyhead.report.write import Written, write_report
 
-__all__ = ["LENGTH", "run"]
-
-LENGTH = 2048
-"""How many tokens of a text are read unless the user says so."""
-
-_LEAST = 32  # tokens of a text: fewer say nothing about heads
+__all__ = ["run"]
 
 
 def run(
@@ -72,7 +64,7 @@ def run(
     Raises:
         PolyheadError: something is wrong with the call; nothing has been written.
     """
-    effort = _effort(seeds, seed, fractions, sink, window, quick)
+    effort = effort_of(seeds, seed, fractions, sink, window, quick)
     command = _command(
         model,
         text=(text, None),
@@ -87,13 +79,13 @@ def run(
         no_savings=(not savings, False),
     )
     require_jinja()
-    folder = _check_out(out)
-    source = _read_text(text)
+    folder = usable_folder(out)
+    source = read_text(text)
     console = console or _console()
     stages = Stages(Console(stderr=True))
     with stages:
         loaded, tokenizer = _load(model, stages, console)
-        ids, held_out = _tokens(loaded, tokenizer, source, text, length, console)
+        ids, held_out = tokens_of(loaded, tokenizer, source, text, length, console)
         profile = _profile(loaded, tokenizer, ids, seed, stages)
         measured = None
         notes: list[str] = []
@@ -107,133 +99,7 @@ def run(
     return written
 
 
-# -- what can be wrong with the call -------------------------------------------------------------------
-
-
-def _effort(
-    seeds: int, seed: int, fractions: Sequence[float] | None, sink: int, window: int, quick: bool
-) -> Effort:
-    if seeds < 1:
-        raise ConfigError(f"seeds must be at least 1, got {seeds}")
-    base = QUICK if quick else Effort()
-    chosen = tuple(range(seed, seed + (1 if quick else seeds)))
-    found = replace(base, seeds=chosen, sink=sink, window=window)
-    return replace(found, fractions=tuple(fractions)) if fractions is not None else found
-
-
-def _check_out(out: str | os.PathLike[str]) -> Path:
-    """The folder, if it may be written to and nothing but a report is in it."""
-    folder = check_folder(out)
-    if folder.is_dir():
-        found = sorted(p.name for p in folder.iterdir())
-        if found and not any((folder / name).is_file() for name in FILES):
-            raise ConfigError(
-                f"out: the folder {out} holds other files ({', '.join(found[:3])}) "
-                "and no report; choose an empty or a new one"
-            )
-    return folder
-
-
-def _read_text(text: str | os.PathLike[str] | None) -> str:
-    from polyhead.tasks import sample_text
-
-    if text is None:
-        return sample_text()
-    path = Path(text).expanduser()
-    try:
-        found = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"text: there is no file {str(text)!r}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"text: {str(text)!r} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"text: {str(text)!r} cannot be read: {error.strerror}") from None
-    if not found.strip():
-        raise ConfigError(f"text: {str(text)!r} is empty; give a text of some sentences")
-    return found
-
-
-def _tokens(
-    model: Any,
-    tokenizer: Any,
-    source: str,
-    text: str | os.PathLike[str] | None,
-    length: int | None,
-    console: Console,
-) -> tuple[torch.Tensor, list[int] | None]:
-    """The tokens that heads are looked at on, and those of the user's text that are left after them."""
-    from polyhead.tasks.reading import context_length, encode
-
-    if tokenizer is None:
-        raise ConfigError("the model came without a tokenizer, so it cannot read a text")
-    limit = context_length(model)
-    ids = encode(tokenizer, source)
-    name = "the packaged sample" if text is None else f"the text {str(text)!r}"
-    if len(ids) < _LEAST:
-        raise ConfigError(f"{name} has {len(ids)} tokens; to see what heads do it needs at least {_LEAST}")
-    if length is not None:
-        if not _LEAST <= length <= (limit or length):
-            at_most = f" and at most {limit}, which the model can read" if limit else ""
-            raise ConfigError(f"length must be at least {_LEAST}{at_most}; got {length}")
-        if length > len(ids):
-            raise ConfigError(f"{name} has {len(ids)} tokens, --length asks for {length}; give a longer text")
-        count = length
-    elif text is not None and limit is not None and len(ids) > limit:
-        raise ConfigError(
-            f"{name} has {len(ids):,} tokens and the model can read {limit:,}; "
-            f"use its beginning with --length {min(LENGTH, limit)} (at most {limit})"
-        )
-    else:
-        count = min(LENGTH, len(ids), limit or LENGTH)
-    if text is not None and count < len(ids):
-        console.print(
-            f"reading the first {count:,} of {len(ids):,} tokens of {name} (--length changes this)",
-            markup=False,
-        )
-    return ids[:count], None if text is None else ids[count:].tolist()
-
-
 # -- the parts of the work -----------------------------------------------------------------------------
-
-
-class Stages:
-    """Progress bars, and the seconds that each part of the work takes."""
-
-    def __init__(self, console: Console) -> None:
-        self.phases: list[d.Phase] = []
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            console=console,
-        )
-
-    def __enter__(self) -> Stages:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-        """A part of the work; what it gives is called as advance(detail) or advance(detail, done, total)."""
-        start = time.perf_counter()
-        task = self._progress.add_task(name, total=total, detail="")
-
-        def advance(detail: str, done: int | None = None, of: int | None = None) -> None:
-            if done is None:
-                self._progress.update(task, detail=detail, advance=1)
-            else:
-                self._progress.update(task, detail=detail, completed=done, total=of)
-
-        yield advance
-        self._progress.update(task, detail="", total=1, completed=1)
-        self.phases.append(d.Phase(name, round(time.perf_counter() - start, 1)))
 
 
 def _load(name: str, stages: Stages, console: Console) -> tuple[Any, Any]:
