@@ -11,6 +11,7 @@ an empty cache, the most that any cache could reach. With one sequence the weigh
 
 from __future__ import annotations
 
+import argparse
 import copy
 import pydoc_data.topics
 import time
@@ -62,55 +63,66 @@ def same_tokens(own: Any, attached: Any, ids: torch.Tensor) -> None:
         raise SystemExit("a cache that keeps everything does not generate what DynamicCache does; no numbers")
 
 
+def measured(
+    own: Any, model: Any, ids: torch.Tensor, heads: Any, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], bool]:
+    """Bytes and times after reading `ids`, and whether the aims are reached where there are some."""
+    theirs = DynamicCache(config=own.config)
+    ours = ph.cache.per_head(model, full=heads, sink=SINK, window=WINDOW)
+    whole = ph.cache.per_head(model, full="all")
+    length, dtype, aims = ids.shape[1], str(model.dtype).removeprefix("torch."), ids.shape[1] >= LENGTHS[-1]
+    results, reached, seconds = [], True, []
+    for who, cache in ((own, theirs), (model, ours), (model, whole)):
+        start = time.perf_counter()
+        who(ids, past_key_values=cache, logits_to_keep=1)
+        seconds.append(time.perf_counter() - start)
+    sizes = {"DynamicCache": nbytes(theirs), "per head": ours.nbytes(), "used": ours.nbytes_used()}
+    told = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
+    print(f"\n{length} tokens, {dtype}: {told}; {sizes['per head'] / sizes['DynamicCache']:.1%}")
+    print(f"  prefill, once: {seconds[0]:.1f} s, per head {seconds[1]:.1f} s, all in full {seconds[2]:.1f} s")
+    if aims:
+        reached &= aim("bytes of DynamicCache over ours", sizes["DynamicCache"] / sizes["per head"], SMALLER)
+    for batch in BATCHES:
+        if batch > 1:
+            for cache in (theirs, ours, whole):
+                cache.batch_repeat_interleave(batch)
+        calls = {
+            "DynamicCache": step(own, theirs, batch),
+            "per head, a fifth in full": step(model, ours, batch),
+            "per head, all in full": step(model, whole, batch),
+            "no context": without_context(own, batch),
+        }
+        times = interleave(calls, options.repeats, device=options.device)
+        results.append(
+            report(f"a decoding step of {batch} after {length} tokens, {dtype}", times, "DynamicCache")
+        )
+        results[-1]["bytes"] = sizes
+        if aims:
+            reached &= aim("speed of DynamicCache", results[-1]["ratio"]["per head, a fifth in full"], FASTER)
+    return results, reached
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=31)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = begin(parser)
-    torch.manual_seed(0)
-    model, tokenizer = ph.hf.load("smollm2", dtype=getattr(torch, options.dtype), device=options.device)
+    model, tokenizer = ph.hf.load("smollm2", device=options.device)
     model.requires_grad_(False)
     own = copy.deepcopy(model)  # with its own attention, while the other one is attached
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(options.device)
-    same_tokens(own, model, ids[:, :500])
-    heads = ph.cache.razor.probe(model, tokenizer, length=64).induction.top(SHARE)
     results, reached = [], True
-    for length in options.lengths:
-        theirs = DynamicCache(config=own.config)
-        ours = ph.cache.per_head(model, full=heads, sink=SINK, window=WINDOW)
-        whole = ph.cache.per_head(model, full="all")
-        with torch.inference_mode():
-            seconds = []
-            for who, cache in ((own, theirs), (model, ours), (model, whole)):
-                start = time.perf_counter()
-                who(ids[:, :length], past_key_values=cache, logits_to_keep=1)
-                seconds.append(time.perf_counter() - start)
-            sizes = {"DynamicCache": nbytes(theirs), "per head": ours.nbytes(), "used": ours.nbytes_used()}
-            told = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
-            print(
-                f"\n{length} tokens, {options.dtype}: {told}; {sizes['per head'] / sizes['DynamicCache']:.1%}"
-            )
-            print(f"  prefill, once: {seconds[0]:.1f} s, {seconds[1]:.1f} s; all in full {seconds[2]:.1f} s")
-            if length == LENGTHS[-1]:
-                ratio = sizes["DynamicCache"] / sizes["per head"]
-                reached &= aim("bytes of DynamicCache over ours", ratio, SMALLER)
-            for batch in BATCHES:
-                if batch > 1:
-                    for cache in (theirs, ours, whole):
-                        cache.batch_repeat_interleave(batch)
-                calls = {
-                    "DynamicCache": step(own, theirs, batch),
-                    "per head, a fifth in full": step(model, ours, batch),
-                    "per head, all in full": step(model, whole, batch),
-                    "no context": without_context(own, batch),
-                }
-                times = interleave(calls, options.repeats, device=options.device)
-                title = f"a decoding step of {batch} after {length} tokens, {options.dtype}"
-                results.append(report(title, times, "DynamicCache") | {"bytes": sizes})
-                if length == LENGTHS[-1] and batch == BATCHES[-1]:
-                    ratio = results[-1]["ratio"]["per head, a fifth in full"]
-                    reached &= aim("speed of DynamicCache", ratio, FASTER)
+    with torch.inference_mode():
+        same_tokens(own, model, ids[:, :500])
+    heads = ph.cache.razor.probe(model, tokenizer, length=64).induction.top(SHARE)
+    for dtype in options.dtypes:
+        own, model = own.to(getattr(torch, dtype)), model.to(getattr(torch, dtype))
+        for length in options.lengths:
+            with torch.inference_mode():
+                found, good = measured(own, model, ids[:, :length], heads, options)
+            results += found
+            reached &= good
     print(f"\nall aims reached: {'yes' if reached else 'NO'}")
     save(options, results)
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertModel,
@@ -348,6 +349,64 @@ def test_layers_that_share_keys_and_recurrent_layers():
         cache = per_head(model, full="none", sink=2, window=6)
         model.generate(ids, past_key_values=cache, **how)
         assert max(max(row) for row in cache.held()) == 8
+
+
+def others(kind):
+    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    torch.manual_seed(0)
+    if kind == "mistral":  # a sliding window in every layer
+        made = transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=12))
+    elif kind == "llama4":  # chunks of 16 tokens in two layers
+        config = transformers.Llama4TextConfig(
+            **SIZES,
+            attention_chunk_size=16,
+            num_local_experts=2,
+            intermediate_size_mlp=64,
+            no_rope_layers=[1, 1, 0],
+        )
+        made = transformers.Llama4ForCausalLM(config)
+    elif kind == "deepseek":  # caches what keys and values are made from
+        config = transformers.DeepseekV3Config(
+            **sizes | {"num_key_value_heads": 6},
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            qk_nope_head_dim=8,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=3,
+            moe_intermediate_size=16,
+        )
+        made = transformers.DeepseekV3ForCausalLM(config)
+    else:  # cuts cached values in two
+        config = transformers.DiffLlamaConfig(**SIZES | {"num_key_value_heads": 6})
+        made = transformers.DiffLlamaForCausalLM(config)
+    return made.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama4"])
+def test_windows_and_chunks_of_the_models_own(kind):
+    model, ids = others(kind), tokens(2, 40)
+    expected = masked_forward(model, ids, HALF, 2, 8)
+    for chunks in ([40], [20] + [1] * 20, [7, 12, 1, 20]):
+        cache = per_head(model, full=HALF, sink=2, window=8)
+        found = [fed(model, cache, part) for part in ids.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("deepseek", "something else than the keys and values of its 6 KV heads into the cache"),
+        ("diffllama", "the model's own code calls chunk"),
+    ],
+)
+def test_models_that_need_tensors_are_refused_by_name(kind, message):
+    model = others(kind)
+    with pytest.raises(UnsupportedModel, match=message):
+        fed(model, per_head(model, full="all"), tokens(1, 5))
 
 
 def test_models_without_a_cache_are_refused():
