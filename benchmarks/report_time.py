@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from _harness import arguments, begin, machine
@@ -47,11 +48,21 @@ def main() -> None:
         print("\n".join(lines))
         print(markdown(data))
         if options.keep:
-            options.keep.mkdir(parents=True, exist_ok=True)
-            for plot in out.glob("*.svg"):
-                shutil.copy(plot, options.keep / plot.name)
-            told = "\n".join(f"    {line}" for line in [machine(options.device), *lines])
-            (options.keep / "README.md").write_text(f"{markdown(data)}\n\n{told}\n", encoding="utf-8")
+            keep(options.keep, out, data, [machine(options.device), *lines])
+
+
+def keep(folder: Path, report: Path, data: ReportData, times: list[str]) -> None:
+    """The findings and the plots of a report, without the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = sorted(report.glob("*.svg"))
+    for plot in plots:
+        shutil.copy(plot, folder / plot.name)
+    command = f"polyhead report {data.model.name}"
+    told = replace(data, run=replace(data.run, command=command))
+    images = "\n\n".join(f"![{plot.stem}]({plot.name})" for plot in plots)
+    block = "\n".join(f"    {line}" for line in times)
+    text = f"{markdown(told)}\n\n{images}\n\n## How long it took\n\n{block}\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
