@@ -87,6 +87,12 @@ def interleave(calls: Mapping[str, Callable[[], Any]], repeats: int, *, device: 
     return times
 
 
+def peak() -> int:
+    """KiB of memory that this process has held at most (Linux); `ru_maxrss` would count the parent's in."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
 def _finish(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ is that of a process of its own for each.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +51,12 @@ def trained(call, leaves, up):
 def peak(name):
     """MiB that forward and backward need on top of the operands, in a process of its own."""
     code = (
-        "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, attend_bias as a\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "import torch, attend_bias as a, _harness as h\n"
         "x = a.operands('cpu'); up = torch.ones(1, 8, a.LENGTH, 64)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = h.peak()\n"
         f"a.trained(a.CALLS[{name!r}](True), x, up)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print((h.peak() - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)

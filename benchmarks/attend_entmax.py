@@ -6,6 +6,7 @@ output and gradients at 512 tokens. Peak memory is that of a process of its own 
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from _harness import arguments, begin, interleave, report, save
@@ -40,11 +41,11 @@ def trained(call, leaves):
 def peak(name, length):
     """MiB that forward and backward need on top of the operands, in a process of its own."""
     code = (
-        "import resource, sys; sys.path.insert(0, 'benchmarks'); import attend_entmax as a\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import attend_entmax as a, _harness as h\n"
         f"x = a.operands({length}); a.trained(a.CALLS[{name!r}], a.operands(64))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = h.peak()\n"
         f"a.trained(a.CALLS[{name!r}], x)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print((h.peak() - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
