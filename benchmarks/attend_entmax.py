@@ -41,7 +41,8 @@ def trained(call, leaves):
 def peak(name, length):
     """MiB that forward and backward need on top of the operands, in a process of its own."""
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import attend_entmax as a, _harness as h\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch, attend_entmax as a, _harness as h\n"
         f"x = a.operands({length}); a.trained(a.CALLS[{name!r}], a.operands(64))\n"
         "before = h.peak()\n"
         f"a.trained(a.CALLS[{name!r}], x)\n"
