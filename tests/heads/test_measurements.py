@@ -176,6 +176,28 @@ def test_a_measurement_of_ones_own():
     found = measure(q, k, v, [Twice(), "own_token"], mask=causal())
     torch.testing.assert_close(found["twice"], 2 * found["own_token"])
     assert "twice" not in MEASUREMENTS
+    alone = measure(q, k, v, Twice(), mask=causal())
+    torch.testing.assert_close(alone["twice"], found["twice"])
+
+
+def test_a_measurement_that_is_not_one_says_why():
+    class Own(RowMean):
+        def of(self, rows):
+            return rows.on(rows.i)
+
+    class Whole(RowMean):
+        name = "whole"
+
+        def of(self, rows):
+            return rows.weights
+
+    (q, k, v), _ = call("causal")
+    with pytest.raises(ConfigError, match=r"has the class Own; write Own\(\)"):
+        measure(q, k, v, [Own])
+    with pytest.raises(ConfigError, match="needs a name, by which the profile calls it; give Own one"):
+        measure(q, k, v, [Own()])
+    with pytest.raises(ShapeError, match=r"Whole.of must give one value a row, \(b, h, r\) = \("):
+        measure(q, k, v, [Whole()], mask=causal())
 
 
 def test_what_cannot_be_is_refused_in_words():

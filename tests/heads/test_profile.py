@@ -353,6 +353,12 @@ def test_bad_input_ends_in_a_sentence(arguments, message):
         profile(tiny.llama(), None, **arguments)
 
 
+@pytest.mark.parametrize("given", ["a text", IDS], ids=["text", "ids"])
+def test_a_text_in_the_place_of_the_tokenizer(given):
+    with pytest.raises(ConfigError, match="tokenizer comes before the text, and a .* is none"):
+        profile(tiny.llama(), given)
+
+
 def test_unknown_names():
     with pytest.raises(UnknownName, match="did you mean 'entropy'"):
         profile(tiny.llama(), None, IDS, measurements=["entropi"])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from polyhead.description import Part
-from polyhead.errors import ConfigError, unknown_name
+from polyhead.errors import ConfigError, ShapeError, unknown_name
 from polyhead.heads.rows import Rows, View
 
 if TYPE_CHECKING:
@@ -126,7 +126,15 @@ class _Mean:
 
     def take(self, rows: Rows) -> None:
         heads = rows.tile.head_slice
-        value, where = torch.broadcast_tensors(self.measurement.of(rows), self.measurement.where(rows))
+        value, where = self.measurement.of(rows), self.measurement.where(rows)
+        shape = rows.weights.shape[:3]
+        for method, found in (("of", value), ("where", where)):
+            if not _fits(found.shape, shape):
+                raise ShapeError(
+                    f"{type(self.measurement).__name__}.{method} must give one value a row, (b, h, r) = "
+                    f"{tuple(shape)}; got {tuple(found.shape)}"
+                )
+        value, where = value.expand(shape), where.expand(shape)
         self.sum[heads] += torch.where(where, value, 0.0).sum((0, 2), dtype=torch.float64)
         self.count[heads] += where.sum((0, 2))
 
@@ -135,6 +143,13 @@ class _Mean:
 
     def result(self) -> Tensor:
         return self.sum / self.count  # 0/0 is NaN: no row ever counted
+
+
+def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a tensor of `shape` can be expanded to `wanted`."""
+    return len(shape) <= len(wanted) and all(
+        n in (1, w) for n, w in zip(shape[::-1], wanted[::-1], strict=False)
+    )
 
 
 MEASUREMENTS: dict[str, type[Measurement]] = {}
@@ -151,14 +166,14 @@ def register(measurement: M) -> M:
     return measurement
 
 
-def chosen(measurements: Iterable[str | Measurement] | None) -> list[Measurement]:
-    """Measurements by name or as they are; None: one of every kind.
+def chosen(measurements: str | Measurement | Iterable[str | Measurement] | None) -> list[Measurement]:
+    """Measurements by name or as they are, one or several; None: one of every kind.
 
     Raises:
         UnknownName: no measurement has this name.
-        ConfigError: a name is given twice, or something is no measurement.
+        ConfigError: a name is missing or given twice, or something is no measurement.
     """
-    if isinstance(measurements, str):
+    if isinstance(measurements, str | Measurement):
         measurements = [measurements]
     found: list[Measurement] = []
     for item in MEASUREMENTS if measurements is None else measurements:
@@ -166,10 +181,20 @@ def chosen(measurements: Iterable[str | Measurement] | None) -> list[Measurement
             if item not in MEASUREMENTS:
                 raise unknown_name("measurement", item, MEASUREMENTS)
             item = MEASUREMENTS[item]()
+        if isinstance(item, type) and issubclass(item, Measurement):
+            raise ConfigError(f"measurements has the class {item.__name__}; write {item.__name__}()")
         if not isinstance(item, Measurement):
             raise ConfigError(f"measurements must be names or Measurement objects, got {item!r}")
+        if not item.name:
+            raise ConfigError(
+                f"a measurement needs a name, by which the profile calls it; give {type(item).__name__} one: "
+                "name = ..."
+            )
         if any(item.name == other.name for other in found):
-            raise ConfigError(f"measurements has {item.name!r} twice; give each name once")
+            raise ConfigError(
+                f"measurements has {item.name!r} twice; give each name once, or a name of its own to a "
+                "subclass"
+            )
         found.append(item)
     return found
 

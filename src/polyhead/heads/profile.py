@@ -184,7 +184,7 @@ def profile(
     text: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
     *,
     length: int | None = None,
-    measurements: Iterable[str | Measurement] | None = None,
+    measurements: str | Measurement | Iterable[str | Measurement] | None = None,
     seed: int = 0,
     pictures: int | None = None,
     progress: Progress | None = None,
@@ -209,6 +209,11 @@ def profile(
         ConfigError: the text is too short, longer than the model can read, or a measurement that was asked
             for by name does not suit the model.
     """
+    if isinstance(tokenizer, str | Tensor):
+        raise ConfigError(
+            f"tokenizer comes before the text, and a {type(tokenizer).__name__} is none: "
+            "profile(model, tokenizer, text), or profile(model, text=ids) for token ids"
+        )
     if text is None:
         from polyhead.tasks import sample_text
 

@@ -184,7 +184,7 @@ def measure(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    measurements: Iterable[str | Measurement],
+    measurements: str | Measurement | Iterable[str | Measurement],
     *,
     kind: Literal["decoder", "encoder", "cross"] = "decoder",
     padding: Tensor | None = None,
