@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
-from polyhead.description import Part, Slot, from_json, read, spell, to_json
+from polyhead.attend.spelling import Spelling, read, spell
+from polyhead.description import Part, Slot, from_json, to_json
 from polyhead.errors import ConfigError, UnknownName
 
 
@@ -45,9 +46,9 @@ def test_round_trips(part: Part) -> None:
     assert copy.deepcopy(part) == part
     spec, tensors = part.flatten()
     assert spec.unflatten(tensors) == part
-    found: list[Tensor] = []
-    assert read(spell(part, found), tuple(found)) == part
-    assert tuple(map(id, found)) == tuple(map(id, part.tensors()))
+    found = Spelling()
+    assert read(spell(part, found), found.tensors, found.ints, found.floats) == part
+    assert tuple(map(id, found.tensors)) == tuple(map(id, part.tensors()))
 
 
 def test_flatten_leaves_slots_in_order() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, unknown_name
 
-__all__ = ["Part", "Slot", "from_json", "read", "spell", "to_json"]
+__all__ = ["Part", "Slot", "from_json", "part_named", "to_json"]
 
 _KINDS: dict[str, type[Part]] = {}
 
@@ -184,35 +184,11 @@ class Part:
         return self._map(move)
 
 
-def spell(value: Any, tensors: list[Tensor]) -> Any:
-    """A part as nested tuples of plain constants, its tensors appended to `tensors`; `read` gives it back.
-
-    Compilers that trace Python see through tuples of constants where they do not see through objects.
-    """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return ("tensor", len(tensors) - 1)
-    if isinstance(value, Part):
-        return ("part", value.kind, *[spell(v, tensors) for v in value._values()])
-    if isinstance(value, tuple):
-        return ("tuple", *[spell(v, tensors) for v in value])
-    return ("value", value)
-
-
-def read(spelled: Any, tensors: tuple[Tensor, ...]) -> Any:
-    """The part that `spell` took apart."""
-    what, *rest = spelled
-    if what == "tensor":
-        return tensors[rest[0]]
-    if what == "tuple":
-        return tuple(read(v, tensors) for v in rest)
-    if what == "value":
-        return rest[0]
-    kind = _KINDS[rest[0]]
-    part = object.__new__(kind)
-    for field, value in zip(dataclasses.fields(kind), rest[1:], strict=True):  # type: ignore[arg-type]
-        object.__setattr__(part, field.name, read(value, tensors))
-    return part
+def part_named(kind: str) -> type[Part]:
+    """The class of the parts of this kind; an unknown one is an `UnknownName`."""
+    if kind not in _KINDS:
+        raise unknown_name("part", str(kind), _KINDS)
+    return _KINDS[kind]
 
 
 def to_json(value: Any) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import polyhead as ph
+from polyhead.attend.masks import Mask, Not
 
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "plain": lambda q, k, v: ph.attend(q, k, v),
@@ -112,13 +116,85 @@ def test_everything_dynamic() -> None:
         torch.testing.assert_close(scaled(q, k, v, scale), ph.attend(q, k, v, mask=ph.window(9), scale=scale))
 
 
-def test_export_is_refused_in_words() -> None:
-    class Windowed(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ph.attend(q, k, v, mask=ph.window(9))
+def compilations(call: Callable[..., Tensor], values: tuple[float, ...]) -> int:
+    """How often a call is compiled for these values of its last argument; its answers are checked."""
+    graphs = []
 
-    with pytest.raises(Exception, match=r"torch.export keeps no descriptions"):
-        torch.export.export(Windowed(), operands(300, grad=False))
+    def backend(graph, examples):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    q, k, v = operands(grad=False)
+    for value in values:
+        torch.testing.assert_close(compiled(q, k, v, value), call(q, k, v, value))
+    return len(graphs)
+
+
+def test_integers_inside_a_description_may_change() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        return ph.attend(q, k, v, mask=ph.window(n) | ph.sink(n // 3))
+
+    assert compilations(call, (3, 9, 30, 31, 60)) <= 2
+
+
+def test_floats_inside_a_description_may_change() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
+        return ph.attend(q, k, v, score=ph.soft_cap(cap), normalizer=ph.sigmoid(bias=-cap))
+
+    # torch fixes the floats of an operator: each is compiled, none fails
+    assert compilations(call, (2.0, 5.0, 3.5)) <= 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ids, n: ph.documents(ids) & Not(ph.window(n)),
+        lambda ids, n: Not(ph.padding(ids > 0) & ph.causal()),
+        lambda ids, n: ph.where(lambda b, h, i, j: (i + j) % 3 == 0) & ph.causal(),
+        lambda ids, n: ph.per_head([ph.causal(), ph.window(n), Not(ph.causal()), ph.prefix(n)]),
+    ],
+    ids=["not window", "not padding", "function", "per head"],
+)
+def test_masks_made_inside(make: Callable[[Tensor, int], Mask]) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, n: int) -> Tensor:
+        return ph.attend(q, k, v, mask=make(ids, n))
+
+    q, k, v = operands()
+    ids = torch.arange(200).expand(2, -1) // 70
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for n in (3, 4):
+        want, got = call(q, k, v, ids, n), compiled(q, k, v, ids, n)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(
+            torch.autograd.grad(got.sin().sum(), (q, k, v)),
+            torch.autograd.grad(want.sin().sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_exported_program_keeps_its_description(tmp_path: Path) -> None:
+    class Windowed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(4, 9))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ph.attend(q, k, v, mask=ph.window(9), score=ph.relative_bias(self.table))
+
+    model, x = Windowed(), operands(300, grad=False)
+    torch.export.save(torch.export.export(model, x), tmp_path / "windowed.pt2")
+    code = (
+        "import sys, torch, polyhead, polyhead.attend.opaque\n"
+        "program = torch.export.load(sys.argv[1])\n"
+        "x = torch.load(sys.argv[2])\n"
+        "torch.save(program.module()(*x), sys.argv[3])"
+    )
+    torch.save(x, tmp_path / "x.pt")
+    files = [str(tmp_path / name) for name in ("windowed.pt2", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+    torch.testing.assert_close(torch.load(files[2]), model(*x))
 
 
 def test_dropout_is_repeatable() -> None:
@@ -136,15 +212,17 @@ def test_dropout_is_repeatable() -> None:
 
 
 def test_the_operator_is_a_good_citizen() -> None:
-    from polyhead.attend.opaque import _attend, _place
-    from polyhead.description import spell
+    from polyhead.attend.opaque import _attend
+    from polyhead.attend.spelling import Spelling, spell
 
     table = torch.randn(4, 9, requires_grad=True)
-    tensors: list[Tensor] = []
-    place = _place(spell((ph.causal(), ph.relative_bias(table), ph.softmax()), tensors))
+    found = Spelling()
+    text = spell((ph.causal(), ph.relative_bias(table), ph.softmax()), found)
     q, k, v = operands(20)
     seed = torch.zeros((), dtype=torch.int64)
-    torch.library.opcheck(_attend, (q, k, v, tensors, place, 0.3, 0.0, seed, True, "auto"))
+    torch.library.opcheck(
+        _attend, (q, k, v, found.tensors, found.ints, found.floats, text, 0.3, 0.0, seed, True, "auto")
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from polyhead.attend.backends import BACKENDS, STREAMING
 from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
 from polyhead.attend.normalizers import Normalizer, Softmax, softmax
-from polyhead.attend.opaque import attend_opaque
 from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
@@ -113,6 +112,8 @@ def attend(
         return plain(q, k, v, causal=mask is not None, scale=scale)
     request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
     if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
+        from polyhead.attend.opaque import attend_opaque  # imports the compiler, which is here already
+
         out, lse = attend_opaque(request, backend)
     else:
         out, lse = pick(request, BACKENDS, backend).run(request)

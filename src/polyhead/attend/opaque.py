@@ -1,17 +1,17 @@
 """`attend` inside `torch.compile`: everything but plain attention is one opaque step of the graph.
 
-The compiler sees an operator on tensors. The description travels beside it as a number, the place where its
-tensor-free part is kept; which streaming backend runs is decided when the step runs, so that a new length
-compiles nothing anew.
+The compiler sees an operator on tensors. The description travels beside it as a text with its numbers taken
+out, which may be symbolic: neither a new length nor a new window compiles anything anew, and which streaming
+backend runs is decided when the step runs. Importing this file imports the compiler: `attend` does so when it is
+being compiled.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,46 +20,31 @@ from polyhead.attend.backends import STREAMING
 from polyhead.attend.plan import Request, pick
 from polyhead.attend.precision import exact, wide
 from polyhead.attend.problem import Problem
+from polyhead.attend.spelling import Spelling, function_name, read, spell
 from polyhead.attend.stream import Kernel, leaves_of
-from polyhead.description import read, spell
-from polyhead.errors import ConfigError
 
 __all__ = ["attend_opaque"]
 
 _T = TypeVar("_T")
 
-# What was compiled so far: the number of a description in a graph is its place here.
-_SPELLED: list[Any] = []
-_PLACES: dict[Any, int] = {}
-_LOCK = threading.Lock()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _place(spelled: Any) -> int:
-    with _LOCK:
-        if spelled not in _PLACES:
-            _SPELLED.append(spelled)
-            _PLACES[spelled] = len(_SPELLED) - 1
-        return _PLACES[spelled]
+# The compiler does not look into it: a name is a constant of the graph.
+_constant_name = torch.compiler.assume_constant_result(function_name)
 
 
 def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run a call as one step of the graph that is being compiled; `backend` is "auto" or a streaming one."""
-    if getattr(torch.compiler, "is_exporting", lambda: False)():
-        raise ConfigError(
-            "torch.export keeps no descriptions, so only plain and causal softmax attention can be exported; "
-            f"this call is {request.problem}"
-        )
     problem = request.problem
-    tensors: list[Tensor] = []
-    place = _place(spell((problem.mask, problem.score, problem.normalizer), tensors))
+    found = Spelling()
+    text = spell((problem.mask, problem.score, problem.normalizer), found, _constant_name)
     seed = torch.randint(2**62, ()) if problem.dropout else torch.zeros((), dtype=torch.int64)
     out, lse = _attend(
         request.q,
         request.k,
         request.v,
-        tensors,
-        place,
+        found.tensors,
+        found.ints,
+        found.floats,
+        text,
         problem.scale,
         problem.dropout,
         seed,
@@ -69,8 +54,10 @@ def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None
     return out, lse if request.want_lse else None
 
 
-def _problem(spec: int, scale: float, dropout: float, tensors: tuple[Tensor, ...]) -> Problem:
-    mask, score, normalizer = read(_SPELLED[spec], tensors)
+def _problem(
+    text: str, tensors: Sequence[Tensor], ints: list[int], floats: list[float], scale: float, dropout: float
+) -> Problem:
+    mask, score, normalizer = read(text, tensors, ints, floats)
     return Problem(mask, score, normalizer, scale, dropout)
 
 
@@ -92,7 +79,10 @@ def _with_autograd(work: Callable[[], _T], device: torch.device) -> _T:
         return pool.submit(there).result()
 
 
-_CALL = "Tensor q, Tensor k, Tensor v, Tensor[] tensors, int spec, float scale, float dropout, Tensor seed, "
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, str text, "
+    "float scale, float dropout, Tensor seed, "
+)
 
 
 @torch.library.custom_op(
@@ -103,14 +93,16 @@ def _attend(
     k: Tensor,
     v: Tensor,
     tensors: list[Tensor],
-    spec: int,
+    ints: list[int],
+    floats: list[float],
+    text: str,
     scale: float,
     dropout: float,
     seed: Tensor,
     want_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(spec, scale, dropout, tuple(tensors))
+    problem = _problem(text, tensors, ints, floats, scale, dropout)
     kernel = _kernel(q, k, v, problem, want_lse, backend)
     with exact(q.device):
         out, lse = kernel.forward(q, k, v, problem, seed=int(seed), want_lse=want_lse)
@@ -124,7 +116,9 @@ def _(
     k: Tensor,
     v: Tensor,
     tensors: list[Tensor],
-    spec: int,
+    ints: list[int],
+    floats: list[float],
+    text: str,
     scale: float,
     dropout: float,
     seed: Tensor,
@@ -145,7 +139,9 @@ def _attend_backward(
     k: Tensor,
     v: Tensor,
     tensors: list[Tensor],
-    spec: int,
+    ints: list[int],
+    floats: list[float],
+    text: str,
     scale: float,
     dropout: float,
     seed: Tensor,
@@ -156,7 +152,7 @@ def _attend_backward(
     grad_lse: Tensor,
 ) -> list[Tensor]:
     leaves = leaves_of(tensors, tuple(wanted))
-    problem = _problem(spec, scale, dropout, leaves)
+    problem = _problem(text, leaves, ints, floats, scale, dropout)
     kernel = _kernel(q, k, v, problem, want_lse, backend)
     dq, dk, dv, own = _with_autograd(
         lambda: kernel.backward(q, k, v, problem, grad, grad_lse if want_lse else None, seed=int(seed)),
@@ -172,7 +168,9 @@ def _(
     k: Tensor,
     v: Tensor,
     tensors: list[Tensor],
-    spec: int,
+    ints: list[int],
+    floats: list[float],
+    text: str,
     scale: float,
     dropout: float,
     seed: Tensor,
@@ -187,20 +185,30 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, tensors, spec, scale, dropout, seed, want_lse, backend = inputs
+    q, k, v, tensors, ints, floats, text, scale, dropout, seed, want_lse, backend = inputs
     ctx.save_for_backward(q, k, v, seed, *tensors)
-    ctx.plan = (spec, scale, dropout, want_lse, backend, [bool(t.requires_grad) for t in tensors])
+    ctx.plan = (
+        ints,
+        floats,
+        text,
+        scale,
+        dropout,
+        want_lse,
+        backend,
+        [bool(t.requires_grad) for t in tensors],
+    )
 
 
 def _differentiate(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, seed, *tensors = ctx.saved_tensors
-    spec, scale, dropout, want_lse, backend, wanted = ctx.plan
+    ints, floats, text, scale, dropout, want_lse, backend, wanted = ctx.plan
     dq, dk, dv, *rest = _attend_backward(
-        q, k, v, tensors, spec, scale, dropout, seed, want_lse, backend, wanted, grad, grad_lse
+        q, k, v, tensors, ints, floats, text, scale, dropout, seed, want_lse, backend, wanted, grad, grad_lse
     )
     found = iter(rest)
     own = [next(found) if need else None for need in wanted]
-    return dq, dk, dv, own, None, None, None, None, None, None
+    # an empty list counts as one of tensors
+    return dq, dk, dv, own, None if ints else [], None if floats else [], *(None,) * 6
 
 
 _attend.register_autograd(_differentiate, setup_context=_setup)
