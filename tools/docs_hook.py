@@ -18,8 +18,8 @@ ORDER = (
     "attend", "nn", "mechanisms", "reference", "hf", "heads", "head_scores", "cache", "tasks", "report",
     "papers", "description", "errors",
 )  # fmt: skip
-# Not for reading as an API: the command line has its own page.
-SKIPPED = {"__init__", "__main__", "cli", "benchmarks"}
+# Not for reading as an API: the command line has its own page, the others are for the package's own use.
+SKIPPED = {"__init__", "__main__", "cli", "benchmarks", "checks"}
 COPIED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 

@@ -355,10 +355,10 @@ def test_messages():
         ConfigError, match=r"sink must be a number or a floating-point tensor \(H,\), got .*\(2, 2\)"
     ):
         softmax(sink=torch.zeros(2, 2))
-    with pytest.raises(ConfigError, match="bias must be finite, got inf"):
+    with pytest.raises(ConfigError, match="bias must be a finite number, got inf"):
         sigmoid(bias=math.inf)
     with pytest.raises(
-        ConfigError, match=r"alpha must be a number or a floating-point tensor, got dtype torch.int64"
+        ConfigError, match=r"alpha must be a number or a floating-point tensor, got a tensor .* of torch.int64"
     ):
         entmax(torch.tensor([2]))
     with pytest.raises(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
+from polyhead.checks import given, real, whole
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["as_rows", "check_alpha", "entmax", "entmax15", "sparsemax", "wide"]
@@ -30,11 +31,13 @@ def check_alpha(alpha: float | Tensor) -> None:
     """Raise ConfigError unless 1 < alpha ≤ 2, for a tensor all of it."""
     if isinstance(alpha, Tensor):
         if not alpha.is_floating_point():
-            raise ConfigError(f"alpha must be a number or a floating-point tensor, got dtype {alpha.dtype}")
+            raise ConfigError(f"alpha must be a number or a floating-point tensor, got {given(alpha)}")
         if torch.compiler.is_compiling() or alpha.numel() == 0:
             return
         low, high = (float(a) for a in alpha.detach().aminmax())
     else:
+        if not real(alpha):
+            raise ConfigError(f"alpha must be a number or a floating-point tensor, got {given(alpha)}")
         low = high = float(alpha)
     if not (low > 1.0 and high <= 2.0):
         found = f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
@@ -96,10 +99,17 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor
     """
     check_alpha(alpha)
     alpha = alpha if isinstance(alpha, Tensor) else float(alpha)
+    if not isinstance(scores, Tensor):
+        raise ShapeError(f"scores must be a floating-point tensor, got {given(scores)}")
     if not scores.is_floating_point() or scores.ndim == 0:
         raise ShapeError(
             f"scores must be a floating-point tensor with a dimension to normalise, got {scores.dtype} of "
             f"shape {tuple(scores.shape)}"
+        )
+    if not -scores.ndim <= whole("dim", dim, -scores.ndim) < scores.ndim:
+        raise ShapeError(
+            f"dim must lie in {-scores.ndim}..{scores.ndim - 1} for scores of shape {tuple(scores.shape)}; "
+            f"got {dim}"
         )
     if isinstance(alpha, Tensor):
         sizes = list(scores.shape)

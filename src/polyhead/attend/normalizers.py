@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyhead.attend.entmax import as_rows, check_alpha, wide
 from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
+from polyhead.checks import number_or_heads
 from polyhead.description import Part
 from polyhead.errors import ConfigError, PolyheadError
 
@@ -76,15 +77,11 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(spec, many.flatten(0, 1), *tensors).unflatten(0, many.shape[:2]), 0
 
 
-def _per_head(name: str, value: float | Tensor | None) -> None:
-    if isinstance(value, Tensor):
-        if value.ndim != 1 or not value.is_floating_point():
-            raise ConfigError(
-                f"{name} must be a number or a floating-point tensor (H,), "
-                f"got {value.dtype} {tuple(value.shape)}"
-            )
-    elif value is not None and not math.isfinite(value):
-        raise ConfigError(f"{name} must be finite, got {value}")
+def _per_head(part: Normalizer, name: str) -> None:
+    """Check a field that is None, a number, or a tensor `(H,)`; a number becomes a float."""
+    value = getattr(part, name)
+    if value is not None:
+        object.__setattr__(part, name, number_or_heads(name, value))
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -103,7 +100,7 @@ class Softmax(Normalizer):
     sink: Tensor | float | None = None
 
     def __post_init__(self) -> None:
-        _per_head("sink", self.sink)
+        _per_head(self, "sink")
 
     def weights(self, scores: Tensor) -> Tensor:
         if self.sink is None:
@@ -171,7 +168,7 @@ class Sigmoid(Normalizer):
     bias: Tensor | float | None = None
 
     def __post_init__(self) -> None:
-        _per_head("bias", self.bias)
+        _per_head(self, "bias")
 
     def weights(self, scores: Tensor) -> Tensor:
         if self.bias is not None:
@@ -205,7 +202,7 @@ class Entmax(Normalizer):
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
-        _per_head("alpha", self.alpha)
+        _per_head(self, "alpha")
 
     def _rows(self, scores: Tensor) -> float | Tensor:
         if not isinstance(self.alpha, Tensor):
@@ -235,7 +232,7 @@ def entmax(alpha: Tensor | float = 1.5) -> Entmax:
             learned if it requires gradient. Adaptively sparse attention (Correia et al., arXiv 1909.00015)
             learns `alpha = 1 + torch.sigmoid(a)`. Default 1.5, which is also the fastest.
     """
-    return Entmax(alpha if isinstance(alpha, Tensor) else float(alpha))
+    return Entmax(alpha)
 
 
 def sparsemax() -> Entmax:

@@ -10,6 +10,8 @@ from torch import Tensor
 from polyhead.attend.masks.algebra import And, Mask, pieces
 from polyhead.attend.masks.intervals import FAR, Intervals
 from polyhead.attend.masks.positional import Sink, Window
+from polyhead.checks import given
+from polyhead.errors import ConfigError
 
 __all__ = ["Band", "band", "span"]
 
@@ -40,7 +42,7 @@ def span(mask: Mask) -> tuple[int | None, int | None] | None:
     None within the pair is an unbounded side: `causal()` gives `(None, 0)`. A side is negative where the
     query's own key lies outside: `~causal()` gives `(-1, None)`.
     """
-    parts = pieces(mask)
+    parts = pieces(_mask("span", mask))
     if parts is None or any(part.distances != parts[0].distances for part in parts):
         return None
     return _ends(parts[0].distances)
@@ -52,7 +54,7 @@ def band(mask: Mask) -> Band | None:
     However it is spelled: `causal() & (window(255) | sink(4)) & padding(p)` and
     `(sink(4) & causal() | window(255)) & padding(p)` give the same band.
     """
-    terms = mask.terms if isinstance(mask, And) else (mask,)
+    terms = mask.terms if isinstance(mask, And) else (_mask("band", mask),)
     shape = [term for term in terms if _is_shape(term)]
     others = [term for term in terms if not any(term is s for s in shape)]
     parts = pieces(And(tuple(shape))) if shape else None
@@ -65,6 +67,12 @@ def band(mask: Mask) -> Band | None:
         return None
     rest = reduce(lambda a, b: a & b, others) if others else None
     return Band(left, right, parts[0].high + 1 if len(parts) == 2 else 0, rest)
+
+
+def _mask(owner: str, mask: Mask) -> Mask:
+    if not isinstance(mask, Mask):
+        raise ConfigError(f"{owner}: mask must be a mask such as causal(); got {given(mask)}")
+    return mask
 
 
 def _is_shape(mask: Mask) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks.algebra import Bounds, Mask
-from polyhead.attend.masks.checks import brief, is_integer_tensor
+from polyhead.attend.masks.checks import brief
 from polyhead.attend.masks.ranges import range_max
+from polyhead.checks import given, is_integer_tensor, takes
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["Documents", "Padding", "PerHead", "Where", "documents", "padding", "per_head", "where"]
@@ -26,12 +27,9 @@ class Documents(Mask):
 
     def __post_init__(self) -> None:
         if not is_integer_tensor(self.ids) or self.ids.ndim not in (1, 2):
-            got = (
-                f"shape {tuple(self.ids.shape)} and {self.ids.dtype}"
-                if isinstance(self.ids, Tensor)
-                else type(self.ids).__name__
+            raise ConfigError(
+                f"documents: ids must be an integer tensor (S,) or (B, S); got {given(self.ids)}"
             )
-            raise ConfigError(f"documents: ids must be an integer tensor (S,) or (B, S); got {got}")
 
     def __repr__(self) -> str:
         return f"documents({brief(self.ids)})"
@@ -89,7 +87,15 @@ def documents(ids: Tensor | Sequence[Any]) -> Mask:
             is no document (padding). Ids longer than the call are allowed: positions are absolute, so the
             same mask serves while a sequence grows.
     """
-    return Documents(ids if isinstance(ids, Tensor) else torch.as_tensor(ids))
+    if not isinstance(ids, Tensor):
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(
+                "documents: ids must be an integer tensor (S,) or (B, S), or lists that make one; "
+                f"got {given(ids)}"
+            ) from None
+    return Documents(ids)
 
 
 class Padding(Mask):
@@ -99,13 +105,8 @@ class Padding(Mask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool or self.mask.ndim != 2:
-            got = (
-                f"shape {tuple(self.mask.shape)} and {self.mask.dtype}"
-                if isinstance(self.mask, Tensor)
-                else type(self.mask).__name__
-            )
             raise ConfigError(
-                f"padding: mask must be a bool tensor (B, S), True at real tokens; got {got}"
+                f"padding: mask must be a bool tensor (B, S), True at real tokens; got {given(self.mask)}"
                 " (a mask of zeros and ones becomes one by .bool())"
             )
 
@@ -149,7 +150,7 @@ class PerHead(Mask):
             or not all(isinstance(m, Mask) for m in self.masks)
         ):
             raise ConfigError(
-                f"per_head: masks must be a list of masks, one for each head; got {self.masks!r}"
+                f"per_head: masks must be a list of masks, one for each head; got {given(self.masks)}"
             )
         object.__setattr__(self, "masks", tuple(self.masks))
 
@@ -197,8 +198,7 @@ class Where(Mask):
     function: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise ConfigError(f"where: function must be callable as (b, h, i, j); got {self.function!r}")
+        takes("where: function", self.function, "b", "h", "i", "j")
 
     def __repr__(self) -> str:
         return f"where({getattr(self.function, '__qualname__', repr(self.function))})"
@@ -208,6 +208,14 @@ class Where(Mask):
         if not isinstance(found, Tensor) or found.dtype != torch.bool:
             got = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"where: {self!r} must return a bool tensor; got {got}")
+        pairs = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
+        extra = len(pairs) - found.ndim
+        if extra < 0 or any(n not in (1, m) for n, m in zip(found.shape, pairs[extra:], strict=True)):
+            raise ShapeError(
+                f"where: {self!r} returned shape {tuple(found.shape)} for indices that broadcast to "
+                f"{tuple(pairs)}; it must return one truth for each (b, h, i, j), or a shape that "
+                "broadcasts to that"
+            )
         return found
 
     def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks.algebra import Bounds, Mask
-from polyhead.attend.masks.checks import per_axis, whole
+from polyhead.attend.masks.checks import per_axis
+from polyhead.checks import whole
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["Neighborhood", "neighborhood"]
@@ -92,7 +93,7 @@ class Neighborhood(Mask):
         if not 1 <= len(grid) <= 3:
             raise ConfigError(f"neighborhood: grid must have 1 to 3 axes; got {self.grid!r}")
         axes = len(grid)
-        found = {"grid": tuple(whole("neighborhood", f"grid[{a}]", n, 1) for a, n in enumerate(grid))}
+        found = {"grid": tuple(whole(f"neighborhood: grid[{a}]", n, 1) for a, n in enumerate(grid))}
         for name in ("window", "dilation", "stride"):
             found[name] = per_axis("neighborhood", name, getattr(self, name), axes, int)
         found["causal"] = per_axis("neighborhood", "causal", self.causal, axes, bool)

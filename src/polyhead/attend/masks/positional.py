@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyhead.attend.masks.algebra import Bounds, Mask
-from polyhead.attend.masks.checks import brief, is_integer_tensor, whole
+from polyhead.attend.masks.checks import brief
 from polyhead.attend.masks.intervals import EMPTY, FULL, Intervals, Threshold, key_of
+from polyhead.checks import FARTHEST, given, is_integer_tensor, whole
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = [
@@ -39,8 +41,9 @@ class Window(Mask):
         for name in ("left", "right"):
             value = getattr(self, name)
             if value is not None:
-                hint = "window" if value != -1 else "window (for an unbounded side pass None, not -1)"
-                object.__setattr__(self, name, whole(hint, name, value, 0))
+                unbounded = type(value) is int and value == -1
+                hint = " (for an unbounded side pass None, not -1)" if unbounded else ""
+                object.__setattr__(self, name, whole(f"window{hint}: {name}", value, 0))
 
     def __repr__(self) -> str:
         if (self.left, self.right) == (None, 0):
@@ -89,10 +92,7 @@ class Prefix(Mask):
     n: int | Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, Tensor) and self.n.ndim > 0:
-            _check_per_item("prefix", "n", self.n)
-        else:
-            object.__setattr__(self, "n", whole("prefix", "n", self.n, 0))
+        object.__setattr__(self, "n", _count("prefix: n", self.n))
 
     def __repr__(self) -> str:
         return f"prefix({brief(self.n)})"
@@ -121,7 +121,7 @@ class Sink(Prefix):
     """The first `n` keys, kept because heads park their attention there."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", whole("sink", "n", self.n, 0))
+        object.__setattr__(self, "n", whole("sink: n", self.n, 0))
 
     def __repr__(self) -> str:
         return f"sink({self.n})"
@@ -149,7 +149,12 @@ class Dilated(Mask):
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0), ("dilation", 1), ("right", 0)):
-            object.__setattr__(self, name, whole("dilated", name, getattr(self, name), least))
+            object.__setattr__(self, name, whole(f"dilated: {name}", getattr(self, name), least))
+        if max(self.window, self.right) * self.dilation > FARTHEST:
+            raise ConfigError(
+                f"dilated: window * dilation and right * dilation may be at most {FARTHEST}; "
+                f"got {self.window}, {self.right} and {self.dilation}"
+            )
 
     def __repr__(self) -> str:
         right = f", {self.right}" if self.right else ""
@@ -179,7 +184,7 @@ class Strided(Mask):
     stride: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stride", whole("strided", "stride", self.stride, 1))
+        object.__setattr__(self, "stride", whole("strided: stride", self.stride, 1))
 
     def __repr__(self) -> str:
         return f"strided({self.stride})"
@@ -204,11 +209,8 @@ class Blocks(Mask):
     start: int | Tensor = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", whole("blocks", "size", self.size, 1))
-        if isinstance(self.start, Tensor) and self.start.ndim > 0:
-            _check_per_item("blocks", "start", self.start)
-        else:
-            object.__setattr__(self, "start", whole("blocks", "start", self.start, 0))
+        object.__setattr__(self, "size", whole("blocks: size", self.size, 1))
+        object.__setattr__(self, "start", _count("blocks: start", self.start))
 
     def __repr__(self) -> str:
         start = f", {brief(self.start)}" if isinstance(self.start, Tensor) or self.start else ""
@@ -237,12 +239,13 @@ def blocks(size: int, start: int | Tensor = 0) -> Mask:
     return Blocks(size, start)
 
 
-def _check_per_item(owner: str, name: str, value: Tensor) -> None:
+def _count(name: str, value: Any) -> int | Tensor:
+    """A number from 0 on, or an integer tensor `(B,)`."""
+    if not isinstance(value, Tensor) or (value.ndim == 0 and is_integer_tensor(value)):
+        return whole(name, value, 0)
     if not is_integer_tensor(value) or value.ndim != 1:
-        raise ConfigError(
-            f"{owner}: {name} must be a number or an integer tensor (B,); "
-            f"got a tensor of shape {tuple(value.shape)} and {value.dtype}"
-        )
+        raise ConfigError(f"{name} must be an integer or an integer tensor (B,); got {given(value)}")
+    return value
 
 
 def _check_batch(owner: str, name: str, value: int | Tensor, batch: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks.algebra import Mask
+from polyhead.checks import FARTHEST, given, whole
 from polyhead.errors import ConfigError
 
 __all__ = ["TileMap", "densify", "tile_map"]
@@ -50,10 +51,10 @@ class TileMap:
         some, every = (part[tile] for part in self._joint)
         runs = []
         start = 0
-        for (seen, whole), run in groupby(zip(some, every, strict=True)):
+        for (seen, full), run in groupby(zip(some, every, strict=True)):
             stop = start + len(list(run))
             if seen:
-                runs.append((start * self.cols, min(stop * self.cols, self.keys), whole))
+                runs.append((start * self.cols, min(stop * self.cols, self.keys), full))
             start = stop
         return runs
 
@@ -113,10 +114,9 @@ def tile_map(
     Raises:
         ShapeError: the mask holds data for another batch, length or number of heads.
     """
-    if rows < 1 or cols < 1:
-        raise ConfigError(f"tile_map: rows and cols must be at least 1; got {rows} and {cols}")
-    offset = keys - queries if offset is None else offset
-    mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=offset)
+    for name, size in (("rows", rows), ("cols", cols)):
+        whole(f"tile_map: {name}", size, 1)
+    offset = _checked("tile_map", mask, batch, heads, queries, keys, offset)
     mask = mask.to(device) if device is not None else mask
     b, h = _batch_and_head(batch, heads, device)
     top = torch.arange(0, queries, rows, device=device)
@@ -139,13 +139,25 @@ def densify(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The mask pair by pair, bool `(B or 1, H or 1, L, S)`: for tests and for the dense backend."""
-    offset = keys - queries if offset is None else offset
-    mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=offset)
+    offset = _checked("densify", mask, batch, heads, queries, keys, offset)
     mask = mask.to(device) if device is not None else mask
     b, h = _batch_and_head(batch, heads, device)
     i = torch.arange(queries, device=device)[:, None] + offset
     j = torch.arange(keys, device=device)
     return _spread(mask.allowed(b, h, i, j), queries, keys)
+
+
+def _checked(
+    owner: str, mask: Mask, batch: int, heads: int, queries: int, keys: int, offset: int | None
+) -> int:
+    """The position of the first query, once everything has been looked at."""
+    if not isinstance(mask, Mask):
+        raise ConfigError(f"{owner}: mask must be a mask such as causal(); got {given(mask)}")
+    for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
+        whole(f"{owner}: {name}", size, 0)
+    offset = keys - queries if offset is None else whole(f"{owner}: offset", offset, -FARTHEST)
+    mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=offset)
+    return offset
 
 
 def _batch_and_head(batch: int, heads: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from polyhead.attend.tile import Tile
+from polyhead.checks import given
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
 
@@ -56,9 +58,14 @@ class Chain(Score):
     scores: tuple[Score, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scores, tuple | list):
+            raise ConfigError(f"score must be a Score or a sequence of them, got {given(self.scores)}")
         for score in self.scores:
             if not isinstance(score, Score):
-                raise ConfigError(f"score must be a Score or a sequence of them, got {score!r} inside")
+                raise ConfigError(
+                    f"score must be a Score or a sequence of them, got {given(score)} inside{_hint(score)}"
+                )
+        object.__setattr__(self, "scores", tuple(self.scores))
 
     @property
     def positional(self) -> bool:  # type: ignore[override]
@@ -79,13 +86,20 @@ class Chain(Score):
         return scores
 
 
+def _hint(score: object) -> str:
+    is_function = isinstance(score, FunctionType) and not score.__module__.startswith("polyhead.")
+    return "; wrap a function f(score, b, h, i, j) in score_function(f)" if is_function else ""
+
+
 def chain(score: Score | Iterable[Score] | None) -> Score | None:
     """What a caller passed as `score=`, as one `Score` (or None): nested chains become flat."""
     if score is None or (isinstance(score, Score) and not isinstance(score, Chain)):
         return score
     if not isinstance(score, Chain):
-        if not isinstance(score, Iterable):
-            raise ConfigError(f"score must be a Score or a sequence of them, got {type(score).__name__}")
+        if not isinstance(score, Iterable) or isinstance(score, Tensor | str | bytes):
+            raise ConfigError(
+                f"score must be a Score or a sequence of them, got {given(score)}{_hint(score)}"
+            )
         score = Chain(tuple(score))
     flat: list[Score] = []
     for part in score.scores:

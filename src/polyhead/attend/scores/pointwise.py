@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
 
 from polyhead.attend.scores.base import Score, heads_of
 from polyhead.attend.tile import Tile
-from polyhead.errors import ConfigError, ShapeError
+from polyhead.checks import number, number_or_heads, takes
+from polyhead.errors import ShapeError
 
 __all__ = ["ScoreFunction", "SoftCap", "Temperature", "score_function", "soft_cap", "temperature"]
 
@@ -20,8 +20,7 @@ class SoftCap(Score):
     cap: float
 
     def __post_init__(self) -> None:
-        if not self.cap > 0 or math.isinf(self.cap):
-            raise ConfigError(f"cap must be a finite number above 0, got {self.cap}")
+        object.__setattr__(self, "cap", number("cap", self.cap, above=0))
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         # in place on the quotient, which nothing else holds: autograd keeps only the tanh
@@ -30,7 +29,7 @@ class SoftCap(Score):
 
 def soft_cap(cap: float) -> SoftCap:
     """Squash the logits smoothly into (-cap, cap): `cap * tanh(score / cap)`, as in Gemma 2 (cap 50)."""
-    return SoftCap(float(cap))
+    return SoftCap(cap)
 
 
 class Temperature(Score):
@@ -39,13 +38,7 @@ class Temperature(Score):
     t: float | Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.t, Tensor):
-            if self.t.ndim != 1 or not self.t.is_floating_point():
-                raise ConfigError(
-                    f"t must be a number or a floating-point tensor (H,), got {tuple(self.t.shape)}"
-                )
-        elif not self.t > 0 or math.isinf(self.t):
-            raise ConfigError(f"t must be a finite number above 0, got {self.t}")
+        object.__setattr__(self, "t", number_or_heads("t", self.t, above=0))
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         if not isinstance(self.t, Tensor):
@@ -55,7 +48,7 @@ class Temperature(Score):
 
 def temperature(t: float | Tensor) -> Temperature:
     """Divide the logits by `t`: a number, or `(H,)` for one a head (learned if it requires gradient)."""
-    return Temperature(t if isinstance(t, Tensor) else float(t))
+    return Temperature(t)
 
 
 class ScoreFunction(Score):
@@ -64,8 +57,7 @@ class ScoreFunction(Score):
     function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise ConfigError(f"function must be callable as f(score, b, h, i, j), got {self.function!r}")
+        takes("function", self.function, "score", "b", "h", "i", "j")
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         made = self.function(scores, tile.b, tile.h, tile.i, tile.j)
@@ -77,6 +69,11 @@ class ScoreFunction(Score):
             raise ShapeError(
                 f"the score function returned shape {tuple(made.shape)} for scores of shape "
                 f"{tuple(scores.shape)}; it must keep the shape"
+            )
+        if not made.is_floating_point():
+            raise ShapeError(
+                f"the score function returned {made.dtype}; it must return floating-point scores, "
+                "-inf where a pair is to be left out"
             )
         # what follows writes into the scores, and the function may have returned a tensor of its own
         return made if made is scores else made.to(scores.dtype, copy=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from polyhead.attend.scores.base import Score, heads_of
 from polyhead.attend.tile import Tile
 from polyhead.attend.toeplitz import by_distance
-from polyhead.errors import ConfigError
+from polyhead.checks import flag, floating, given, is_integer_tensor, whole
+from polyhead.errors import ConfigError, ShapeError
 
 __all__ = [
     "ALiBi",
@@ -24,6 +25,9 @@ __all__ = [
     "t5_bias",
     "t5_bucket",
 ]
+
+
+_MOST_HEADS = 1 << 16  # no model comes near; a typing error must not fill the memory
 
 
 class Positional(Score):
@@ -48,8 +52,7 @@ def alibi_slopes(heads: int) -> Tensor:
     Otherwise those of the nearest power of two below, followed by every second one of the next power of
     two, as in the published code. Press et al., "Train Short, Test Long", arXiv 2108.12409.
     """
-    if heads < 1:
-        raise ConfigError(f"heads must be at least 1, got {heads}")
+    heads = whole("heads", heads, 1, _MOST_HEADS)
     power = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8.0 * h / power) for h in range(1, power + 1)]
     slopes += [2.0 ** (-4.0 * h / power) for h in range(1, 2 * (heads - power), 2)]
@@ -62,11 +65,7 @@ class ALiBi(Positional):
     slopes: Tensor
 
     def __post_init__(self) -> None:
-        if self.slopes.ndim != 1 or not self.slopes.is_floating_point():
-            raise ConfigError(
-                "slopes must be a floating-point tensor (H,), "
-                f"got {self.slopes.dtype} {tuple(self.slopes.shape)}"
-            )
+        floating("slopes", self.slopes, 1, "(H,)")
 
     def at(self, distance: Tensor) -> Tensor:
         slopes = self.slopes.to(distance.device)
@@ -91,11 +90,10 @@ class RelativeBias(Positional):
     table: Tensor
 
     def __post_init__(self) -> None:
-        if self.table.ndim != 2 or self.table.shape[1] % 2 == 0 or not self.table.is_floating_point():
-            raise ConfigError(
-                "table must be a floating-point tensor (H, 2 R + 1), one column for each distance from "
-                f"-R to R, got {self.table.dtype} {tuple(self.table.shape)}"
-            )
+        shape = "(H, 2 R + 1), one column for each distance from -R to R"
+        floating("table", self.table, 2, shape)
+        if self.table.shape[1] % 2 == 0:
+            raise ConfigError(f"table must be a floating-point tensor {shape}, got {given(self.table)}")
 
     def at(self, distance: Tensor) -> Tensor:
         reach = self.table.shape[1] // 2
@@ -122,11 +120,9 @@ class T5Bias(Positional):
     max_distance: int = 128
 
     def __post_init__(self) -> None:
-        if self.weight.ndim != 2 or not self.weight.is_floating_point():
-            raise ConfigError(
-                "weight must be a floating-point tensor (buckets, H), "
-                f"got {self.weight.dtype} {tuple(self.weight.shape)}"
-            )
+        floating("weight", self.weight, 2, "(buckets, H)")
+        flag("bidirectional", self.bidirectional)
+        object.__setattr__(self, "max_distance", whole("max_distance", self.max_distance, 1))
         buckets, sides = self.weight.shape[0], 2 if self.bidirectional else 1
         if buckets % sides or buckets < 2 * sides:
             raise ConfigError(
@@ -151,6 +147,12 @@ def t5_bucket(ahead: Tensor, buckets: int, bidirectional: bool, max_distance: in
     `max_distance`, beyond which all share the last. With `bidirectional` the upper half of all buckets is
     for keys ahead of the query, else all such keys share bucket 0.
     """
+    if not is_integer_tensor(ahead):
+        raise ShapeError(f"ahead must be an integer tensor of distances j - i, got {given(ahead)}")
+    flag("bidirectional", bidirectional)
+    sides = 2 if bidirectional else 1
+    own = whole("buckets", buckets, 2 * sides) // sides // 2
+    whole("max_distance", max_distance, own + 1)
     if bidirectional:
         buckets //= 2
         first, distance = (ahead > 0) * buckets, ahead.abs()
