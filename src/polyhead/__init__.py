@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # The operator shares its name with the package that it lives in: imported here, the function wins.
 from polyhead.attend.function import attend, explain, observe
 from polyhead.attend.masks import (
+    Mask,
     blocks,
     causal,
     dilated,
@@ -21,10 +22,12 @@ from polyhead.attend.masks import (
     where,
     window,
 )
-from polyhead.attend.normalizers import entmax, sigmoid, softmax, sparsemax
+from polyhead.attend.normalizers import Normalizer, entmax, sigmoid, softmax, sparsemax
 from polyhead.attend.plan import Plan, strict
-from polyhead.attend.scores import alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
-from polyhead.description import from_json, to_json
+from polyhead.attend.scores import Score, alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
+from polyhead.attend.tile import Tile
+from polyhead.attend.tiles import Consumer
+from polyhead.description import find_parts_with, from_json, to_json
 from polyhead.errors import PolyheadError
 from polyhead.head_scores import HeadScores
 from polyhead.papers import papers
@@ -51,9 +54,14 @@ _LAZY = {
 _ROOMS = ("cache", "heads", "hf", "nn", "tasks")
 
 __all__ = [
+    "Consumer",
     "HeadScores",
+    "Mask",
+    "Normalizer",
     "Plan",
     "PolyheadError",
+    "Score",
+    "Tile",
     "__version__",
     "alibi",
     "attach",
@@ -107,6 +115,16 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
+
+
+def _define_every_part() -> None:
+    """Import what defines parts that are not known from the start: positions, measurements, mechanisms."""
+    for room in ("nn", "heads"):
+        importlib.import_module(f"polyhead.{room}")
+    importlib.import_module("polyhead.mechanisms").catalog()
+
+
+find_parts_with(_define_every_part)
 
 
 def __dir__() -> list[str]:

@@ -66,9 +66,9 @@ class MissingExtra(PolyheadError, ImportError):
         )
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     """An `UnknownName` that suggests the nearest names, ready to raise."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    near = get_close_matches(name, known, n=3, cutoff=0.5) if isinstance(name, str) else []
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
     return UnknownName(f"no {kind} is called {name!r}; {hint}")

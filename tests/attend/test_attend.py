@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -389,7 +391,7 @@ def test_messages() -> None:
         (lambda: ph.attend(q, k, v, mask=torch.ones(37, 37) > 0), r"use padding\(tensor\)"),  # type: ignore[call-overload]
         (lambda: ph.attend(q, k, v, dropout=1.5), "dropout must be at least 0 and below 1, got 1.5"),
         (lambda: ph.attend(q, k, v, normalizer="softmax"), r"normalizer must be one such as softmax\(\)"),  # type: ignore[call-overload]
-        (lambda: ph.attend(q, k, v, score=3), "score must be a Score or a sequence of them, got int"),  # type: ignore[call-overload]
+        (lambda: ph.attend(q, k, v, score=3), "score must be a Score or a sequence of them, got 3"),  # type: ignore[call-overload]
     ):
         with pytest.raises(ConfigError, match=message):
             bad()
@@ -473,10 +475,109 @@ def test_wrong_numbers_and_kinds_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             ph.attend(q, k, v, **call)  # type: ignore[call-overload]
-    with pytest.raises(ShapeError, match="q must be a tensor, got list"):
+    with pytest.raises(ShapeError, match="q must be a tensor, got .*list"):
         ph.attend([1.0], k, v)  # type: ignore[call-overload]
     with pytest.raises(ShapeError, match="must return the new scores"):
         ph.attend(q, k, v, score=ph.score_function(lambda s, b, h, i, j: None), backend="tiles")  # type: ignore[arg-type,return-value]
+
+
+def test_what_is_no_description_is_named() -> None:
+    q, k, v = operands()
+    weights = torch.ones(3)
+    for call, message in (
+        (
+            {"score": weights},
+            r"score must be a Score or a sequence of them, got a tensor \(3,\) of torch.float32",
+        ),
+        (
+            {"score": lambda s, b, h, i, j: s},
+            r"wrap a function f\(score, b, h, i, j\) in score_function\(f\)",
+        ),
+        ({"score": ph.alibi}, "got the function alibi; call it"),
+        ({"score": "a"}, r"score must be a Score or a sequence of them, got 'a' \(str\)"),
+        ({"dropout": weights}, r"dropout must be at least 0 and below 1, got a tensor \(3,\)"),
+        ({"dropout": True}, "dropout must be at least 0 and below 1, got True"),
+        ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+        ({"return_lse": weights}, r"return_lse must be True or False; got a tensor \(3,\)"),
+        ({"return_lse": 1}, r"return_lse must be True or False; got 1 \(int\)"),
+        ({"backend": 3}, r"backend must be 'auto' or one of .*; got 3 \(int\)"),
+        ({"backend": ["tiles"]}, r"backend must be 'auto' or one of .*; got \['tiles'\] \(list\)"),
+    ):
+        for use in (ph.attend, ph.explain):
+            with pytest.raises(ConfigError, match=message):
+                use(q, k, v, **call)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("backend", ["tiles", "reference"])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda b, h, i, j: (i >= j).float(), "must return a bool tensor; got torch.float32"),
+        (lambda b, h, i, j: True, "must return a bool tensor; got bool"),
+        (lambda b, h, i, j: None, "must return a bool tensor; got NoneType"),
+        (lambda b, h, i, j: (i >= j)[:, :-1], r"returned shape .* it must return one truth for each"),
+        (lambda b, h, i, j: (i >= j).expand(1, 1, 1, *(i >= j).shape), r"returned shape \(1, 1, 1, "),
+    ],
+    ids=["float", "bool", "None", "short", "five dimensions"],
+)
+def test_a_mask_function_that_answers_wrong(backend: str, answer: Any, message: str) -> None:
+    q, k, v = operands()
+    with pytest.raises(ph.PolyheadError, match=message):
+        ph.attend(q, k, v, mask=ph.where(answer), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["tiles", "reference"])
+def test_a_score_function_that_answers_wrong(backend: str) -> None:
+    q, k, v = operands()
+    with pytest.raises(ShapeError, match="returned torch.bool; it must return floating-point scores"):
+        ph.attend(q, k, v, score=ph.score_function(lambda s, b, h, i, j: s > 0), backend=backend)
+
+
+class Counting:
+    """A consumer as users write one."""
+
+    needs_logits = False
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def visit(self, tile: ph.Tile, logits: Tensor | None, weights: Tensor) -> None:
+        self.rows += weights.shape[2]
+
+
+class Blind:
+    needs_logits = False
+
+
+class Undecided:
+    def visit(self, tile: ph.Tile, logits: Tensor | None, weights: Tensor) -> None:
+        """Nothing."""
+
+
+def test_consumers_are_checked() -> None:
+    q, k, v = operands()
+    good: ph.Consumer = Counting()
+    ph.observe(q, k, v, [good])
+    assert good.rows == q.shape[2]  # type: ignore[attr-defined]
+    for consumers, message in (
+        (good, "consumers must be a sequence of consumers, got .*Counting.*; put it into a list"),
+        (None, "consumers must be a sequence of consumers, got None"),
+        ("ab", "consumers must be a sequence of consumers, got 'ab'"),
+        ([Counting], r"must have a method visit\(tile, logits, weights\) and an attribute needs_logits"),
+        ([Blind()], r"must have a method visit\(tile, logits, weights\) and an attribute needs_logits"),
+        ([Undecided()], "consumer Undecided must have an attribute needs_logits, .*; got None"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ph.observe(q, k, v, consumers)  # type: ignore[arg-type]
+
+
+def test_plans_compare_and_hash() -> None:
+    q, k, v = operands()
+    one, same = ph.explain(q, k, v), ph.explain(q, k, v)
+    other = ph.explain(q, k, v, mask=ph.causal() & ph.window(2))
+    assert one == same
+    assert len({one, same, other}) == 2
+    assert pickle.loads(pickle.dumps(one)) in {one}
 
 
 @pytest.mark.parametrize("backend", ["auto", *STREAMING])

@@ -18,6 +18,7 @@ from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.tiles import Consumer, observe_tiles
+from polyhead.checks import finite, flag, given, number
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["attend", "explain", "observe"]
@@ -102,10 +103,11 @@ def attend(
         and score is None
         and type(normalizer) is Softmax
         and normalizer.sink is None
+        and isinstance(dropout, (float, int))
         and not dropout
-        and not return_lse
+        and return_lse is False
         and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
-        and (scale is None or _finite(scale))
+        and (scale is None or finite(scale))
         and _is_plain(q, k, v, mask is not None)
     ):
         # the common call, decided without building a plan: the planner would say the same
@@ -159,7 +161,26 @@ def observe(
     The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
     """
     request = _request(q, k, v, mask, score, normalizer, scale, 0.0, False)
-    return observe_tiles(request.q, request.k, request.v, request.problem, tuple(consumers))
+    return observe_tiles(request.q, request.k, request.v, request.problem, _consumers(consumers))
+
+
+def _consumers(consumers: Iterable[Consumer]) -> tuple[Consumer, ...]:
+    if not isinstance(consumers, Iterable) or isinstance(consumers, Tensor | str | bytes):
+        hint = "; put it into a list" if callable(getattr(consumers, "visit", None)) else ""
+        raise ConfigError(f"consumers must be a sequence of consumers, got {given(consumers)}{hint}")
+    found = tuple(consumers)
+    for consumer in found:
+        if not callable(getattr(consumer, "visit", None)) or isinstance(consumer, type):
+            raise ConfigError(
+                "consumers must have a method visit(tile, logits, weights) and an attribute needs_logits, "
+                f"True or False; got {given(consumer)}"
+            )
+        if not isinstance(getattr(consumer, "needs_logits", None), bool):
+            raise ConfigError(
+                f"consumer {type(consumer).__name__} must have an attribute needs_logits, True if visit "
+                f"reads the logits and else False; got {given(getattr(consumer, 'needs_logits', None))}"
+            )
+    return found
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
@@ -198,7 +219,7 @@ def _request(
 ) -> Request:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise ShapeError(f"{name} must be a tensor, got {type(x).__name__}")
+            raise ShapeError(f"{name} must be a tensor, got {given(x)}")
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -208,11 +229,11 @@ def _request(
     _check_tensors(q, k, v)
     if mask is not None and not isinstance(mask, Mask):
         raise ConfigError(
-            f"mask must be a polyhead mask such as causal(), got {_what(mask)}; "
+            f"mask must be a polyhead mask such as causal(), got {given(mask)}; "
             "for a boolean (B, S) tensor of real keys use padding(tensor), for other tensors where(function)"
         )
     if not isinstance(normalizer, Normalizer):
-        raise ConfigError(f"normalizer must be one such as softmax() or entmax(1.5), got {_what(normalizer)}")
+        raise ConfigError(f"normalizer must be one such as softmax() or entmax(1.5), got {given(normalizer)}")
     for own in normalizer.tensors():
         if own.ndim == 1 and own.shape[0] not in (1, q.shape[1]):
             raise ShapeError(
@@ -223,10 +244,11 @@ def _request(
         raise ConfigError(
             "scale must be a number; a learned one goes into score=temperature(t), with t = 1/scale"
         )
-    if scale is not None and not _finite(scale):
-        raise ConfigError(f"scale must be a finite number, got {scale!r}")
-    if not _finite(dropout) or not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+    if scale is not None:
+        number("scale", scale)
+    if not finite(dropout) or not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout must be at least 0 and below 1, got {given(dropout)}")
+    flag("return_lse", return_lse)
     if mask is not None:
         batch, heads, queries, _ = q.shape
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
@@ -235,21 +257,6 @@ def _request(
     problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)
-
-
-def _finite(value: object) -> bool:
-    """Whether something is a finite real number."""
-    if torch.compiler.is_compiling():  # it may be symbolic, of which the size is not known
-        return not isinstance(value, str | Tensor)
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _what(value: object) -> str:
-    """What somebody passed in the place of a description."""
-    if callable(value) and getattr(value, "__module__", "").startswith("polyhead."):
-        name = getattr(value, "__name__", "it")
-        return f"the function {name}; call it: {name}(...)"
-    return type(value).__name__ if isinstance(value, Tensor) else repr(value)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

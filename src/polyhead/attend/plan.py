@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from polyhead.attend.problem import Problem
+from polyhead.checks import given
 from polyhead.errors import BackendRefused, ConfigError, DenseFallback
 
 __all__ = ["Backend", "Plan", "Request", "pick", "plan", "strict"]
@@ -71,6 +72,9 @@ class Plan:
     refused: dict[str, str]
     dense: bool
 
+    def __hash__(self) -> int:
+        return hash((self.backend, frozenset(self.refused.items()), self.dense))
+
     def __str__(self) -> str:
         width = max(map(len, (self.backend, *self.refused)))
         lines = [f"{self.backend:<{width}}  runs" + (", in O(L·S) memory" if self.dense else "")]
@@ -106,8 +110,10 @@ def pick(request: Request, backends: tuple[Backend, ...], name: str) -> Backend:
             raise BackendRefused(f"no backend can run this call: {reasons}")
     else:
         named = {b.name: b for b in backends}
-        if name not in named:
-            raise ConfigError(f"backend must be 'auto' or one of {', '.join(map(repr, named))}; got {name!r}")
+        if not isinstance(name, str) or name not in named:
+            raise ConfigError(
+                f"backend must be 'auto' or one of {', '.join(map(repr, named))}; got {given(name)}"
+            )
         chosen = named[name]
         reason = chosen.refuse(request)
         if reason:

@@ -1,15 +1,13 @@
-"""Descriptions: the small frozen dataclasses that say what an attention is.
+"""What a description is.
 
-Masks, scores, normalisers, mechanism configurations are all `Part`s: values that can be compared,
-hashed, printed, nested and sent through JSON. A part may hold tensors (the ids of packed documents, a
-learned bias); they count by content when parts are compared, and `flatten` takes them out, so that what
-remains is a cheap hashable key and what was taken out can meet autograd.
+A part may hold tensors (the ids of packed documents, a learned bias); they count by content when parts are
+compared, and `flatten` takes them out, so that what remains is a cheap hashable key and what was taken out
+can meet autograd.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Self, dataclass_transform
@@ -19,9 +17,11 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, unknown_name
 
-__all__ = ["Part", "Slot", "from_json", "part_named", "to_json"]
+__all__ = ["Part", "Slot", "find_parts_with", "part_named"]
 
 _KINDS: dict[str, type[Part]] = {}
+_FINDERS: list[Callable[[], object]] = []
+_RESERVED = ("kind", "part")  # an attribute of every part, and how JSON says that something is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,11 @@ class Part:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        if "kind" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"{cls.__name__}: a field of a part cannot be called 'kind'; choose another name"
-            )
+        for name in _RESERVED:
+            if name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"{cls.__name__}: a field of a part cannot be called {name!r}; choose another name"
+                )
         cls.kind = cls.__name__
         known = _KINDS.get(cls.kind)
         if known is not None and known.__module__ != cls.__module__:
@@ -186,56 +187,14 @@ class Part:
 
 def part_named(kind: str) -> type[Part]:
     """The class of the parts of this kind; an unknown one is an `UnknownName`."""
-    if kind not in _KINDS:
-        raise unknown_name("part", str(kind), _KINDS)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        for find in _FINDERS:
+            find()
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise unknown_name("part", kind, _KINDS)
     return _KINDS[kind]
 
 
-def to_json(value: Any) -> Any:
-    """Plain JSON data for a part (or what may stand inside one); `from_json` gives it back."""
-    if isinstance(value, Part):
-        fields = dataclasses.fields(value)  # type: ignore[arg-type]
-        return {"part": value.kind} | {f.name: to_json(getattr(value, f.name)) for f in fields}
-    if isinstance(value, Tensor):
-        data = {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-        return data | ({"requires_grad": True} if value.requires_grad else {})
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if callable(value):
-        name = f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', '?')}"
-        if "<" in name or name.startswith(("__main__", "?")):
-            raise ConfigError(
-                f"function {name} cannot go through JSON because it cannot be imported by name; "
-                "define it at the top level of a module"
-            )
-        return {"function": name}
-    raise ConfigError(f"a value of type {type(value).__name__} cannot go through JSON: {value!r}")
-
-
-def from_json(data: Any) -> Any:
-    """What `to_json` made into plain data, made again."""
-    if isinstance(data, list):
-        return tuple(from_json(v) for v in data)
-    if not isinstance(data, Mapping):
-        return data
-    if "part" in data:
-        kind = data["part"]
-        if kind not in _KINDS:
-            raise unknown_name("part", str(kind), _KINDS)
-        return _KINDS[kind](**{k: from_json(v) for k, v in data.items() if k != "part"})
-    if "tensor" in data:
-        dtype = getattr(torch, data["dtype"])
-        return torch.tensor(data["tensor"], dtype=dtype, requires_grad=data.get("requires_grad", False))
-    if "dtype" in data:
-        return getattr(torch, data["dtype"])
-    if "function" in data:
-        module, _, name = data["function"].partition(":")
-        found: Any = importlib.import_module(module)
-        for step in name.split("."):
-            found = getattr(found, step)
-        return found
-    raise ConfigError(f"not a description: a JSON object with the keys {sorted(data)}")
+def find_parts_with(find: Callable[[], object]) -> None:
+    """Let `find` import modules that define further parts, once somebody asks for a part not known yet."""
+    _FINDERS.append(find)
