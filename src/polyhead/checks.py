@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "number_or_heads",
     "place",
     "real",
+    "several",
     "takes",
     "whole",
 ]
@@ -35,6 +37,7 @@ __all__ = [
 FARTHEST = 1 << 60  # sums of two still fit in int64
 
 _SHOWN = 80
+_TOO_LARGE = 1 << 1023
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
@@ -52,22 +55,17 @@ def given(value: object) -> str:
 
 
 def real(value: object) -> bool:
-    """Whether something is a real number; a bool is none, and neither is a tensor."""
-    return (isinstance(value, _NUMBERS) and not isinstance(value, bool)) or isinstance(
-        value, np.integer | np.floating
-    )
+    """Whether something is a real number that a float can hold; a bool is none, and neither is a tensor."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        return isinstance(value, np.integer | np.floating)
+    if torch.compiler.is_compiling() or not isinstance(value, int):  # it may be symbolic, its size unknown
+        return True
+    return -_TOO_LARGE < value < _TOO_LARGE
 
 
 def finite(value: object) -> bool:
     """Whether something is a finite real number."""
-    if not real(value):
-        return False
-    if torch.compiler.is_compiling():  # it may be symbolic, and its size unknown
-        return True
-    try:
-        return math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:  # an int beyond every float
-        return False
+    return real(value) and (torch.compiler.is_compiling() or math.isfinite(value))  # type: ignore[arg-type]
 
 
 def number(
@@ -128,6 +126,13 @@ def number_or_heads(name: str, value: Any, *, above: float | None = None) -> flo
     if not real(value):
         raise ConfigError(f"{name} must be a number or a floating-point tensor (H,), got {given(value)}")
     return number(name, value, above=above)
+
+
+def several(value: Any) -> bool:
+    """Whether `value` holds several things in a row: a text does not, and neither does a scalar tensor."""
+    return (
+        isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+    )
 
 
 def is_integer_tensor(value: Any) -> bool:

@@ -19,7 +19,8 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from polyhead.errors import unknown_name
+from polyhead.checks import given
+from polyhead.errors import UnknownName, unknown_name
 
 __all__ = ["Paper", "built_in", "paper", "papers"]
 
@@ -93,6 +94,8 @@ def paper(which: str) -> Paper:
     Raises:
         UnknownName: no paper has it; the message suggests the nearest names.
     """
+    if not isinstance(which, str):
+        raise UnknownName(f"papers are called by number or name, such as '059' or 'MQA'; got {given(which)}")
     wanted = which.strip().lower()
     for one in papers():
         if wanted in (one.name, *one.aliases) or wanted.zfill(3) == one.number:

@@ -64,7 +64,7 @@ def test_a_registry_refuses_two_of_a_name_and_patterns_that_it_does_not_know() -
     with pytest.raises(ConfigError, match="two mechanisms are called 'uno'; the other is 'one'"):
         registry.register("two", aliases=("uno",), **facts)(TestMechanism)
     assert [entry.name for entry in registry.catalog()] == ["one"]
-    with pytest.raises(ConfigError, match="supports must be some of"):
+    with pytest.raises(ConfigError, match="supports must be a set of some of"):
         registry.register("three", supports=frozenset({"sideways"}), **facts)
 
 

@@ -306,8 +306,14 @@ def test_auxiliary_losses_are_collected_by_path() -> None:
         ({"dim": 32, "heads": "4"}, "heads must be an integer, at least 1; got '4'"),
         ({"dim": 32, "heads": 4, "head_dim": 0}, "head_dim must be an integer, at least 1; got 0"),
         ({"dim": 32, "heads": 4, "bias": 1}, "bias must be True or False; got 1"),
-        ({"dim": 32, "heads": 4, "dropout": 1.0}, "dropout must be at least 0 and below 1; got 1.0"),
-        ({"dim": 32, "heads": 4, "dropout": "x"}, "dropout must be at least 0 and below 1; got 'x'"),
+        (
+            {"dim": 32, "heads": 4, "dropout": 1.0},
+            "dropout must be a finite number at least 0 and below 1, got 1.0",
+        ),
+        (
+            {"dim": 32, "heads": 4, "dropout": "x"},
+            "dropout must be a finite number at least 0 and below 1, got 'x'",
+        ),
         ({"dim": 32, "heads": 4, "position": "rope"}, "position must be a Position; got 'rope'"),
         ({"dim": 32, "heads": 4, "normalizer": None, "mask": 3}, "mask must be a Mask; got 3"),
         ({"dim": 32, "heads": 4, "score": 3.0}, "score must be a Score"),

@@ -18,7 +18,7 @@ from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.tiles import Consumer, observe_tiles
-from polyhead.checks import finite, flag, given, number
+from polyhead.checks import finite, flag, given, number, several
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["attend", "explain", "observe"]
@@ -165,7 +165,7 @@ def observe(
 
 
 def _consumers(consumers: Iterable[Consumer]) -> tuple[Consumer, ...]:
-    if not isinstance(consumers, Iterable) or isinstance(consumers, Tensor | str | bytes):
+    if not several(consumers):
         hint = "; put it into a list" if callable(getattr(consumers, "visit", None)) else ""
         raise ConfigError(f"consumers must be a sequence of consumers, got {given(consumers)}{hint}")
     found = tuple(consumers)

@@ -103,7 +103,7 @@ def pick(request: Request, backends: tuple[Backend, ...], name: str) -> Backend:
         BackendRefused: the named backend cannot run the call.
         DenseFallback: under `strict()`, only a dense backend can.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         chosen = next((b for b in backends if not b.opt_in and not b.refuse(request)), None)
         if chosen is None:
             reasons = "; ".join(f"{b.name}: {b.refuse(request) or b.opt_in}" for b in backends)

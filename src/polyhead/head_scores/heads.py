@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError
 
 __all__ = ["Heads", "Level"]
 
 Level = Literal["query", "kv"]
+
+
+def check_level(level: object) -> None:
+    """Raise a `ConfigError` unless `level` is one."""
+    if not isinstance(level, str) or level not in ("query", "kv"):
+        raise ConfigError(f"level must be 'query' or 'kv', got {given(level)}")
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """A sequence of integers of at least 1, or a `ConfigError`."""
+    if not several(values):
+        raise ConfigError(f"{name} must be integers, one per layer, got {given(values)}")
+    return tuple(whole(f"{name}[{layer}]", value, 1) for layer, value in enumerate(values))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,10 +45,20 @@ class Heads(Set[tuple[int, int]]):
     kv_groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        unique = dict.fromkeys((int(layer), int(head)) for layer, head in self.pairs)
+        try:
+            unique = dict.fromkeys(
+                (operator.index(layer), operator.index(head)) for layer, head in self.pairs
+            )
+        except (TypeError, ValueError, RuntimeError):
+            unique = {(-1, -1): None}
         if any(layer < 0 or head < 0 for layer, head in unique):
-            raise ConfigError(f"heads must be pairs (layer, head) counted from 0, got {self.pairs}")
+            raise ConfigError(
+                f"pairs must be pairs (layer, head) of integers counted from 0, got {given(self.pairs)}"
+            )
         object.__setattr__(self, "pairs", tuple(unique))
+        check_level(self.level)
+        if self.kv_groups is not None:
+            object.__setattr__(self, "kv_groups", whole_numbers("kv_groups", self.kv_groups))
 
     def _from_iterable(self, pairs: Iterable[tuple[int, int]]) -> Heads:  # type: ignore[override]
         return Heads(tuple(pairs), self.level, self.kv_groups)

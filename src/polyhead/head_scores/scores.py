@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from polyhead.checks import given, real, several
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.head_scores.heads import Heads, Level
+from polyhead.head_scores.heads import Heads, Level, check_level, whole_numbers
 from polyhead.head_scores.show import figure, frame
 
 __all__ = ["HeadScores"]
@@ -51,13 +52,21 @@ class HeadScores:
     kv_groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not several(self.values) or isinstance(self.values, Mapping):
+            raise ConfigError(
+                f"values must be a sequence with one array (H,) for each layer, got {given(self.values)}"
+            )
         object.__setattr__(self, "values", tuple(_layer(k, v) for k, v in enumerate(self.values)))
+        for name in ("name", "meaning", "unit", "direction"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, got {given(getattr(self, name))}")
+        check_level(self.level)
         groups = self.kv_groups
         if groups is None:
             return
         if isinstance(groups, numbers.Integral):
             groups = (int(groups),) * len(self.values)
-        groups = tuple(int(g) for g in groups)
+        groups = whole_numbers("kv_groups", groups)
         if len(groups) != len(self.values):
             raise ShapeError(
                 f"kv_groups must have one number per layer, {len(self.values)}; got {len(groups)}"
@@ -150,10 +159,12 @@ class HeadScores:
 
     def above(self, limit: float) -> Heads:
         """The heads whose value is at least `limit`, highest first."""
+        limit = _limit(limit)
         return self._first(int((self.flat >= limit).sum()), -self.flat)
 
     def below(self, limit: float) -> Heads:
         """The heads whose value is below `limit`, lowest first."""
+        limit = _limit(limit)
         return self._first(int((self.flat < limit).sum()), self.flat)
 
     def _first(self, amount: int | float, keys: Array) -> Heads:
@@ -204,6 +215,8 @@ class HeadScores:
         return _replace(self, values=values, name=name, meaning=name, unit=unit, direction="")
 
     def _match(self, other: HeadScores) -> None:
+        if not isinstance(other, HeadScores):
+            raise ConfigError(f"the other scores must be HeadScores, got {given(other)}")
         if self.widths != other.widths or self.level != other.level:
             raise ShapeError(
                 f"{self.name} and {other.name} are scores of different heads: {len(self.values)} layers of "
@@ -241,13 +254,17 @@ class HeadScores:
     @staticmethod
     def mean(scores: Iterable[HeadScores], name: str | None = None) -> HeadScores:
         """The mean of several scores of the same heads, such as one measurement on several texts."""
-        several = list(scores)
-        if not several:
+        if isinstance(scores, HeadScores) or not several(scores):
+            raise ConfigError(f"the mean is taken over a sequence of HeadScores, got {given(scores)}")
+        these = list(scores)
+        if not these:
             raise ConfigError("the mean of no scores is not defined; give at least one HeadScores")
-        first = several[0]
-        for other in several[1:]:
+        if not all(isinstance(s, HeadScores) for s in these):
+            raise ConfigError(f"the mean is taken over HeadScores, got {given(these)}")
+        first = these[0]
+        for other in these[1:]:
             first._match(other)
-        values = tuple(np.mean(layers, axis=0) for layers in zip(*(s.values for s in several), strict=True))
+        values = tuple(np.mean(layers, axis=0) for layers in zip(*(s.values for s in these), strict=True))
         return _replace(first, values=values, name=name or first.name)
 
     def rank(self) -> HeadScores:
@@ -331,6 +348,8 @@ class HeadScores:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadScores:
         """The inverse of `to_json`."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"not head scores: {given(data)}; expected what HeadScores.to_json gave")
         try:
             words = {k: data[k] for k in ("name", "meaning", "unit", "direction", "level")}
             groups, rows = data["kv_groups"], data["values"]
@@ -338,8 +357,13 @@ class HeadScores:
             raise ConfigError(
                 f"not head scores: {error} is missing; expected what HeadScores.to_json gave"
             ) from error
-        values = tuple(np.array([math.nan if x is None else float(x) for x in row]) for row in rows)
-        return cls(values, **words, kv_groups=None if groups is None else tuple(groups))
+        try:
+            values = tuple(np.array([math.nan if x is None else float(x) for x in row]) for row in rows)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"not head scores: values must be lists of numbers, null or 'inf', one a layer: {error}"
+            ) from error
+        return cls(values, **words, kv_groups=groups)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with the columns layer, head and the name of the score."""
@@ -350,11 +374,22 @@ class HeadScores:
         return figure(self)
 
 
+def _limit(limit: float) -> float:
+    if not real(limit):
+        raise ConfigError(f"limit must be a number, got {given(limit)}")
+    return limit
+
+
 def _layer(index: int, values: Any) -> Array:
     """The values of a layer as an array of its own that cannot be written to."""
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
-    array = np.array(values, dtype=np.float64)
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"the scores of layer {index} must be one number a head (H,), got {given(values)}: {error}"
+        ) from error
     if array.ndim != 1:
         raise ShapeError(
             f"the scores of layer {index} must be one number a head (H,), got shape {array.shape}"

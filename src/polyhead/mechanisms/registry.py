@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from polyhead.checks import given, place
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.nn.contract import AttentionModule
@@ -87,8 +88,10 @@ class Registry:
         graph_breaks: int = 0,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`."""
-        if not supports <= PATTERNS or not supports:
-            raise ConfigError(f"{name}: supports must be some of {sorted(PATTERNS)}; got {sorted(supports)}")
+        if not isinstance(supports, frozenset | set) or not supports <= PATTERNS or not supports:
+            raise ConfigError(
+                f"{name}: supports must be a set of some of {sorted(PATTERNS)}; got {given(supports)}"
+            )
 
         def add(config: C) -> C:
             for known in (name, *aliases):
@@ -111,7 +114,7 @@ class Registry:
         Raises:
             UnknownName: nothing is called so; the message names the nearest.
         """
-        if name not in self._names:
+        if not isinstance(name, str) or name not in self._names:
             raise unknown_name("mechanism", name, self._names)
         return self._entries[self._names[name]]
 
@@ -129,11 +132,11 @@ class Registry:
         found = self.entry(name)
         fields = {f.name: f for f in dataclasses.fields(found.config) if f.init}
         options = ", ".join(fields)
-        for given in config:
-            if given not in fields:
-                near = get_close_matches(given, fields, n=1, cutoff=0.6)
+        for option in config:
+            if option not in fields:
+                near = get_close_matches(option, fields, n=1, cutoff=0.6)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"{found.name} has no option {given!r}; {hint}its options are {options}")
+                raise ConfigError(f"{found.name} has no option {option!r}; {hint}its options are {options}")
         missing = [
             field.name
             for field in fields.values()
@@ -154,6 +157,7 @@ class Registry:
             config: its options; `dim` and `heads` always.
         """
         configuration = self.configure(name, **config)
+        device, dtype = place(name, device, dtype)
         module = configuration.build(device=device, dtype=dtype)
         module.config = configuration
         return module

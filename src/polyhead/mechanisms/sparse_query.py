@@ -41,8 +41,8 @@ def _form(form: str, heads: int) -> tuple[int, int]:
         "light": (light, largest_divisor(light, quarter)),
         "reverse": (quarter, 2 * quarter),
     }
-    if form not in forms:
-        raise unknown_name("form of sparse-query attention", str(form), forms)
+    if not isinstance(form, str) or form not in forms:
+        raise unknown_name("form of sparse-query attention", form, forms)
     return forms[form]
 
 

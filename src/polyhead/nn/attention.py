@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
-from polyhead.errors import ConfigError
+from polyhead.checks import given, is_integer_tensor, number, place, whole
+from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
@@ -26,6 +27,7 @@ from polyhead.nn.projections import OutputProjection, Projection, check_inputs, 
 __all__ = ["MultiHeadAttention"]
 
 _SOFTMAX = softmax()
+_PROJECTION = ("dim", "context_dim", "heads", "kv_heads", "head_dim", "value_dim", "streams", "query")
 
 
 class MultiHeadAttention(AttentionModule):
@@ -67,6 +69,16 @@ class MultiHeadAttention(AttentionModule):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        lacking = [name for name in _PROJECTION if not hasattr(projection, name)]
+        if not isinstance(projection, nn.Module) or lacking:
+            raise ConfigError(
+                "projection must be a Projection, or a module with the same attributes; got "
+                f"{given(projection)}"
+            )
+        if output is not None and not isinstance(output, nn.Module):
+            raise ConfigError(f"output must be a module such as OutputProjection; got {given(output)}")
+        if scale is not None:
+            scale = number("scale", scale)
         position = NoPosition() if position is None else position
         normalizer = _SOFTMAX if normalizer is None else normalizer
         for name, part, kind in (
@@ -75,9 +87,8 @@ class MultiHeadAttention(AttentionModule):
             ("mask", mask, Mask | None),
         ):
             if not isinstance(part, kind):
-                raise ConfigError(f"{name} must be a {getattr(kind, '__name__', 'Mask')}; got {part!r}")
-        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")
+                raise ConfigError(f"{name} must be a {getattr(kind, '__name__', 'Mask')}; got {given(part)}")
+        dropout = number("dropout", dropout, least=0, below=1)
         weight = projection.query.weight
         device, dtype = weight.device, weight.dtype
         self.heads, self.kv_heads = projection.heads, projection.kv_heads
@@ -86,8 +97,8 @@ class MultiHeadAttention(AttentionModule):
         self.position = PositionModule(
             position, dim=projection.dim, head_dim=projection.head_dim, heads=projection.heads
         )
-        given = chain(score)
-        self.score = None if given is None else PartModule(given, device=device, dtype=dtype)
+        maps = chain(score)
+        self.score = None if maps is None else PartModule(maps, device=device, dtype=dtype)
         self.normalizer = (
             None if normalizer == _SOFTMAX else PartModule(normalizer, device=device, dtype=dtype)
         )
@@ -137,6 +148,10 @@ class MultiHeadAttention(AttentionModule):
         """
         projection, position = self.projection, self.position
         check_inputs("x", x, projection.dim)
+        if positions is not None and not (is_integer_tensor(positions) and positions.ndim in (1, 2)):
+            raise ShapeError(f"positions must be an integer tensor (L,) or (B, L); got {given(positions)}")
+        if cache is not None and not isinstance(cache, KeyValueCache):
+            raise ConfigError(f"cache must be what new_cache or new_context_cache gives; got {given(cache)}")
         queries = x.shape[1]
         if cache is not None and cache.holds_context:
             return self._from_context(x, context, mask, padding, positions, cache)
@@ -201,7 +216,7 @@ class MultiHeadAttention(AttentionModule):
             if part is not None:
                 if not isinstance(part, Mask):
                     raise ConfigError(
-                        f"mask must be a mask such as causal(); got {type(part).__name__}; "
+                        f"mask must be a mask such as causal(); got {given(part)}; "
                         "a tensor of real tokens goes to padding="
                     )
                 allowed = part if allowed is None else allowed & part
@@ -242,6 +257,8 @@ class MultiHeadAttention(AttentionModule):
             context = context.masked_fill(~padding[..., None], 0.0)
         k, v = self.projection.keys_values(self.position.add(context, 0))
         length = context.shape[1]
+        if queries is not None:
+            whole("queries", queries, 0)
         return ContextCache(
             (self.position.turn(k, 0), v), padding, start=0 if queries is None else length - queries
         )
@@ -255,6 +272,9 @@ class MultiHeadAttention(AttentionModule):
         dtype: torch.dtype | None = None,
     ) -> Cost:
         keys = length if context_length is None else context_length
+        for name, size in (("length", length), ("batch", batch), ("context_length", keys)):
+            whole(f"cost: {name}", size, 0)
+        place("cost", None, dtype)
         dtype = self.projection.key.weight.dtype if dtype is None else dtype
         pairs = 2 * batch * self.heads * length * keys
         per_token = sum(heads * width for heads, width in self.projection.streams) * dtype.itemsize

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyhead.errors import ShapeError
+from polyhead.checks import given
+from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["AuxiliaryLosses", "auxiliary_losses"]
 
@@ -25,6 +26,8 @@ class AuxiliaryLosses(nn.Module):
 
     def record(self, name: str, loss: Tensor) -> None:
         """Keep the scalar `loss` under `name` until the next forward pass."""
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"auxiliary loss {name!r} must be a scalar tensor; got {given(loss)}")
         if loss.ndim:
             raise ShapeError(f"auxiliary loss {name!r} must be a scalar; got shape {tuple(loss.shape)}")
         self.latest[name] = loss
@@ -39,6 +42,8 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     Add `sum(auxiliary_losses(model).values())` to the loss to train with them; weights are those that the
     mechanisms were configured with. A model without any gives an empty dict.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch module; got {given(model)}")
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryLosses):

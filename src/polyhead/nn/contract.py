@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polyhead.attend.masks import Mask
+from polyhead.checks import place
 from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, KeyValueCache, WindowCache
@@ -66,8 +67,9 @@ class AttentionModule(nn.Module):
             sinks: first tokens to keep beside the window.
             device, dtype: of the rows; default those of the parameters, or of autocast where it is on.
         """
+        device, dtype = place("new_cache", device, dtype)
         weight = next(p for p in self.parameters() if p.is_floating_point())
-        device = weight.device if device is None else torch.device(device)
+        device = weight.device if device is None else device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype

@@ -6,7 +6,9 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
+from polyhead.checks import given, place
 from polyhead.description import Part
+from polyhead.errors import ConfigError
 
 __all__ = ["PartModule"]
 
@@ -28,6 +30,9 @@ class PartModule(nn.Module, Generic[P]):
 
     def __init__(self, part: P, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        if not isinstance(part, Part):
+            raise ConfigError(f"part must be a description such as a mask or a score; got {given(part)}")
+        device, dtype = place("PartModule", device, dtype)
         self.spec, tensors = part.flatten()
         self.names = tuple(f"tensor{i}" for i in range(len(tensors)))
         for name, tensor in zip(self.names, tensors, strict=True):

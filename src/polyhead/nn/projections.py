@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from polyhead.checks import flag, given, place
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["FanInLinear", "OutputProjection", "Projection"]
@@ -44,11 +45,15 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
+_LARGEST = 2**31 - 1  # a width beyond this is a slip, and torch could not even count its weights
+
+
 def at_least_one(owner: str, **sizes: Any) -> None:
     """Raise a `ConfigError` for a size that is not an integer of at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{owner}: {name} must be an integer, at least 1; got {size!r}")
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _LARGEST:
+            most = f" and at most {_LARGEST}" if isinstance(size, int) and size > _LARGEST else ""
+            raise ConfigError(f"{owner}: {name} must be an integer, at least 1{most}; got {given(size)}")
 
 
 def divisors(number: int) -> str:
@@ -119,9 +124,9 @@ class Projection(nn.Module):
         at_least_one(
             "Projection", kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, context_dim=context_dim
         )
-        for name, flag in (("bias", bias), ("qk_norm", qk_norm)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"{name} must be True or False; got {flag!r}")
+        flag("bias", bias)
+        flag("qk_norm", qk_norm)
+        device, dtype = place("Projection", device, dtype)
         if heads % kv_heads and kv_heads % heads:
             raise ConfigError(
                 f"kv_heads must divide heads={heads} or be a multiple of it; got kv_heads={kv_heads}; "
@@ -192,6 +197,9 @@ class OutputProjection(FanInLinear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        at_least_one("OutputProjection", dim=dim, heads=heads, value_dim=value_dim)
+        flag("bias", bias)
+        device, dtype = place("OutputProjection", device, dtype)
         super().__init__(heads * value_dim, dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, heads: Float[Tensor, "B H L Dv"]) -> Float[Tensor, "B L d"]:
@@ -203,15 +211,17 @@ class OutputProjection(FanInLinear):
 
 
 def check_inputs(name: str, x: Tensor, width: int) -> None:
-    """Raise a `ShapeError` unless `x` is `(B, n, width)`."""
+    """Raise a `ShapeError` unless `x` is `(B, n, width)` and holds floating-point numbers."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ShapeError(f"{name} must be a floating-point tensor (B, length, {width}); got {given(x)}")
     if x.ndim != 3 or x.shape[-1] != width:
         raise ShapeError(f"{name} must have shape (B, length, {width}); got {tuple(x.shape)}")
 
 
 def check_real(name: str, padding: Tensor, x: Tensor) -> None:
     """Raise a `ShapeError` unless `padding` is a bool tensor for the tokens of `x`."""
-    if padding.dtype != torch.bool or padding.shape != x.shape[:2]:
+    if not isinstance(padding, Tensor) or padding.dtype != torch.bool or padding.shape != x.shape[:2]:
         raise ShapeError(
             f"padding must be a bool tensor {tuple(x.shape[:2])}, True at real tokens of {name}; got "
-            f"{tuple(padding.shape)} of {padding.dtype}"
+            f"{given(padding)}"
         )

@@ -49,7 +49,7 @@ def reference(name: str) -> Callable[..., Any]:
         UnknownName: there is none; the message names the nearest.
     """
     _load()
-    if name not in _TWINS:
+    if not isinstance(name, str) or name not in _TWINS:
         raise unknown_name("naive twin", name, _TWINS)
     return _TWINS[name]
 

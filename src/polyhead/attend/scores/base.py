@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.tile import Tile
-from polyhead.checks import given
+from polyhead.checks import given, several
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
 
@@ -96,7 +96,7 @@ def chain(score: Score | Iterable[Score] | None) -> Score | None:
     if score is None or (isinstance(score, Score) and not isinstance(score, Chain)):
         return score
     if not isinstance(score, Chain):
-        if not isinstance(score, Iterable) or isinstance(score, Tensor | str | bytes):
+        if not several(score):
             raise ConfigError(
                 f"score must be a Score or a sequence of them, got {given(score)}{_hint(score)}"
             )

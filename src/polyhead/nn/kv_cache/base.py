@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
+from polyhead.checks import given, is_integer_tensor, place, whole
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["Kept", "KeyValueCache", "Streams", "TokenRows"]
@@ -37,6 +38,27 @@ class Kept:
     mask: Mask | None = None
 
 
+def _are_streams(streams: object) -> bool:
+    def is_size(size: object) -> bool:
+        return isinstance(size, int) and not isinstance(size, bool) and size >= 0
+
+    return (
+        isinstance(streams, tuple | list)
+        and len(streams) > 0
+        and all(isinstance(s, tuple | list) and len(s) == 2 and all(map(is_size, s)) for s in streams)
+    )
+
+
+def beams(beam_index: Tensor) -> Tensor:
+    """The argument of `reorder`, or a `ShapeError`."""
+    if not is_integer_tensor(beam_index) or beam_index.ndim != 1:
+        raise ShapeError(
+            "beam_index must be an integer tensor (B,), where each item goes on from; got "
+            f"{given(beam_index)}"
+        )
+    return beam_index
+
+
 class TokenRows:
     """The tensors of a cache: its streams and, once somebody gave them, padding and positions.
 
@@ -59,10 +81,13 @@ class TokenRows:
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        if batch < 0 or not streams:
+        batch, room = whole(f"{name}: batch", batch, 0), whole(f"{name}: capacity", room, 0)
+        if not _are_streams(streams):
             raise ConfigError(
-                f"{name}: batch must be at least 0 and streams not empty; got {batch} and {streams}"
+                f"{name}: streams must be pairs (heads, width), one for each kind of row and at least one, "
+                f"such as ((2, 64), (2, 64)); got {given(streams)}"
             )
+        device, dtype = place(name, device, dtype)
         self.name = name
         # buffers made in inference mode could not be written to outside of it
         with torch.inference_mode(False):
@@ -103,10 +128,12 @@ class TokenRows:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def _check(self, rows: tuple[Tensor, ...], padding: Tensor | None) -> None:
+    def _check(self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None) -> None:
         if len(rows) != len(self.streams):
             raise ShapeError(f"{self.name} holds {len(self.streams)} streams, but append got {len(rows)}")
         for row, held in zip(rows, self.streams, strict=True):
+            if not isinstance(row, Tensor):
+                raise ShapeError(f"{self.name} holds tensors, but append got {given(row)}")
             batch, heads, _, width = held.shape
             if row.ndim != 4 or (row.shape[0], row.shape[1], row.shape[3]) != (batch, heads, width):
                 raise ShapeError(
@@ -119,15 +146,27 @@ class TokenRows:
                     f"{row.device}; make it with new_cache(..., device=, dtype=) of the computation"
                 )
         shape = (self.batch, rows[0].shape[2])
-        if padding is not None and (padding.dtype != torch.bool or tuple(padding.shape) != shape):
+        if padding is not None and (
+            not isinstance(padding, Tensor) or padding.dtype != torch.bool or tuple(padding.shape) != shape
+        ):
             raise ShapeError(
                 f"padding must be a bool tensor {shape}, True at real tokens, for the tokens of this call "
-                f"(the cache remembers earlier ones); got {tuple(padding.shape)} of {padding.dtype}"
+                f"(the cache remembers earlier ones); got {given(padding)}"
+            )
+        if positions is not None and (
+            not is_integer_tensor(positions)
+            or positions.ndim not in (1, 2)
+            or positions.shape[-1] != shape[1]
+            or (positions.ndim == 2 and len(positions) not in (1, shape[0]))
+        ):
+            raise ShapeError(
+                f"positions must be an integer tensor {shape[1:]} or {shape}, one for each token; got "
+                f"{given(positions)}"
             )
 
     def accept(self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None) -> bool:
         """Check what comes, and say whether autograd has to follow it."""
-        self._check(rows, padding)
+        self._check(rows, padding, positions)
         if (padding is not None and self.padding is None) or (
             positions is not None and self.positions is None
         ):

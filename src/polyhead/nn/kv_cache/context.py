@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from polyhead.errors import ConfigError
-from polyhead.nn.kv_cache.base import Kept, KeyValueCache
+from polyhead.checks import FARTHEST, given, whole
+from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache, beams
 
 __all__ = ["ContextCache"]
 
@@ -27,8 +29,24 @@ class ContextCache(KeyValueCache):
     holds_context = True
 
     def __init__(self, rows: tuple[Tensor, ...], padding: Tensor | None = None, *, start: int = 0) -> None:
-        self._kept = Kept(rows, rows[0].shape[2], padding)
-        self._first = self.length = start
+        if (
+            not isinstance(rows, tuple | list)
+            or not rows
+            or any(not isinstance(row, Tensor) or row.ndim != 4 for row in rows)
+        ):
+            raise ConfigError(
+                f"ContextCache: rows must be tensors (B, heads, S, width), at least one; got {given(rows)}"
+            )
+        shape = (rows[0].shape[0], rows[0].shape[2])
+        if padding is not None and (
+            not isinstance(padding, Tensor) or padding.dtype != torch.bool or tuple(padding.shape) != shape
+        ):
+            raise ShapeError(
+                f"ContextCache: padding must be a bool tensor {shape}, True at real tokens; got "
+                f"{given(padding)}"
+            )
+        self._kept = Kept(tuple(rows), shape[1], padding)
+        self._first = self.length = whole("ContextCache: start", start, -FARTHEST)
 
     def read(self, queries: int) -> Kept:
         """The context, for the next `queries` queries."""
@@ -47,6 +65,7 @@ class ContextCache(KeyValueCache):
 
     def reorder(self, beam_index: Tensor) -> None:
         kept = self._kept
+        beams(beam_index)
         rows = tuple(r.index_select(0, beam_index.to(r.device)) for r in kept.rows)
         padding = kept.padding
         self._kept = Kept(
@@ -56,7 +75,7 @@ class ContextCache(KeyValueCache):
         )
 
     def crop(self, length: int) -> None:
-        if not self._first <= length <= self.length:
+        if not self._first <= whole("crop: length", length, -FARTHEST) <= self.length:
             raise ConfigError(f"crop: length must lie in {self._first}..{self.length}; got {length}")
         self.length = length
 

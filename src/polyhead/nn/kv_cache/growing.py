@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyhead.checks import whole
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows, beams
 
 __all__ = ["FixedCache", "GrowingCache"]
 
@@ -64,10 +65,11 @@ class GrowingCache(KeyValueCache):
         return self._tokens.nbytes()
 
     def reorder(self, beam_index: Tensor) -> None:
-        self._tokens.change(lambda held: held.index_select(0, beam_index.to(held.device)))
+        index = beams(beam_index)
+        self._tokens.change(lambda held: held.index_select(0, index.to(held.device)))
 
     def crop(self, length: int) -> None:
-        if not 0 <= length <= self.length:
+        if not 0 <= whole("crop: length", length, 0) <= self.length:
             raise ConfigError(f"crop: length must lie in 0..{self.length}, the tokens seen; got {length}")
         self.length = length
 
@@ -93,8 +95,7 @@ class FixedCache(GrowingCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if max_length < 1:
-            raise ConfigError(f"FixedCache: max_length must be at least 1; got {max_length}")
+        max_length = whole("FixedCache: max_length", max_length, 1)
         super().__init__(batch, streams, capacity=max_length, device=device, dtype=dtype)
         self.max_length = max_length
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask, causal, sink, window
+from polyhead.checks import whole
 from polyhead.errors import ConfigError
-from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows, beams
 
 __all__ = ["WindowCache"]
 
@@ -42,10 +43,7 @@ class WindowCache(KeyValueCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if size < 1 or sinks < 0:
-            raise ConfigError(
-                f"WindowCache: size must be at least 1 and sinks at least 0; got {size} and {sinks}"
-            )
+        size, sinks = whole("WindowCache: size", size, 1), whole("WindowCache: sinks", sinks, 0)
         self.size, self.sinks = size, sinks
         self.length = 0
         self._start = self._stop = 0  # the places of the rows that are held
@@ -122,10 +120,11 @@ class WindowCache(KeyValueCache):
         return self._tokens.nbytes()
 
     def reorder(self, beam_index: Tensor) -> None:
-        self._tokens.change(lambda held: held.index_select(0, beam_index.to(held.device)))
+        index = beams(beam_index)
+        self._tokens.change(lambda held: held.index_select(0, index.to(held.device)))
 
     def crop(self, length: int) -> None:
-        if not 0 <= length <= self.length:
+        if not 0 <= whole("crop: length", length, 0) <= self.length:
             raise ConfigError(f"crop: length must lie in 0..{self.length}, the tokens seen; got {length}")
         if length < self.length and self._stop - self._start < self.length:
             raise ConfigError(

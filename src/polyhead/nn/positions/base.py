@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.scores import Score, alibi
+from polyhead.checks import number
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
@@ -80,8 +81,7 @@ class Sinusoidal(Position):
     base: float = 10000.0
 
     def __post_init__(self) -> None:
-        if not self.base > 1:
-            raise ConfigError(f"sinusoidal: base must be greater than 1; got {self.base!r}")
+        object.__setattr__(self, "base", number("sinusoidal: base", self.base, above=1))
 
     def check(self, *, dim: int, heads: int, head_dim: int) -> None:
         if dim % 2:
@@ -100,7 +100,7 @@ def sinusoidal(base: float = 10000.0) -> Sinusoidal:
     It is added before the projections, so queries, keys and values all carry it.
     Paper: Attention Is All You Need, arXiv 1706.03762.
     """
-    return Sinusoidal(float(base))
+    return Sinusoidal(base)
 
 
 class AlibiPosition(Position):

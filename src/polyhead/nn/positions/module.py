@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.errors import ShapeError
+from polyhead.checks import given
+from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.positions.base import Position
 
 __all__ = ["PositionModule"]
@@ -33,6 +34,8 @@ class PositionModule(nn.Module):
 
     def __init__(self, position: Position, *, dim: int, head_dim: int, heads: int) -> None:
         super().__init__()
+        if not isinstance(position, Position):
+            raise ConfigError(f"position must be a position encoding such as rope(); got {given(position)}")
         position.check(dim=dim, heads=heads, head_dim=head_dim)
         self.position = position
         self.dim, self.head_dim = dim, head_dim

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyhead.checks import flag, given, number
 from polyhead.errors import ConfigError
 from polyhead.nn.positions.base import Position, wide
 from polyhead.nn.positions.scaling import RopeScaling, scaling_from_parameters
@@ -24,12 +25,13 @@ class Rope(Position):
     scaling: RopeScaling = RopeScaling()
 
     def __post_init__(self) -> None:
-        if not self.base > 1:
-            raise ConfigError(f"rope: base must be greater than 1; got {self.base!r}")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"rope: fraction must lie in (0, 1]; got {self.fraction!r}")
+        object.__setattr__(self, "base", number("rope: base", self.base, above=1))
+        object.__setattr__(self, "fraction", number("rope: fraction", self.fraction, above=0, most=1))
+        flag("rope: interleaved", self.interleaved)
         if not isinstance(self.scaling, RopeScaling):
-            raise ConfigError(f"rope: scaling must be a RopeScaling such as Yarn(...); got {self.scaling!r}")
+            raise ConfigError(
+                f"rope: scaling must be a RopeScaling such as Yarn(...); got {given(self.scaling)}"
+            )
 
     @property
     def stretching(self) -> bool:
@@ -94,7 +96,7 @@ def rope(
 
     Paper: RoFormer, arXiv 2104.09864.
     """
-    return Rope(float(base), fraction, interleaved, RopeScaling() if scaling is None else scaling)
+    return Rope(base, fraction, interleaved, RopeScaling() if scaling is None else scaling)
 
 
 def rope_from_parameters(
@@ -111,10 +113,15 @@ def rope_from_parameters(
         UnknownName: a `rope_type` that is not known.
         ConfigError: a parameter of the type is missing.
     """
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(
+            f"parameters must be the rope_parameters of a config, a dict; got {given(parameters)}"
+        )
     scaling = scaling_from_parameters(parameters, max_position_embeddings)
+    base, fraction = parameters.get("rope_theta"), parameters.get("partial_rotary_factor")
     return rope(
-        parameters.get("rope_theta") or 10000.0,
-        fraction=parameters.get("partial_rotary_factor") or 1.0,
+        10000.0 if base is None else base,
+        fraction=1.0 if fraction is None else fraction,
         interleaved=interleaved,
         scaling=scaling,
     )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from polyhead.checks import flag, given, number
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 
@@ -28,10 +29,12 @@ __all__ = [
 ]
 
 
-def _positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{owner}: {name} must be positive; got {value!r}")
+def _positive(scaling: RopeScaling, *names: str) -> None:
+    """Raise a `ConfigError` for a field that is not above 0; None passes where it is the default."""
+    for name in names:
+        value = getattr(scaling, name)
+        if value is not None or getattr(type(scaling), name, 0) is not None:
+            number(f"{type(scaling).__name__}: {name}", value, above=0)
 
 
 def _row(base: float, width: int) -> Tensor:
@@ -62,7 +65,7 @@ class LinearScaling(RopeScaling):
     factor: float
 
     def __post_init__(self) -> None:
-        _positive("LinearScaling", factor=self.factor)
+        _positive(self, "factor")
 
     def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
         return _row(base, self.width(head_dim, fraction)) / self.factor, 1.0
@@ -80,7 +83,7 @@ class DynamicNtk(RopeScaling):
     max_length: int
 
     def __post_init__(self) -> None:
-        _positive("DynamicNtk", factor=self.factor, max_length=self.max_length)
+        _positive(self, "factor", "max_length")
 
     def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
         width = self.width(head_dim, fraction)
@@ -113,8 +116,11 @@ class Yarn(RopeScaling):
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _positive("Yarn", factor=self.factor, original_length=self.original_length)
-        _positive("Yarn", beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        _positive(self, "factor", "original_length", "beta_fast", "beta_slow", "attention_factor")
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                number(f"Yarn: {name}", getattr(self, name), least=0)
+        flag("Yarn: truncate", self.truncate)
 
     def _sharpening(self) -> float:
         def scale(weight: float) -> float:
@@ -159,9 +165,14 @@ class LongRope(RopeScaling):
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _positive("LongRope", original_length=self.original_length, factor=self.factor)
+        _positive(self, "original_length", "factor", "attention_factor")
         for name in ("short_factor", "long_factor"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+            values = getattr(self, name)
+            values = values.tolist() if isinstance(values, Tensor) else values
+            if not isinstance(values, tuple | list):
+                raise ConfigError(f"LongRope: {name} must be a list of numbers; got {given(values)}")
+            checked = [number(f"LongRope: {name}[{m}]", value, above=0) for m, value in enumerate(values)]
+            object.__setattr__(self, name, tuple(checked))
 
     def frequencies(self, base: float, head_dim: int, fraction: float, length: int) -> tuple[Tensor, float]:
         width = self.width(head_dim, fraction)
@@ -191,7 +202,7 @@ class Llama3Scaling(RopeScaling):
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        _positive("Llama3Scaling", factor=self.factor, original_length=self.original_length)
+        _positive(self, "factor", "original_length", "low_freq_factor", "high_freq_factor")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
                 "Llama3Scaling: 0 < low_freq_factor < high_freq_factor is needed; "
@@ -215,7 +226,7 @@ class ProportionalScaling(RopeScaling):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive("ProportionalScaling", factor=self.factor)
+        _positive(self, "factor")
 
     def width(self, head_dim: int, fraction: float) -> int:
         return head_dim
@@ -228,7 +239,10 @@ class ProportionalScaling(RopeScaling):
 
 def scaling_from_parameters(parameters: Mapping[str, Any], max_length: int | None) -> RopeScaling:
     """The scaling that transformers' `rope_parameters` name; see `rope_from_parameters`."""
-    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    named = [parameters.get(name) for name in ("rope_type", "type")]
+    kind = next((name for name in named if name is not None), "default")
+    if max_length is not None:
+        number("max_position_embeddings", max_length, above=0)
 
     def need(name: str, otherwise: Any = None) -> Any:
         value = parameters.get(name)
@@ -239,7 +253,9 @@ def scaling_from_parameters(parameters: Mapping[str, Any], max_length: int | Non
 
     def ratio() -> Any:
         """The factor; where a config leaves it out, it is the ratio of the lengths."""
-        trained = need("original_max_position_embeddings")
+        trained = number(
+            "original_max_position_embeddings", need("original_max_position_embeddings"), above=0
+        )
         return need("factor", max_length / trained if max_length else None)
 
     def given(*names: str) -> dict[str, Any]:
@@ -269,6 +285,6 @@ def scaling_from_parameters(parameters: Mapping[str, Any], max_length: int | Non
         ),
         "proportional": lambda: ProportionalScaling(need("factor", 1.0)),
     }
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         raise unknown_name("rope_type", kind, makers)
     return makers[kind]()
