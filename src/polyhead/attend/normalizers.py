@@ -113,13 +113,13 @@ class Softmax(Normalizer):
         return scores.div_(scores.sum(-1, keepdim=True).add_((sink - top).exp_()))
 
     def vjp(self, weights: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not isinstance(self.sink, Tensor):  # one pass; rows need not sum to 1 for it
+            vjp = torch.ops.aten._softmax_backward_data.out
+            return vjp(grad, weights, -1, grad.dtype, grad_input=grad), ()
         grad = grad.mul_(weights)
         inner = grad.sum(-1, keepdim=True)
-        own: tuple[Tensor, ...] = ()
-        if isinstance(self.sink, Tensor):
-            taken = 1 - weights.sum(-1, keepdim=True)
-            own = (_to_heads(-taken * inner, self.sink),)
-        return grad.addcmul_(weights, inner, value=-1), own
+        taken = 1 - weights.sum(-1, keepdim=True)
+        return grad.addcmul_(weights, inner, value=-1), (_to_heads(-taken * inner, self.sink),)
 
     def __call__(self, scores: Tensor) -> Tensor:
         # in torch's own operations, so that it can be differentiated any number of times

@@ -2,8 +2,8 @@
 
 The compiler sees an operator on tensors. The description travels beside it as a text with its numbers taken
 out, which may be symbolic: neither a new length nor a new window compiles anything anew, and which streaming
-backend runs is decided when the step runs. Importing this file imports the compiler: `attend` does so when it is
-being compiled.
+backend runs is decided when the step runs. Importing this file imports the compiler: `attend` does so when
+it is being compiled.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.problem import Problem
-from polyhead.attend.scores import Score
-from polyhead.attend.stream import OwnGradients, trainable
+from polyhead.attend.score_maps import score_maps
+from polyhead.attend.stream import OwnGradients
 from polyhead.attend.strip_work import Operands, StripWork, walk
 from polyhead.attend.strips import Strip
 from polyhead.attend.tile import Tile
@@ -57,16 +57,17 @@ def forward(
         assert isinstance(problem.normalizer, Softmax)
         nothing = problem.normalizer.lse(x.q.new_full((1, frame.heads, 1, 1), float("-inf")))
         lse = nothing.expand(frame.batch, -1, frame.queries).reshape(x.q.shape[:3]).clone()
+    maps = score_maps(problem.score, x)
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
         raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
-        scores = part.hide(_mapped(raw, problem.score, part.tile))
+        scores = part.hide(maps.there(raw, part))
         if lse is not None:
             assert isinstance(normalizer, Softmax)
             lse[part.pairs, :, rows] = normalizer.lse(scores).view(lse[part.pairs, :, rows].shape)
         logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
-        weights = part.weigh(scores, normalizer, check=_may_hide(problem.score))
+        weights = part.weigh(scores, normalizer, check=maps.may_hide)
         for consumer in consumers:
             consumer.visit(part.tile, logits, weights)
         factors = part.keep(problem, seed)
@@ -76,63 +77,6 @@ def forward(
         target.copy_(torch.bmm(part.flat(weights), part.v).view(target.shape))
     shape = (frame.batch, frame.heads, frame.queries)
     return out.view(*shape, v.shape[-1]).to(q.dtype), None if lse is None else lse.view(shape)
-
-
-def _mapped(scores: Tensor, score: Score | None, tile: Tile) -> Tensor:
-    """The score maps on a strip, in place where the map only adds a bias."""
-    if score is None:
-        return scores
-    if score.positional:
-        bias = score.bias(tile, scores.dtype)
-        return scores if bias is None else scores.add_(bias)
-    mapped = score.apply(scores, tile)
-    # the mask is written in place, which must not reach a tensor of the caller's
-    return mapped.clone() if mapped is scores or not mapped.is_contiguous() else mapped
-
-
-def _may_hide(score: Score | None) -> bool:
-    """Whether a score map might put -inf where the mask allows a pair."""
-    return score is not None and not score.positional
-
-
-class _ScoreMap:
-    """The score maps of one strip on the way there and back."""
-
-    def __init__(self, score: Score | None, tile: Tile, own: OwnGradients) -> None:
-        self.score, self.tile, self.own = score, tile, own
-        self.leaves = trainable(score)
-        self.source: Tensor | None = None
-        self.result: Tensor | None = None
-
-    def there(self, raw: Tensor) -> Tensor:
-        """The mapped scores, which may be overwritten."""
-        if self.score is None:
-            return raw
-        with torch.enable_grad():
-            if self.score.positional:
-                self.result = self.score.bias(self.tile, raw.dtype)
-                return raw if self.result is None else raw.add_(self.result.detach())
-            self.source = raw.detach().requires_grad_()
-            self.result = self.score.apply(self.source, self.tile)
-        return self.result.detach().clone()
-
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient for the raw scores; those for the maps' own tensors are added to the totals."""
-        if self.result is None or not self.result.requires_grad:
-            return grad if self.source is None else torch.zeros_like(grad)
-        if self.source is None:  # a bias: what comes in goes on as it is
-            down = grad.sum(0).sum_to_size(self.result.shape)
-            self._collect(torch.autograd.grad(self.result, self.leaves, down, allow_unused=True))
-            return grad
-        for_raw, *rest = torch.autograd.grad(
-            self.result, (self.source, *self.leaves), grad, allow_unused=True
-        )
-        self._collect(rest)
-        return torch.zeros_like(grad) if for_raw is None else for_raw.contiguous()
-
-    def _collect(self, grads: Sequence[Tensor | None]) -> None:
-        for leaf, grad in zip(self.leaves, grads, strict=True):
-            self.own.add(leaf, grad)
 
 
 def backward(
@@ -146,12 +90,13 @@ def backward(
     dq = torch.zeros_like(x.q)
     dk, dv = (t.new_zeros(t.shape[0], t.shape[2], t.shape[1]) for t in (x.k, x.v))
     own = OwnGradients(problem)
+    maps = score_maps(problem.score, x, own)
     unseen = None if up_lse is None else torch.ones_like(up_lse)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
-        score = _ScoreMap(problem.score, part.tile, own)
-        scores = part.hide(score.there(part.product(part.q, part.k, x.buffer("scores", part.shape))))
-        weights = part.weigh(scores, normalizer, check=_may_hide(problem.score))
+        raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
+        scores = part.hide(maps.there(raw, part))
+        weights = part.weigh(scores, normalizer, check=maps.may_hide)
         g = up[part.pairs, :, rows].reshape(part.q.shape[0], -1, v.shape[-1])
         gw = part.product(g, part.v, x.buffer("gradient", part.shape))
         factors = part.keep(problem, seed)
@@ -167,10 +112,11 @@ def backward(
             unseen[part.pairs, :, rows] = 0
         for leaf, d in zip(problem.normalizer.tensors(), found, strict=True):
             own.add(leaf, d, part.tile.head_slice)
-        gs = score.back(gs)
+        gs = maps.back(gs, part)
         target = dq[part.pairs, :, rows]
         target.copy_(torch.bmm(part.flat(gs), part.k).view(target.shape))
         _add(dk, part, part.q, gs)
+    maps.done()
     if up_lse is not None and unseen is not None and isinstance(problem.normalizer, Softmax):
         # rows that no strip holds: their log-sum-exp is that of the sink alone
         alone = (up_lse * unseen).view(frame.batch, frame.heads, frame.queries, 1)

@@ -13,29 +13,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["by_distance", "toeplitz"]
+__all__ = ["by_distance", "diagonal_sums", "expand_diagonals", "toeplitz"]
 
 
 _BLOCK = 32  # rows whose diagonals are summed together: more would pad a square tile to twice its size
 
 
-def _expand(values: Tensor, rows: int, cols: int) -> Tensor:
+def expand_diagonals(values: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+    """`toeplitz` without autograd: `(..., rows, cols)`, a view of `out` `(..., rows, rows + cols - 1)`."""
     *lead, width = values.shape
-    flat = values.unsqueeze(-2).expand(*lead, rows, width).reshape(*lead, rows * width).contiguous()
+    out = values.new_empty(*lead, rows, width) if out is None else out
+    flat = out.copy_(values.unsqueeze(-2)).view(*lead, rows * width)
     # rows that are one entry shorter than the copies start one place further left in each copy
+    cols = width - rows + 1
     return flat[..., rows - 1 :].as_strided((*lead, rows, cols), (*flat.stride()[:-1], width - 1, 1))
 
 
-def _sum_diagonals(grad: Tensor, shift: int = 1) -> Tensor:
+def diagonal_sums(grad: Tensor, shift: int = 1) -> Tensor:
     """Sums of `(..., r, c)` along the diagonals that go `shift` columns a row: `(..., c + (r - 1) shift)`."""
     *lead, rows, cols = grad.shape
     if rows > _BLOCK:
         whole = rows // _BLOCK * _BLOCK
         blocks = grad[..., :whole, :].unflatten(-2, (-1, _BLOCK))
-        sums = _sum_diagonals(_sum_diagonals(blocks, shift), shift * _BLOCK)
+        sums = diagonal_sums(diagonal_sums(blocks, shift), shift * _BLOCK)
         if whole == rows:
             return sums
-        rest = _sum_diagonals(grad[..., whole:, :], shift)
+        rest = diagonal_sums(grad[..., whole:, :], shift)
         sums = torch.nn.functional.pad(sums, ((rows - whole) * shift, 0))
         sums[..., : rest.shape[-1]] += rest
         return sums
@@ -54,22 +57,22 @@ def _sum_diagonals(grad: Tensor, shift: int = 1) -> Tensor:
 
 class _Toeplitz(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, rows: int, cols: int) -> Tensor:
-        return _expand(values, rows, cols)
+    def forward(ctx: Any, values: Tensor, rows: int) -> Tensor:
+        return expand_diagonals(values, rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_diagonals(grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return diagonal_sums(grad), None
 
 
-def toeplitz(values: Tensor, rows: int, cols: int) -> Tensor:
+def toeplitz(values: Tensor, rows: int) -> Tensor:
     """The tile `(..., rows, cols)` with `tile[a, b] = values[rows - 1 - a + b]`.
 
     Args:
         values: `(..., rows + cols - 1)`, from the bottom left corner of the tile to its top right one.
     """
-    return _Toeplitz.apply(values, rows, cols)
+    return _Toeplitz.apply(values, rows)
 
 
 def by_distance(
@@ -87,7 +90,7 @@ def by_distance(
     if r == 0 or c == 0:
         return at(rows.new_zeros(1))[:, :, None].expand(-1, r, c)
     if consecutive or int(cols[-1] - cols[0]) == c - 1:
-        return toeplitz(at(rows[0] - cols[0] + torch.arange(r - 1, -c, -1, device=rows.device)), r, c)
+        return toeplitz(at(rows[0] - cols[0] + torch.arange(r - 1, -c, -1, device=rows.device)), r)
     nearest = rows[0] - cols[-1]
     values = at(nearest + torch.arange(int(rows[-1] - cols[0] - nearest) + 1, device=rows.device))
     return values[:, rows[:, None] - cols - nearest]

@@ -26,7 +26,7 @@ from polyhead.attend.tile import Tile
 __all__ = ["Banded"]
 
 _ROWS = 32  # queries of a block: few, since a block reads as many keys more than its window
-_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 class Banded:
@@ -220,7 +220,7 @@ class _Blocks:
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """Pairs (n, t0, t1): blocks whose scores together stay in the cache."""
         count = self.q.shape[1]
-        budget = _ELEMENTS.get(self.q.device.type, 1 << 18)
+        budget = _ELEMENTS.get(self.q.device.type, 1 << 20)
         step = max(1, budget // (self.repeat * self.rows * (self.span + self.sinks)))
         for n in range(self.q.shape[0]):
             for t0 in range(0, count, step):
