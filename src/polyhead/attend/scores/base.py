@@ -96,7 +96,7 @@ def chain(score: Score | Iterable[Score] | None) -> Score | None:
     if score is None or (isinstance(score, Score) and not isinstance(score, Chain)):
         return score
     if not isinstance(score, Chain):
-        if not several(score):
+        if not several(score) or isinstance(score, Tensor):
             raise ConfigError(
                 f"score must be a Score or a sequence of them, got {given(score)}{_hint(score)}"
             )
