@@ -24,6 +24,7 @@ from polyhead.errors import ConfigError, ShapeError
 __all__ = ["attend", "explain", "observe"]
 
 _SOFTMAX = softmax()
+_NUMBER = (float, int)
 
 
 @overload
@@ -103,7 +104,7 @@ def attend(
         and score is None
         and type(normalizer) is Softmax
         and normalizer.sink is None
-        and isinstance(dropout, (float, int))
+        and type(dropout) in _NUMBER
         and not dropout
         and return_lse is False
         and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
@@ -186,12 +187,13 @@ def _consumers(consumers: Iterable[Consumer]) -> tuple[Consumer, ...]:
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return False
-    if not (q.ndim == k.ndim == v.ndim == 4):
+    shape, kv_shape = q.shape, k.shape
+    if not len(shape) == len(kv_shape) == 4:
         return False
-    batch, heads, queries, width = q.shape
-    kv_batch, kv_heads, keys, key_width = k.shape
+    batch, heads, queries, width = shape
+    kv_batch, kv_heads, keys, key_width = kv_shape
     return (
-        v.shape == k.shape
+        v.shape == kv_shape
         and kv_batch == batch
         and key_width == width
         and keys > 0
@@ -199,7 +201,7 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
         and width > 0
         and kv_heads > 0
         and heads % kv_heads == 0
-        and (not causal or queries in (1, keys))
+        and (not causal or queries == 1 or queries == keys)
         and q.dtype == k.dtype == v.dtype
         and q.device == k.device == v.device
         and q.is_floating_point()

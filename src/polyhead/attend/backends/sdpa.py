@@ -22,9 +22,12 @@ def plain(
 ) -> Tensor:
     """Softmax attention by SDPA with grouped heads; `causal` needs L == S or L == 1."""
     # a fused kernel wants its last dimension dense, and holds all L × S scores otherwise
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, width = q.shape
     kv_heads = k.shape[1]
+    if queries == 1 and kv_heads == heads and allowed is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)  # microseconds count in decoding
     if queries == 1 and kv_heads != heads and (allowed is None or allowed.shape[1] == 1):
         # the queries of a group become rows, so that its keys are read once and not once a head
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
