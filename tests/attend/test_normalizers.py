@@ -358,7 +358,8 @@ def test_messages():
     with pytest.raises(ConfigError, match="bias must be a finite number, got inf"):
         sigmoid(bias=math.inf)
     with pytest.raises(
-        ConfigError, match=r"alpha must be a number or a floating-point tensor, got a tensor .* of torch.int64"
+        ConfigError,
+        match=r"alpha must be a number or a floating-point tensor, got a tensor .* of torch.int64",
     ):
         entmax(torch.tensor([2]))
     with pytest.raises(
