@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,7 +96,10 @@ class MultiHeadAttention(AttentionModule):
         self.head_dim, self.value_dim = projection.head_dim, projection.value_dim
         self.projection = projection
         self.position = PositionModule(
-            position, dim=projection.dim, head_dim=projection.head_dim, heads=projection.heads
+            position,
+            dim=projection.dim,
+            head_dim=getattr(projection, "turned_dim", projection.head_dim),
+            heads=projection.heads,
         )
         maps = chain(score)
         self.score = None if maps is None else PartModule(maps, device=device, dtype=dtype)
@@ -177,15 +181,27 @@ class MultiHeadAttention(AttentionModule):
             x = position.add(x, where)
             if position.adds:
                 source = position.add(context, places)
-        q = projection.queries(x)
-        k, v = projection.keys_values(source)
-        if position.turns:
-            q, k = position.turn(q, where), position.turn(k, places)
+        q = self._queries(x, where)
+        rows = self._rows(source, places)
         if cache is None:
-            kept = Kept((k, v), k.shape[2], padding)
+            kept = Kept(rows, source.shape[1], padding)
         else:
-            kept = cache.append(k, v, padding=padding, positions=own)
+            kept = cache.append(*rows, padding=padding, positions=own)
         return self._attend(q, kept, mask, first=kept.length - queries, latest=True)
+
+    def _queries(self, x: Tensor, where: int | Tensor) -> Tensor:
+        """The queries of inputs that stand at `where`, as `_mix` takes them."""
+        return self.position.turn(self.projection.queries(x), where)
+
+    def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
+        """What is kept of tokens that stand at `places`, and attended to: one tensor for every stream."""
+        k, v = self.projection.keys_values(source)
+        return self.position.turn(k, places), v
+
+    def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        """The outputs of the heads `(B, H, L, Dv)`; the options are those of `attend`."""
+        k, v = rows
+        return attend(self.projection.spread(q), k, v, **options)
 
     def _from_context(
         self,
@@ -202,13 +218,12 @@ class MultiHeadAttention(AttentionModule):
             raise ConfigError(f"the cache already holds a context and its padding; leave {given}= out")
         first, queries = cache.length, x.shape[1]
         where = first if positions is None else positions
-        q = self.position.turn(self.projection.queries(self.position.add(x, where)), where)
+        q = self._queries(self.position.add(x, where), where)
         return self._attend(q, cache.read(queries), mask, first=first, latest=False)
 
     def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, *, first: int, latest: bool) -> Tensor:
         """Attend from queries that stand at `first` on, and project the heads back."""
-        k, v = kept.rows
-        queries, keys = q.shape[2], k.shape[2]
+        queries, keys = q.shape[2], kept.rows[0].shape[2]
         shift = first - (keys - queries)
         parts = (None if self.mask is None else self.mask(), mask, kept.mask)
         allowed: Mask | None = None
@@ -231,10 +246,10 @@ class MultiHeadAttention(AttentionModule):
             real = real_keys(kept.padding)
             allowed = real if allowed is None else allowed & real
         # an argument that is not needed is left out: the operator knows its most common call by that
-        options = {} if self.normalizer is None else {"normalizer": self.normalizer()}
+        options: dict[str, Any] = {} if self.normalizer is None else {"normalizer": self.normalizer()}
         if self.training and self.dropout:
             options["dropout"] = self.dropout
-        y = attend(self.projection.spread(q), k, v, mask=allowed, score=score, scale=self.scale, **options)
+        y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
         return self.output(y)
 
     def _score(self) -> Score | None:
@@ -255,13 +270,11 @@ class MultiHeadAttention(AttentionModule):
         if padding is not None:
             check_real("context", padding, context)
             context = context.masked_fill(~padding[..., None], 0.0)
-        k, v = self.projection.keys_values(self.position.add(context, 0))
         length = context.shape[1]
         if queries is not None:
             whole("queries", queries, 0)
-        return ContextCache(
-            (self.position.turn(k, 0), v), padding, start=0 if queries is None else length - queries
-        )
+        rows = self._rows(self.position.add(context, 0), 0)
+        return ContextCache(rows, padding, start=0 if queries is None else length - queries)
 
     def cost(
         self,

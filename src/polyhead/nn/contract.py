@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polyhead.attend.masks import Mask
-from polyhead.checks import place
+from polyhead.checks import place, whole
 from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, KeyValueCache, WindowCache
@@ -120,3 +121,21 @@ class AttentionModule(nn.Module):
             dtype: of a cache; default that of the parameters.
         """
         raise NotImplementedError
+
+    def step_cost(
+        self, cached: int, queries: int = 1, batch: int = 1, *, dtype: torch.dtype | None = None
+    ) -> Cost:
+        """What a call with a cache costs: `queries` new tokens after `cached` ones that it holds.
+
+        Only the new tokens are projected; scores and values run over all keys. A mechanism that does more
+        with what is cached says so in its own.
+
+        Args:
+            cached: tokens in the cache.
+            queries: new tokens L.
+            batch: sequences B.
+            dtype: of the cache; default that of the parameters.
+        """
+        whole("step_cost: cached", cached, 0)
+        new = self.cost(queries, batch, dtype=dtype)
+        return replace(self.cost(queries, batch, cached + queries, dtype=dtype), projections=new.projections)
