@@ -1,16 +1,35 @@
 """The catalogue of attention mechanisms: each a configuration with a name, and the module that it builds."""
 
 from polyhead.mechanisms.config import AttentionConfig, MechanismConfig
-from polyhead.mechanisms.registry import PATTERNS, Entry, Registry, build, catalog, entry, register
+from polyhead.mechanisms.facets import FACETS, Facets
+from polyhead.mechanisms.flow import Flow, Step, flow_of
+from polyhead.mechanisms.registry import (
+    PATTERNS,
+    REFERENCE,
+    Catalog,
+    Entry,
+    Registry,
+    build,
+    catalog,
+    entry,
+    register,
+)
 
 __all__ = [
+    "FACETS",
     "PATTERNS",
+    "REFERENCE",
     "AttentionConfig",
+    "Catalog",
     "Entry",
+    "Facets",
+    "Flow",
     "MechanismConfig",
     "Registry",
+    "Step",
     "build",
     "catalog",
     "entry",
+    "flow_of",
     "register",
 ]

@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from polyhead.checks import given, place
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
+from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.flow import Flow, flow_of
+from polyhead.mechanisms.select import select
 from polyhead.nn.contract import AttentionModule
+from polyhead.nn.cost import Cost
 
-__all__ = ["PATTERNS", "Catalog", "Entry", "Registry", "build", "catalog", "entry", "register"]
+__all__ = ["PATTERNS", "REFERENCE", "Catalog", "Entry", "Registry", "build", "catalog", "entry", "register"]
 
 PATTERNS = frozenset({"self", "causal_self", "cross", "causal_cross"})
+
+# The size at which the catalogue compares: of the mechanism, of the call, and what a cache holds.
+REFERENCE: dict[str, Any] = {"dim": 512, "heads": 8, "length": 4096, "dtype": torch.float16}
+
+_SHOWN = Facets()  # whatever the module shows by itself
 
 C = TypeVar("C", bound=type[MechanismConfig])
 
@@ -39,6 +50,8 @@ class Entry:
         graph_breaks: places where `torch.compile` leaves the graph in a causal call, the more the slower.
         config: the class of its configuration.
         file: its file, relative to the package.
+        declared: what its file says of its facets.
+        picture: its data flow, where its file draws it; None where its parts say it.
     """
 
     name: str
@@ -52,6 +65,29 @@ class Entry:
     graph_breaks: int
     config: type[MechanismConfig]
     file: str
+    declared: Facets = _SHOWN
+    picture: Flow | None = None
+
+    def example(self, **size: Any) -> AttentionModule:
+        """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
+        size = {name: REFERENCE[name] for name in ("dim", "heads", "dtype")} | size
+        dtype = size.pop("dtype")
+        return self.config(**size).build(device="meta", dtype=dtype)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What a call costs at the size of `REFERENCE`, with the options left as they are."""
+        return self.example().cost(REFERENCE["length"])
+
+    @cached_property
+    def facets(self) -> Facets:
+        """What kind of attention it is: what its file declares, and what the module itself shows."""
+        return self.declared.settled(self.example(), self.supports)
+
+    @cached_property
+    def flow(self) -> Flow:
+        """What becomes of the inputs, step by step, at the size of `REFERENCE`."""
+        return flow_of(self.example()) if self.picture is None else self.picture
 
     def __str__(self) -> str:
         paper = f"paper {self.paper}" if self.paper else "-"
@@ -86,12 +122,22 @@ class Registry:
         aliases: tuple[str, ...] = (),
         supports: frozenset[str] = PATTERNS,
         graph_breaks: int = 0,
+        facets: Facets = _SHOWN,
+        picture: Flow | None = None,
     ) -> Callable[[C], C]:
-        """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`."""
+        """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
+
+        Declare in `facets` only what the module does not show by itself: see `Facets`. Give a `picture` only
+        where the one that `flow_of` makes of the module's parts says too little.
+        """
         if not isinstance(supports, frozenset | set) or not supports <= PATTERNS or not supports:
             raise ConfigError(
                 f"{name}: supports must be a set of some of {sorted(PATTERNS)}; got {given(supports)}"
             )
+        if not isinstance(facets, Facets):
+            raise ConfigError(f"{name}: facets must be Facets(...); got {given(facets)}")
+        if not isinstance(picture, Flow | None):
+            raise ConfigError(f"{name}: picture must be a Flow; got {given(picture)}")
 
         def add(config: C) -> C:
             for known in (name, *aliases):
@@ -101,7 +147,19 @@ class Registry:
                     )
             file = config.__module__.removeprefix("polyhead.").replace(".", "/") + ".py"
             self._entries[name] = Entry(
-                name, aliases, paper, title, family, summary, equation, supports, graph_breaks, config, file
+                name,
+                aliases,
+                paper,
+                title,
+                family,
+                summary,
+                equation,
+                frozenset(supports),
+                graph_breaks,
+                config,
+                file,
+                facets,
+                picture,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config
@@ -194,9 +252,59 @@ def build(name: str, *, device: Any = None, dtype: Any = None, **config: Any) ->
     return _load().build(name, device=device, dtype=dtype, **config)
 
 
-def catalog() -> Catalog:
-    """Every mechanism that can be built by name: paper, family, summary, what it supports."""
-    return _load().catalog()
+def catalog(
+    *,
+    family: str | None = None,
+    paper: str | None = None,
+    supports: str | Iterable[str] | None = None,
+    kv_bytes: str | None = None,
+    sequences: str | Iterable[str] | None = None,
+    levels: str | Iterable[str] | None = None,
+    positions: str | Iterable[str] | None = None,
+    representations: str | Iterable[str] | None = None,
+    alignment: str | Iterable[str] | None = None,
+    distribution: str | Iterable[str] | None = None,
+    complexity: str | Iterable[str] | None = None,
+    cache: str | Iterable[str] | None = None,
+) -> Catalog:
+    """The mechanisms that can be built by name, by name: `catalog(family="sharing", kv_bytes="<=512")`.
+
+    Args:
+        family: the kind of idea, such as "sharing".
+        paper: number of the paper, "074".
+        supports: patterns, out of `PATTERNS`; a mechanism must support all of them.
+        kv_bytes: what a token of a cache may take, such as "<512" or ">=128", in bytes at the size of
+            `REFERENCE`: dim=512, heads=8, float16, all options at their defaults.
+        sequences, levels, positions, representations, alignment, distribution, complexity, cache: facets, of
+            which `FACETS` says what the values mean; one of the given values must be the mechanism's.
+
+    Returns:
+        The entries, which print one a line; none if no mechanism is like that.
+
+    Raises:
+        ConfigError: a value that there is not; the message lists those that there are.
+    """
+    facets = {
+        "sequences": sequences,
+        "levels": levels,
+        "positions": positions,
+        "representations": representations,
+        "alignment": alignment,
+        "distribution": distribution,
+        "complexity": complexity,
+        "cache": cache,
+    }
+    entries = _load().catalog()
+    found = select(
+        entries,
+        patterns=PATTERNS,
+        family=family,
+        paper=paper,
+        supports=supports,
+        kv_bytes=kv_bytes,
+        facets={name: value for name, value in facets.items() if value is not None},
+    )
+    return Catalog(found)
 
 
 def entry(name: str) -> Entry:

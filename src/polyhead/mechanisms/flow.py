@@ -1,0 +1,191 @@
+"""What becomes of the inputs of a module, step by step, read off its parts.
+
+    x ─ query ─ position ──────────────┐
+    c ─ key, value ─ position ─ cache ─┴─ scores ─ mask ─ normaliser ─ values ─ output ─ y
+
+Nothing here knows a mechanism. A part that is found on a module and is not one of those that
+`MultiHeadAttention` has stands where its class says with `acts_on`, one of `STAGES`, and else among the
+`others`, of which the picture says only that they are there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from polyhead.attend.normalizers import softmax
+from polyhead.attend.scores.base import Chain
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.contract import AttentionModule
+from polyhead.nn.part_module import PartModule
+
+__all__ = ["STAGES", "Flow", "Step", "flow_of"]
+
+# where a part may act: on the queries, on keys and values, on scores, on weights, on the outputs of the heads
+STAGES = ("queries", "keys", "scores", "weights", "heads")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what it is called, and what it does there."""
+
+    name: str
+    what: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}" if self.what else self.name
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Steps in their order.
+
+    Attributes:
+        queries: from x to the queries.
+        keys: from the context, or x, to keys and values.
+        joined: from scores to the output.
+        others: parts that the module has besides.
+    """
+
+    queries: tuple[Step, ...]
+    keys: tuple[Step, ...]
+    joined: tuple[Step, ...]
+    others: tuple[Step, ...] = ()
+
+
+def flow_of(module: AttentionModule) -> Flow:
+    """The data flow of a module, with its sizes."""
+    if isinstance(module, MultiHeadAttention):
+        return _attention(module)
+    dim = getattr(module.config, "dim", None) or "d"
+    return Flow(
+        (Step("x", f"(L, {dim})"),),
+        (Step("c", "(S, d), the context, or x"), _cache(module)),
+        (*_children(module, ()), Step("y", f"(L, {dim})")),
+    )
+
+
+_KNOWN = ("projection", "position", "score", "normalizer", "mask", "output")
+
+
+def _attention(module: MultiHeadAttention) -> Flow:
+    projection = module.projection
+    at: dict[str, list[Step]] = {stage: [] for stage in (*STAGES, "others")}
+    for name, part in _parts(projection):
+        stage = getattr(part, "acts_on", None) or _lane(name)
+        at[stage].append(Step(name, _does(part, _shape(projection, name))))
+    for name, part in _parts(module, _KNOWN):
+        stage = getattr(part, "acts_on", "others")
+        at[stage].append(Step(name, _does(part)))
+    position = module.position.position
+    adds, turns = module.position.adds, module.position.turns
+    placed = [Step("position", _brief(position))]
+    queries = [Step("x", f"(L, {projection.dim})"), *placed * adds, *at["queries"], *placed * turns]
+    keys = [
+        Step("c", f"(S, {projection.context_dim}), the context, or x"),
+        *placed * adds,
+        *at["keys"],
+        *placed * turns,
+        _cache(module),
+    ]
+    scale = f"q·k / √{module.head_dim}" if module.scale is None else f"q·k × {module.scale:g}"
+    shared = module.heads // module.kv_heads
+    reads = "" if shared == 1 else f", k of head h // {shared}" if module.kv_heads > 1 else ", one k for all"
+    joined = [Step("scores", f"{scale}{reads}: {module.heads} maps of L × S")]
+    own = module.position.score
+    joined += [Step("score map", _brief(one)) for one in _terms(own)]
+    joined += [Step("score map", _brief(one)) for one in _terms(_spec(module.score))]
+    joined += at["scores"]
+    fixed = "" if module.mask is None else f"{module.mask.spec!r}, "
+    joined.append(Step("mask", f"{fixed}that of the call, padding"))
+    joined.append(
+        Step("normaliser", _brief(softmax() if module.normalizer is None else module.normalizer.spec))
+    )
+    joined += at["weights"]
+    joined.append(Step("values", f"weights · v: {_heads(module.heads, module.value_dim)}"))
+    joined += at["heads"]
+    joined.append(Step("output", _output(module)))
+    joined.append(Step("y", f"(L, {projection.dim})"))
+    return Flow(tuple(queries), tuple(keys), tuple(joined), tuple(at["others"]))
+
+
+def _spec(part: PartModule | None) -> Any:
+    return None if part is None else part.spec
+
+
+def _terms(score: Any) -> tuple[Any, ...]:
+    if score is None:
+        return ()
+    return tuple(score.scores) if isinstance(score, Chain) else (score,)
+
+
+def _parts(module: nn.Module, known: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Submodules and parameters of `module` itself, but those that are known already."""
+    for name, part in (*module.named_children(), *module.named_parameters(recurse=False)):
+        if name not in known:
+            yield name, part
+
+
+def _children(module: nn.Module, known: Iterable[str]) -> tuple[Step, ...]:
+    return tuple(Step(name, _does(part)) for name, part in _parts(module, known))
+
+
+def _lane(name: str) -> str:
+    if name.startswith(("query", "q_")) or name == "q":
+        return "queries"
+    if name.startswith(("key", "value", "kv", "k_", "v_")) or name in ("k", "v"):
+        return "keys"
+    return "others"
+
+
+def _shape(projection: Any, name: str) -> tuple[int, int] | None:
+    """Heads and width of what the map called `name` makes, if it makes heads."""
+    return {
+        "query": (getattr(projection, "query_heads", projection.heads), projection.head_dim),
+        "key": (projection.kv_heads, projection.head_dim),
+        "value": (projection.kv_heads, projection.value_dim),
+    }.get(name)
+
+
+def _heads(count: int, width: int) -> str:
+    return f"{count} head{'s' if count > 1 else ''} of {width}"
+
+
+def _output(module: MultiHeadAttention) -> str:
+    output, width = module.output, module.heads * module.value_dim
+    if isinstance(output, nn.Linear) and output.in_features == width:
+        return f"{_heads(module.heads, module.value_dim)} → {output.out_features}"
+    return _does(output)
+
+
+def _does(part: Any, shape: tuple[int, int] | None = None) -> str:
+    """A part in a few words: sizes of a linear map, else its class and what that says of itself."""
+    if isinstance(part, nn.Linear):
+        made = str(part.out_features)
+        if shape is not None and math.prod(shape) == part.out_features:
+            made = _heads(*shape)
+        return f"{part.in_features} → {made}"
+    if isinstance(part, PartModule):
+        return _brief(part.spec)
+    if not isinstance(part, nn.Module):
+        return f"learned, {' × '.join(map(str, part.shape)) or 'a number'}"
+    said = (inspect.getdoc(type(part)) or "").partition("\n")[0]
+    if type(part).__module__.startswith("torch."):
+        return repr(part).partition("\n")[0]
+    return f"{type(part).__name__}. {said}" if said else type(part).__name__
+
+
+def _brief(part: Any) -> str:
+    """A description in a few words: `Softmax()` is softmax, other parts as they print."""
+    text = repr(part)
+    return "softmax" if text in ("Softmax()", "Softmax(sink=None)") else text
+
+
+def _cache(module: AttentionModule) -> Step:
+    rows = " + ".join(f"{heads} × {width}" for heads, width in module.streams)
+    return Step("cache", f"{rows} numbers a token")
