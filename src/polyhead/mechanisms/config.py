@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Any
+from typing import Any, TypeVar
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
@@ -15,6 +16,8 @@ from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one
 
 __all__ = ["AttentionConfig", "MechanismConfig", "largest_divisor"]
+
+M = TypeVar("M", bound=MultiHeadAttention)
 
 
 class MechanismConfig(Part):
@@ -66,9 +69,23 @@ class AttentionConfig(MechanismConfig):
     mask: Mask | None = None
     dropout: float = 0.0
 
-    def assemble(self, *, heads: int, kv_heads: int, device: Any, dtype: Any) -> MultiHeadAttention:
-        """The module with so many projected query heads and key/value heads."""
-        projection = Projection(
+    def assemble(
+        self,
+        *,
+        heads: int,
+        kv_heads: int,
+        device: Any,
+        dtype: Any,
+        projection: Callable[..., Projection] = Projection,
+        output: Callable[..., OutputProjection] = OutputProjection,
+        module: Callable[..., M] = MultiHeadAttention,  # type: ignore[assignment]
+    ) -> M:
+        """The module with so many projected query heads and key/value heads.
+
+        Args:
+            projection, output, module: what makes the parts and the module, called as the defaults are.
+        """
+        project = projection(
             self.dim,
             heads,
             kv_heads=kv_heads,
@@ -80,12 +97,10 @@ class AttentionConfig(MechanismConfig):
             device=device,
             dtype=dtype,
         )
-        output = OutputProjection(
-            self.dim, projection.heads, projection.value_dim, bias=self.bias, device=device, dtype=dtype
-        )
-        return MultiHeadAttention(
-            projection,
-            output,
+        join = output(self.dim, project.heads, project.value_dim, bias=self.bias, device=device, dtype=dtype)
+        return module(
+            project,
+            join,
             position=self.position,
             score=self.score,
             normalizer=self.normalizer,
