@@ -1,6 +1,6 @@
 """KV caches for pretrained models whose heads keep different numbers of tokens.
 
-    cache = per_head(model, full=profile["retrieval"].top(0.2), sink=4, window=256)
+    cache = per_head(model, full=profile["retrieval"].by_kv_head().top(0.2), sink=4, window=256)
     model.generate(**inputs, past_key_values=cache)
 
 `duo` and `razor` are two ways of finding the heads that need the whole context. Nothing here imports

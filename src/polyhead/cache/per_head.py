@@ -44,9 +44,10 @@ def per_head(
 
     Args:
         model: a transformers decoder, or encoder-decoder, whose cross-attention is kept whole.
-        full: which heads keep the whole context: `Heads` such as `scores.top(0.2)` (a KV head is kept in full
-            if any of the query heads that read it is chosen), pairs (layer, KV head), a bool for each KV head
-            of each layer, a share or number of KV heads together with `scores`, `"all"` or `"none"`.
+        full: which heads keep the whole context: `Heads` such as `scores.by_kv_head().top(0.2)`, pairs
+            (layer, KV head), a bool for each KV head of each layer, a share or number of KV heads together
+            with `scores`, `"all"` or `"none"`. Of chosen query heads, every KV head that one of them reads is
+            kept in full, which can be many more: `scores.top(0.2)` is not a fifth of the KV heads.
         sink: first tokens that the other heads keep.
         window: recent tokens that they keep, the current one among them.
         prefill: "masked": every token sees what it would see if tokens came one by one, so that results do

@@ -81,7 +81,7 @@ def full_heads(
             raise ConfigError(
                 f"full={full!r} is a number of heads and does not say which; pass scores= as well, for "
                 "example full=0.2, scores=profile['retrieval'], or the heads themselves: "
-                "full=profile['retrieval'].top(0.2)"
+                "full=profile['retrieval'].by_kv_head().top(0.2)"
             )
         grouped = scores
         if scores.level == "query":
