@@ -82,14 +82,13 @@ def by_distance(
 
     Args:
         at: gives `(H, n)` for int64 distances `(n,)`.
-        rows: absolute positions, consecutive.
-        cols: absolute positions, ascending.
-        consecutive: whether it is known that `cols` has no gap (else that is looked up).
+        rows, cols: absolute positions, ascending.
+        consecutive: whether it is known that neither has a gap (else that is looked up).
     """
     r, c = len(rows), len(cols)
     if r == 0 or c == 0:
         return at(rows.new_zeros(1))[:, :, None].expand(-1, r, c)
-    if consecutive or int(cols[-1] - cols[0]) == c - 1:
+    if consecutive or (int(cols[-1] - cols[0]) == c - 1 and int(rows[-1] - rows[0]) == r - 1):
         return toeplitz(at(rows[0] - cols[0] + torch.arange(r - 1, -c, -1, device=rows.device)), r)
     nearest = rows[0] - cols[-1]
     values = at(nearest + torch.arange(int(rows[-1] - cols[0] - nearest) + 1, device=rows.device))

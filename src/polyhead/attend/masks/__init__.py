@@ -17,6 +17,7 @@ from polyhead.attend.masks.content import (
     per_head,
     where,
 )
+from polyhead.attend.masks.gathered import Gathered, gathered
 from polyhead.attend.masks.neighborhood import Neighborhood, neighborhood
 from polyhead.attend.masks.positional import (
     Blocks,
@@ -41,6 +42,7 @@ __all__ = [
     "Blocks",
     "Dilated",
     "Documents",
+    "Gathered",
     "Mask",
     "Neighborhood",
     "Not",
@@ -59,6 +61,7 @@ __all__ = [
     "densify",
     "dilated",
     "documents",
+    "gathered",
     "neighborhood",
     "padding",
     "per_head",

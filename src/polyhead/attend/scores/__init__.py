@@ -6,6 +6,7 @@ Every one is differentiable, also with respect to the tensors that it holds.
 """
 
 from polyhead.attend.scores.base import Chain, Score, chain
+from polyhead.attend.scores.gathered import GatheredScore
 from polyhead.attend.scores.pointwise import (
     ScoreFunction,
     SoftCap,
@@ -29,6 +30,7 @@ from polyhead.attend.scores.positional import (
 __all__ = [
     "ALiBi",
     "Chain",
+    "GatheredScore",
     "Positional",
     "RelativeBias",
     "Score",
