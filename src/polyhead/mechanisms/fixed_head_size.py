@@ -97,7 +97,7 @@ def realise(
     at_least_one("realise", head_dim=head_dim)
     if head_dim < n:
         raise ConfigError(
-            f"head_dim must be at least {n}, the inputs: a narrower head cannot give all weights; got {head_dim}"
+            f"head_dim must be at least {n}, the inputs; got {head_dim}, too narrow for every pattern"
         )
     sums = weights.sum(-1)
     if not bool((weights > 0).all()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
