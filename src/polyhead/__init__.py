@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # The operator shares its name with the package that it lives in: imported here, the function wins.
+from polyhead.attend.across_heads import head_mix
 from polyhead.attend.function import attend, explain, observe
 from polyhead.attend.masks import (
     Mask,
@@ -27,6 +28,7 @@ from polyhead.attend.plan import Plan, strict
 from polyhead.attend.scores import Score, alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
 from polyhead.attend.tile import Tile
 from polyhead.attend.tiles import Consumer
+from polyhead.attend.weight_maps import WeightMap
 from polyhead.description import find_parts_with, from_json, to_json
 from polyhead.errors import PolyheadError
 from polyhead.head_scores import HeadScores
@@ -62,6 +64,7 @@ __all__ = [
     "PolyheadError",
     "Score",
     "Tile",
+    "WeightMap",
     "__version__",
     "alibi",
     "attach",
@@ -78,6 +81,7 @@ __all__ = [
     "entry",
     "explain",
     "from_json",
+    "head_mix",
     "heads",
     "hf",
     "neighborhood",

@@ -217,7 +217,7 @@ def test_the_operator_is_a_good_citizen() -> None:
 
     table = torch.randn(4, 9, requires_grad=True)
     found = Spelling()
-    text = spell((ph.causal(), ph.relative_bias(table), ph.softmax()), found)
+    text = spell((ph.causal(), ph.relative_bias(table), ph.softmax(), None), found)
     q, k, v = operands(20)
     seed = torch.zeros((), dtype=torch.int64)
     torch.library.opcheck(

@@ -18,6 +18,7 @@ from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.tiles import Consumer, observe_tiles
+from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
 from polyhead.errors import ConfigError, ShapeError
 
@@ -36,6 +37,7 @@ def attend(
     mask: Mask | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: Literal[False] = False,
@@ -52,6 +54,7 @@ def attend(
     mask: Mask | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: Literal[True],
@@ -67,12 +70,13 @@ def attend(
     mask: Mask | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "B H L Dv"] | tuple[Float[Tensor, "B H L Dv"], Float[Tensor, "B H L"]]:
-    """Multi-head attention: out_i = sum_j w_ij v_j with w_i = normalizer(score(scale · q_i·k_j) masked).
+    """Multi-head attention: out_i = sum_j w_ij v_j, w_i = weight_map(normalizer(score(scale · q_i·k_j))).
 
     Query head h reads key/value head h // (H / G). With L queries and S keys, query row r stands at
     position r + S - L: queries are the last positions, as in decoding. A row that may look at nothing
@@ -85,6 +89,8 @@ def attend(
         mask: who may look at whom, such as `causal() & window(255)`; None: everybody at everything.
         score: maps of the logits, one or a sequence applied in order, such as `(alibi(8), soft_cap(30.0))`.
         normalizer: how a row's logits become weights. Default `softmax()`.
+        weight_map: maps of the weights behind the normaliser, one or a sequence, such as `head_mix(matrix)`.
+            Forbidden pairs keep weight 0, and what comes out need not sum to 1. Dropout comes after it.
         scale: factor of q·k. Default 1/sqrt(D).
         dropout: probability with which a weight is dropped; drawn from torch's default generator.
         return_lse: also return the log-sum-exp of each row's logits, -inf where there are none (softmax).
@@ -102,6 +108,7 @@ def attend(
     if (
         backend == "auto"
         and score is None
+        and weight_map is None
         and type(normalizer) is Softmax
         and normalizer.sink is None
         and type(dropout) in _NUMBER
@@ -113,7 +120,7 @@ def attend(
     ):
         # the common call, decided without building a plan: the planner would say the same
         return plain(q, k, v, causal=mask is not None, scale=scale)
-    request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
+    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, dropout, return_lse)
     if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
         from polyhead.attend.opaque import attend_opaque  # imports the compiler, which is here already
 
@@ -134,13 +141,14 @@ def explain(
     mask: Mask | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Plan:
     """The plan of the same call of `attend`: the chosen backend, and for each other one why not."""
-    request = _request(q, k, v, mask, score, normalizer, scale, dropout, return_lse)
+    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, dropout, return_lse)
     return plan(request, BACKENDS, backend)
 
 
@@ -153,6 +161,7 @@ def observe(
     mask: Mask | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H L Dv"]:
     """The output of `attend`, while `consumers` see all weights, strip by strip, in O(L) memory.
@@ -161,7 +170,7 @@ def observe(
     which batch items, heads, query and key positions it holds; pairs outside the tiles have weight 0.
     The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
     """
-    request = _request(q, k, v, mask, score, normalizer, scale, 0.0, False)
+    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, 0.0, False)
     return observe_tiles(request.q, request.k, request.v, request.problem, _consumers(consumers))
 
 
@@ -215,6 +224,7 @@ def _request(
     mask: Mask | None,
     score: Score | Sequence[Score] | None,
     normalizer: Normalizer,
+    weight_map: WeightMap | Sequence[WeightMap] | None,
     scale: float | None,
     dropout: float,
     return_lse: bool,
@@ -256,7 +266,7 @@ def _request(
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout))
+    problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout), weight_chain(weight_map))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)
 

@@ -35,7 +35,7 @@ def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None
     """Run a call as one step of the graph that is being compiled; `backend` is "auto" or a streaming one."""
     problem = request.problem
     found = Spelling()
-    text = spell((problem.mask, problem.score, problem.normalizer), found, _constant_name)
+    text = spell((problem.mask, problem.score, problem.normalizer, problem.weight_map), found, _constant_name)
     seed = torch.randint(2**62, ()) if problem.dropout else torch.zeros((), dtype=torch.int64)
     out, lse = _attend(
         request.q,
@@ -57,8 +57,8 @@ def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None
 def _problem(
     text: str, tensors: Sequence[Tensor], ints: list[int], floats: list[float], scale: float, dropout: float
 ) -> Problem:
-    mask, score, normalizer = read(text, tensors, ints, floats)
-    return Problem(mask, score, normalizer, scale, dropout)
+    mask, score, normalizer, weight_map = read(text, tensors, ints, floats)
+    return Problem(mask, score, normalizer, scale, dropout, weight_map)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem, want_lse: bool, backend: str) -> Kernel:

@@ -2,81 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from polyhead.attend.across_heads import AcrossHeads
+from polyhead.attend.map_stages import ClosedForm, InTurn, Stage
 from polyhead.attend.scores import Chain, Positional, Score
 from polyhead.attend.scores.base import heads_of
-from polyhead.attend.stream import OwnGradients, trainable
+from polyhead.attend.stream import OwnGradients
 from polyhead.attend.strip_work import Operands, StripWork
 from polyhead.attend.toeplitz import diagonal_sums, expand_diagonals
 
-__all__ = ["ScoreMaps", "score_maps"]
+__all__ = ["score_maps"]
 
 
-class ScoreMaps:
-    """Any score maps: applied to a strip, and differentiated by autograd where that is asked for.
-
-    Attributes:
-        may_hide: whether a map might put -inf where the mask allows a pair.
-    """
-
-    may_hide = True
-
-    def __init__(self, score: Score, own: OwnGradients | None) -> None:
-        self.score, self.own = score, own
-        self.leaves = () if own is None else trainable(score)
-
-    def there(self, raw: Tensor, part: StripWork) -> Tensor:
-        """The mapped scores, which may be overwritten, as may `raw`."""
-        if self.own is not None:
-            with torch.enable_grad():
-                self.source = raw.detach().requires_grad_()
-                self.result = self.score.apply(self.source, part.tile)
-            return self.result.detach().clone()
-        mapped = self.score.apply(raw, part.tile)
-        # the mask is written in place, which must not reach a tensor of the caller's
-        return mapped.clone() if mapped is raw or not mapped.is_contiguous() else mapped
-
-    def back(self, grad: Tensor, part: StripWork) -> Tensor:
-        """The gradient for the raw scores; those for the maps' own tensors are added to the totals."""
-        if not self.result.requires_grad:
-            return torch.zeros_like(grad)
-        for_raw, *rest = torch.autograd.grad(
-            self.result, (self.source, *self.leaves), grad, allow_unused=True
-        )
-        self._collect(rest)
-        return torch.zeros_like(grad) if for_raw is None else for_raw.contiguous()
-
-    def done(self) -> None:
-        """All strips were there and back."""
-
-    def _collect(self, grads: Sequence[Tensor | None]) -> None:
-        assert self.own is not None
-        for leaf, grad in zip(self.leaves, grads, strict=True):
-            self.own.add(leaf, grad)
-
-
-class _Biases(ScoreMaps):
+class _Biases(Stage):
     """Maps that only add a bias: what comes in goes on as it is."""
 
     may_hide = False
+    part: Score
 
-    def there(self, raw: Tensor, part: StripWork) -> Tensor:
+    def there(self, raw: Tensor, work: StripWork) -> Tensor:
         with torch.set_grad_enabled(bool(self.leaves)):
-            self.bias = self.score.bias(part.tile, raw.dtype)
+            self.bias = self.part.bias(work.tile, raw.dtype)
         return raw if self.bias is None else raw.add_(self.bias.detach())
 
-    def back(self, grad: Tensor, part: StripWork) -> Tensor:
+    def back(self, grad: Tensor, work: StripWork) -> Tensor:
         if self.bias is not None and self.bias.requires_grad:
             down = over_batch(grad).sum_to_size(self.bias.shape)
             self._collect(torch.autograd.grad(self.bias, self.leaves, down, allow_unused=True))
         return grad
 
 
-class _Distances(ScoreMaps):
+class _Distances(Stage):
     """Biases by distance: all L + S - 1 values are asked for once, and every strip is made of them."""
 
     may_hide = False
@@ -92,9 +53,9 @@ class _Distances(ScoreMaps):
         self.detached = self.values.detach()
         self.total = torch.zeros_like(self.detached) if self.leaves else None
 
-    def _runs(self, part: StripWork) -> Iterator[tuple[slice, slice]]:
+    def _runs(self, work: StripWork) -> Iterator[tuple[slice, slice]]:
         """For each run of columns: the diagonals that it has, and its columns in the strip."""
-        strip, start = part.strip, 0
+        strip, start = work.strip, 0
         rows = strip.r1 - strip.r0
         for run in strip.runs:
             columns = run.stop - run.start
@@ -102,20 +63,20 @@ class _Distances(ScoreMaps):
             yield slice(first, first + rows + columns - 1), slice(start, start + columns)
             start += columns
 
-    def there(self, raw: Tensor, part: StripWork) -> Tensor:
-        rows = part.shape[2]
-        for diagonals, columns in self._runs(part):
-            values = heads_of(self.score, self.detached, part.tile)[:, diagonals]
+    def there(self, raw: Tensor, work: StripWork) -> Tensor:
+        rows = work.shape[2]
+        for diagonals, columns in self._runs(work):
+            values = heads_of(self.part, self.detached, work.tile)[:, diagonals]
             size = (values.shape[0], rows, values.shape[1])
             bias = expand_diagonals(values, rows, self.x.buffer("bias", size))
             raw[..., columns].add_(bias)
         return raw
 
-    def back(self, grad: Tensor, part: StripWork) -> Tensor:
+    def back(self, grad: Tensor, work: StripWork) -> Tensor:
         if self.total is not None:
-            heads = part.tile.head_slice if self.total.shape[0] > 1 else slice(0, 1)
+            heads = work.tile.head_slice if self.total.shape[0] > 1 else slice(0, 1)
             down = over_batch(grad)
-            for diagonals, columns in self._runs(part):
+            for diagonals, columns in self._runs(work):
                 sums = diagonal_sums(down[..., columns])
                 target = self.total[heads, diagonals]
                 target += sums.sum_to_size(target.shape)
@@ -126,7 +87,7 @@ class _Distances(ScoreMaps):
             self._collect(torch.autograd.grad(self.values, self.leaves, self.total, allow_unused=True))
 
 
-class _Nothing(ScoreMaps):
+class _Nothing(Stage):
     """No maps."""
 
     may_hide = False
@@ -134,10 +95,10 @@ class _Nothing(ScoreMaps):
     def __init__(self) -> None:
         """Nothing to hold."""
 
-    def there(self, raw: Tensor, part: StripWork) -> Tensor:
+    def there(self, raw: Tensor, work: StripWork) -> Tensor:
         return raw
 
-    def back(self, grad: Tensor, part: StripWork) -> Tensor:
+    def back(self, grad: Tensor, work: StripWork) -> Tensor:
         return grad
 
 
@@ -153,10 +114,27 @@ def _positional(score: Score) -> list[Positional]:
     return plain if len(plain) == len(parts) else []
 
 
-def score_maps(score: Score | None, x: Operands, own: OwnGradients | None = None) -> ScoreMaps:
+def score_maps(score: Score | None, x: Operands, own: OwnGradients | None = None) -> Stage:
     """The maps of a call: with `own`, on the way there and back; else only there."""
     if score is None:
         return _Nothing()
+    if isinstance(score, AcrossHeads):
+        return ClosedForm(score, own, x, "scores 0")
     if _positional(score):
         return _Distances(score, own, x)
-    return (_Biases if score.positional else ScoreMaps)(score, own)
+    if isinstance(score, Chain) and any(isinstance(one, AcrossHeads) for one in score.scores):
+        return InTurn(_stages(score, x, own))
+    return (_Biases if score.positional else Stage)(score, own)
+
+
+def _stages(score: Chain, x: Operands, own: OwnGradients | None) -> list[Stage]:
+    """Each map across heads by itself, the other maps before, between and behind them together."""
+    stages: list[Stage] = []
+    for across, run in groupby(score.scores, lambda one: isinstance(one, AcrossHeads)):
+        parts = tuple(run)
+        if across:
+            names = (f"scores {len(stages) + n}" for n in range(len(parts)))
+            stages += [ClosedForm(one, own, x, name) for one, name in zip(parts, names, strict=True)]  # type: ignore[arg-type]
+        else:
+            stages.append(score_maps(parts[0] if len(parts) == 1 else Chain(parts), x, own))
+    return stages

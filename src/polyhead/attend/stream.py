@@ -113,6 +113,10 @@ class OwnGradients:
             total = total[heads]
         total.add_(grad.sum_to_size(total.shape))
 
+    def total(self, leaf: Tensor) -> Tensor | None:
+        """The sum so far of a leaf's gradient, to be added to in place; None if it requires none."""
+        return self.totals.get(id(leaf))
+
     def done(self) -> dict[int, Tensor]:
         """The gradients by `id` of their tensor, in its dtype."""
         return {id(t): self.totals[id(t)].to(t.dtype) for t in self.leaves}

@@ -133,6 +133,13 @@ class StripWork:
             scores[..., lo:hi].masked_fill_(self.forbidden, float("-inf"))
         return scores
 
+    def clear(self, weights: Tensor) -> Tensor:
+        """Put 0 at forbidden pairs, in place."""
+        if self.forbidden is not None and self.strip.masked is not None:
+            lo, hi = self.strip.masked
+            weights[..., lo:hi].masked_fill_(self.forbidden, 0.0)
+        return weights
+
     def weigh(self, scores: Tensor, normalizer: Normalizer, *, check: bool) -> Tensor:
         """Weights of the strip; rows that may look at nothing get zeros.
 
@@ -158,6 +165,6 @@ class StripWork:
 
 def walk(x: Operands, problem: Problem) -> Iterator[tuple[StripWork, Normalizer]]:
     """The strips under way, each with the normaliser for its heads."""
-    for strip in strips(x.frame, problem.mask):
+    for strip in strips(x.frame, problem.mask, whole_heads=problem.whole_heads):
         part = StripWork.of(strip, x, problem)
         yield part, of_heads(problem.normalizer, part.tile.head_slice, x.frame.heads)

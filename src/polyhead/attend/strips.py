@@ -101,29 +101,33 @@ def _masked(runs: tuple[Run, ...], every: list[bool]) -> tuple[tuple[int, int] |
     return (None if first is None else (first, last)), full
 
 
-def strips(frame: Frame, mask: Mask | None) -> Iterator[Strip]:
+def strips(frame: Frame, mask: Mask | None, *, whole_heads: bool = False) -> Iterator[Strip]:
     """The strips of a call, which together hold every pair that the mask allows, each once.
 
     Args:
         frame: sizes of the call.
         mask: who may look at whom; None allows all.
+        whole_heads: whether every strip has to hold all heads: of fewer rows, where they do not fit.
     """
     if 0 in (frame.batch, frame.heads, frame.queries, frame.keys):
         return
     budget = _ELEMENTS.get(frame.device.type, 1 << 20)
-    repeat = frame.heads // frame.kv_heads
+    if whole_heads:
+        budget *= 2  # fewer rows a head make narrow products: measured best
+    together = frame.heads if whole_heads else frame.heads // frame.kv_heads  # query heads kept together
+    pieces = frame.heads // together
     for r0, item, runs, masked, alive in _visible(frame, mask):
         if not runs:
             continue
         lo, hi = (0, frame.batch) if item is None else (item, item + 1)
         columns = sum(run.stop - run.start for run in runs)
         end = min(r0 + _ROWS, frame.queries)
-        rows = min(end - r0, max(1, budget // (repeat * columns)))
-        fit = max(1, budget // (repeat * rows * columns))  # KV heads that fit into a strip
+        rows = min(end - r0, max(1, budget // (together * columns)))
+        fit = max(1, budget // (together * rows * columns))  # KV heads, or batch items, that fit into a strip
         for start in range(r0, end, rows):
             stop = min(start + rows, end)
-            if fit >= frame.kv_heads:
-                step = max(1, fit // frame.kv_heads)
+            if fit >= pieces:
+                step = max(1, fit // pieces)
                 for b0 in range(lo, hi, step):
                     b1 = min(b0 + step, hi)
                     yield Strip(b0, b1, 0, frame.kv_heads, start, stop, runs, masked, alive)

@@ -25,6 +25,7 @@ class Tile:
         head_start: index of the tile's first head among the call's.
         total_heads: number of query heads H of the call; None when the tile holds all of them.
         consecutive: whether `cols` has no gap.
+        columns: index of the keys among the call's, where they do not stand at their index; None: `cols`.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class Tile:
     head_start: int = 0
     total_heads: int | None = None
     consecutive: bool = False
+    columns: Tensor | None = None
 
     @cached_property
     def b(self) -> Tensor:
@@ -73,6 +75,15 @@ class Tile:
     def row_slice(self) -> slice:
         """The tile's rows as a slice of the call's queries."""
         return slice(self.row_start, self.row_start + self.rows.shape[0])
+
+    @cached_property
+    def key_index(self) -> slice | Tensor:
+        """The tile's keys among the call's: a slice where they have no gap."""
+        columns = self.cols if self.columns is None else self.columns
+        if not self.consecutive or not columns.shape[0]:
+            return columns
+        start = int(columns[0])
+        return slice(start, start + columns.shape[0])
 
     def per_head(self, values: Tensor) -> Tensor:
         """The tile's share of per-head values `(H,)`, as `(h, 1, 1)`."""

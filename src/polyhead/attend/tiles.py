@@ -2,11 +2,12 @@
 
 It walks strips (`polyhead.attend.strips`): a few query rows by all the keys that they may see. For one strip
 
-    scores = scale · Q Kᵀ → score maps → mask → normaliser → dropout → weights · V
+    scores = scale · Q Kᵀ → score maps → mask → normaliser → weight maps → dropout → weights · V
 
 and nothing of size L × S is ever held. Backward recomputes a strip, takes the closed-form
-vector-Jacobian product of its normaliser and lets autograd differentiate the score maps alone. The values
-are one consumer of the weights; `observe_tiles` walks the same strips for others, such as measurements.
+vector-Jacobian products of its normaliser and of maps across heads, and lets autograd differentiate the
+other maps alone. The values are one consumer of the weights; `observe_tiles` walks the same strips for
+others, such as measurements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from polyhead.attend.map_stages import weight_stage
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.problem import Problem
 from polyhead.attend.score_maps import score_maps
@@ -57,7 +59,7 @@ def forward(
         assert isinstance(problem.normalizer, Softmax)
         nothing = problem.normalizer.lse(x.q.new_full((1, frame.heads, 1, 1), float("-inf")))
         lse = nothing.expand(frame.batch, -1, frame.queries).reshape(x.q.shape[:3]).clone()
-    maps = score_maps(problem.score, x)
+    maps, after = score_maps(problem.score, x), weight_stage(problem.weight_map, x)
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
@@ -68,6 +70,8 @@ def forward(
             lse[part.pairs, :, rows] = normalizer.lse(scores).view(lse[part.pairs, :, rows].shape)
         logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
         weights = part.weigh(scores, normalizer, check=maps.may_hide)
+        if after is not None:
+            weights = after.there(weights, part)
         for consumer in consumers:
             consumer.visit(part.tile, logits, weights)
         factors = part.keep(problem, seed)
@@ -90,19 +94,22 @@ def backward(
     dq = torch.zeros_like(x.q)
     dk, dv = (t.new_zeros(t.shape[0], t.shape[2], t.shape[1]) for t in (x.k, x.v))
     own = OwnGradients(problem)
-    maps = score_maps(problem.score, x, own)
+    maps, after = score_maps(problem.score, x, own), weight_stage(problem.weight_map, x, own)
     unseen = None if up_lse is None else torch.ones_like(up_lse)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
         raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
         scores = part.hide(maps.there(raw, part))
         weights = part.weigh(scores, normalizer, check=maps.may_hide)
+        used = weights if after is None else after.there(weights, part)
         g = up[part.pairs, :, rows].reshape(part.q.shape[0], -1, v.shape[-1])
         gw = part.product(g, part.v, x.buffer("gradient", part.shape))
         factors = part.keep(problem, seed)
-        _add(dv, part, g, weights if factors is None else weights * factors)
+        _add(dv, part, g, used if factors is None else used * factors)
         if factors is not None:
             gw.mul_(factors)
+        if after is not None:
+            gw = after.back(gw, part)
         gs, found = normalizer.vjp(weights, gw)
         if up_lse is not None:
             assert isinstance(normalizer, Softmax)
@@ -117,6 +124,8 @@ def backward(
         target.copy_(torch.bmm(part.flat(gs), part.k).view(target.shape))
         _add(dk, part, part.q, gs)
     maps.done()
+    if after is not None:
+        after.done()
     if up_lse is not None and unseen is not None and isinstance(problem.normalizer, Softmax):
         # rows that no strip holds: their log-sum-exp is that of the sink alone
         alone = (up_lse * unseen).view(frame.batch, frame.heads, frame.queries, 1)

@@ -43,6 +43,8 @@ class Banded:
         found = band(problem.mask)
         if found is None:
             return f"{problem.mask} is not a window around each query"
+        if problem.weight_map is not None:
+            return f"it has no maps of the weights, and the call has {problem.weight_map}"
         if problem.score is not None and not isinstance(problem.score, Positional):
             return f"its blocks share one bias by distance; {problem.score} depends on more"
         if problem.score is not None and found.sinks:

@@ -48,6 +48,8 @@ class Flex:
             return f"it normalises by plain softmax, not by {problem.normalizer}"
         if problem.score is not None and not isinstance(problem.score, Positional | SoftCap):
             return f"it is handed biases by distance and soft caps only, not {problem.score}"
+        if problem.weight_map is not None:
+            return f"it has no maps of the weights, and the call has {problem.weight_map}"
         if problem.dropout:
             return "it has no dropout"
         if request.q.device.type == "cpu":

@@ -12,6 +12,7 @@ from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import exact, wide
 from polyhead.attend.tile import Tile
+from polyhead.attend.weight_maps import same_shape
 
 __all__ = ["Reference"]
 
@@ -39,16 +40,16 @@ class Reference:
         dtype = wide(q.dtype)
         k, v = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
         scores = q.to(dtype) * problem.scale @ k.transpose(-1, -2)
+        tile = Tile(
+            batch,
+            heads,
+            torch.arange(queries, device=q.device) + keys - queries,
+            torch.arange(keys, device=q.device),
+            consecutive=True,
+        )
         if problem.score is not None:
-            offset = keys - queries
-            tile = Tile(
-                batch,
-                heads,
-                torch.arange(queries, device=q.device) + offset,
-                torch.arange(keys, device=q.device),
-                consecutive=True,
-            )
             scores = problem.score.apply(scores, tile)
+        allowed = None
         if problem.mask is not None:
             allowed = densify(
                 problem.mask, batch=batch, heads=heads, queries=queries, keys=keys, device=q.device
@@ -59,5 +60,9 @@ class Reference:
             assert isinstance(problem.normalizer, Softmax)
             lse = problem.normalizer.lse(scores)
         weights = problem.normalizer(scores)
+        if problem.weight_map is not None:
+            weights = same_shape(problem.weight_map, problem.weight_map.apply(weights, tile), weights)
+            if allowed is not None:
+                weights = weights.masked_fill(~allowed, 0.0)
         weights = torch.dropout(weights, problem.dropout, train=problem.dropout > 0)
         return (weights @ v).to(q.dtype), lse

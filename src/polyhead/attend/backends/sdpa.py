@@ -57,6 +57,8 @@ class Sdpa:
         q, k, v, problem = request.q, request.k, request.v, request.problem
         if problem.score is not None:
             return f"it has no score maps, and the call has {problem.score}"
+        if problem.weight_map is not None:
+            return f"it has no maps of the weights, and the call has {problem.weight_map}"
         if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
             return f"it normalises by plain softmax, not by {problem.normalizer}"
         if request.want_lse:

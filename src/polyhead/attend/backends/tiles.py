@@ -14,7 +14,7 @@ __all__ = ["Tiles"]
 
 
 class Tiles:
-    """Any mask, score and normaliser; forward and backward in O(L) memory."""
+    """Any mask, score, normaliser and weight map; forward and backward in O(L) memory."""
 
     name = "tiles"
     dense = False
