@@ -1,0 +1,280 @@
+"""Multi-head latent attention: keys and values of all heads are made of one small latent a token.
+
+    c_t = RMSNorm(x_t W_DKV),   kʳ_t = RoPE(x_t W_KR),   k_h,t = [c_t W_UK^h | kʳ_t],   v_h,t = c_t W_UV^h
+    q_h,t = [c^Q_t W_UQ^h | RoPE(c^Q_t W_QR^h)],   c^Q_t = RMSNorm(x_t W_DQ)
+    head_h = softmax(q_h k_hᵀ / √(Dn + dr)) v_h,   y = concat_h(head_h) W_O
+
+x: (B, L, d); c: dc wide; kʳ: dr wide, shared by all heads; q_h, k_h: Dn + dr; v_h: Dv. A cache holds c and kʳ
+alone, dc + dr numbers a token whatever the number of heads. Without a query latent c^Q is x itself.
+
+Parameters: d·p + p·H·(Dn + dr) + d·(dc + dr) + dc·G·(Dn + Dv) + H·Dv·d + p + dc, with p the width of the
+query latent (without one, the first and the lone p fall away and p = d), and G = H.
+
+It is multiplied out in one of several orders, all exact and all with the same mask, biases and normaliser:
+`scheme="expanded"` makes keys and values of the latents and is what training and prefill want; `"absorbed"`
+attends to the latents themselves with wider queries, which decoding wants; `"auto"` takes the one of these
+two with fewer operations, by the numbers of queries and keys of the call. See `polyhead.nn.latent_plan` for
+all four, and the module's `plan` for what they cost.
+
+Paper: DeepSeek-V2, A Strong, Economical, and Efficient Mixture-of-Experts Language Model, arXiv 2405.04434:
+with d = 5120, H = 128 and Dn = Dv = 128 it has dc = 4·Dn, dr = Dn/2 and a query latent of 12·Dn. Here Dn =
+d/H by default, dc = 4·Dn but at most d, dr the even number next below Dn/2 but at least 2, and no query
+latent (as in its Lite model). `kv_heads` is ours: heads of the up-projections that groups of query heads
+share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.function import attend
+from polyhead.attend.masks import Mask
+from polyhead.attend.normalizers import Normalizer, softmax
+from polyhead.attend.scores import Score
+from polyhead.checks import given, place, whole
+from polyhead.errors import ConfigError, unknown_name
+from polyhead.mechanisms.config import MechanismConfig
+from polyhead.mechanisms.registry import register
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cost import Cost
+from polyhead.nn.hardware import Hardware
+from polyhead.nn.latent_plan import SCHEMES, SchemePlan
+from polyhead.nn.latent_projection import LatentProjection
+from polyhead.nn.positions import Position, rope
+from polyhead.nn.projections import OutputProjection, at_least_one, head_width
+
+__all__ = ["LatentAttention", "MultiHeadLatent"]
+
+
+class LatentAttention(MultiHeadAttention):
+    """Latent attention over a `LatentProjection`.
+
+    Args:
+        projection: the maps.
+        output: brings the heads back to `(B, L, d)`; default an `OutputProjection`.
+        scheme: "auto", or one of `polyhead.nn.latent_plan.SCHEMES`.
+        options: those of `MultiHeadAttention`; the scale is 1/√(Dn + dr).
+    """
+
+    projection: Any  # a LatentProjection, which stands where a Projection does
+
+    def __init__(
+        self,
+        projection: LatentProjection,
+        output: OutputProjection | None = None,
+        *,
+        scheme: str = "auto",
+        **options: Any,
+    ) -> None:
+        if not isinstance(projection, LatentProjection):
+            raise ConfigError(f"projection must be a LatentProjection; got {given(projection)}")
+        if not isinstance(scheme, str) or scheme not in ("auto", *SCHEMES):
+            raise unknown_name("scheme of latent attention", scheme, ("auto", *SCHEMES))
+        maps: Any = projection
+        super().__init__(maps, output, scale=projection.head_dim**-0.5, **options)
+        self.scheme = scheme
+        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def _queries(self, x: Tensor, where: int | Tensor) -> Tensor:
+        """`(B, H, L, Dn + dr)`; where the product of two maps is used, queries for the latents at once."""
+        projection = self.projection
+        if self.scheme in ("absorbed_reuse", "absorbed_recompute"):
+            inner = projection.query_latents(x)
+            plain = torch.einsum("blp,hpc->bhlc", inner, self._product())
+            turned = projection.turned_queries(inner)
+        else:
+            plain, turned = projection.queries(x).split([projection.plain_dim, projection.turned_dim], dim=-1)
+        return torch.cat([plain, self.position.turn(turned, where)], dim=-1)
+
+    def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
+        latent, turned = self.projection.latents(source)
+        return (torch.cat([latent, self.position.turn(turned, places)], dim=-1),)
+
+    def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        projection, (held,) = self.projection, rows
+        scheme = self._chosen(q.shape[2], held.shape[2])
+        if scheme == "expanded":
+            return attend(q, *projection.expand(held), **options)
+        if scheme == "absorbed":
+            plain, turned = q.split([projection.plain_dim, projection.turned_dim], dim=-1)
+            q = torch.cat([projection.absorb_key(plain), turned], dim=-1)
+        mixed = attend(q, held, held[..., : projection.latent_dim], **options)
+        return projection.absorb_value(mixed)
+
+    def _chosen(self, queries: int, keys: int) -> str:
+        return self.projection.sizes.cheaper(queries, keys) if self.scheme == "auto" else self.scheme
+
+    def _product(self) -> Tensor:
+        """W_UQ W_UKᵀ; "absorbed_reuse" keeps it until a weight changes, where no gradient is recorded."""
+        weights = (self.projection.query.weight, self.projection.key.weight)
+        if (
+            self.scheme == "absorbed_recompute"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(weight.is_inference() or type(weight) is not torch.nn.Parameter for weight in weights)
+            or torch.is_autocast_enabled(weights[0].device.type)
+        ):
+            return self.projection.fold()
+        key = tuple((weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
+        if self._folded is None or self._folded[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = key, self.projection.fold()
+        return self._folded[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": None}
+
+    def plan(
+        self,
+        queries: int,
+        cached: int = 0,
+        batch: int = 1,
+        *,
+        hardware: str | Hardware | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SchemePlan:
+        """What every order of multiplication costs, and the cheapest.
+
+        Args:
+            queries: new tokens.
+            cached: tokens before them that a cache holds.
+            batch: sequences.
+            hardware: by whose time to choose, by name or a `Hardware`; default: by operations.
+            dtype: of weights and cache, for the bytes; default that of the parameters.
+        """
+        place("plan", None, dtype)
+        dtype = self.projection.key.weight.dtype if dtype is None else dtype
+        return self.projection.sizes.plan(queries, cached, batch, itemsize=dtype.itemsize, device=hardware)
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        keys = length if context_length is None else context_length
+        return self._cost(length, keys, keys, batch, dtype)
+
+    def step_cost(
+        self, cached: int, queries: int = 1, batch: int = 1, *, dtype: torch.dtype | None = None
+    ) -> Cost:
+        whole("step_cost: cached", cached, 0)
+        return self._cost(queries, cached + queries, queries, batch, dtype)
+
+    def _cost(self, queries: int, keys: int, fresh: int, batch: int, dtype: torch.dtype | None) -> Cost:
+        for name, size in (("length", queries), ("batch", batch), ("context_length", keys)):
+            whole(f"cost: {name}", size, 0)
+        place("cost", None, dtype)
+        itemsize = (self.projection.key.weight.dtype if dtype is None else dtype).itemsize
+        scheme = self._chosen(queries, keys)
+        count = self.projection.sizes.cost(scheme, queries, keys, fresh, batch, itemsize)
+        ((heads, width),) = self.projection.streams
+        return Cost(
+            parameters=sum(p.numel() for p in self.parameters()),
+            projections=count.projections,
+            scores=count.scores,
+            values=count.values,
+            kv_bytes_per_token=heads * width * itemsize,
+            cache_bytes=batch * keys * heads * width * itemsize,
+        )
+
+
+@register(
+    "multi_head_latent",
+    aliases=("mla",),
+    title="DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+    family="sharing",
+    summary="keys and values of all heads are made of one cached latent a token",
+    equation=(
+        "c = norm(x W_DKV), r = RoPE(x W_KR);  k_h = [c W_UK^h | r], v_h = c W_UV^h;  "
+        "head_h = softmax(q_h k_hᵀ / √(Dn + dr)) v_h;  y = concat_h(head_h) W_O"
+    ),
+)
+class MultiHeadLatent(MechanismConfig):
+    """Multi-head latent attention.
+
+    Attributes:
+        dim: width of the model d.
+        heads: query heads H.
+        head_dim: width Dn of queries and keys without the rotary part; default dim / heads.
+        value_dim: width Dv of the values of a head; default `head_dim`.
+        latent_dim: width dc of the latent; default 4·Dn, at most d.
+        rope_dim: width dr of the rotary part, even; default about Dn/2. 0 for none, with a position encoding
+            that turns nothing.
+        query_latent_dim: width of the latent of the queries; default none.
+        kv_heads: heads of keys and values, a divisor of `heads`; default `heads`.
+        scheme: "auto", "expanded", "absorbed", "absorbed_reuse" or "absorbed_recompute".
+        context_dim: width of a context; default `dim`.
+        position: the position encoding; what it turns are the rotary parts.
+        score: maps of the logits.
+        normalizer: how logits become weights.
+        mask: a mask that holds in every call.
+        dropout: probability with which a weight is dropped in training.
+    """
+
+    _: KW_ONLY
+    head_dim: int | None = None
+    value_dim: int | None = None
+    latent_dim: int | None = None
+    rope_dim: int | None = None
+    query_latent_dim: int | None = None
+    kv_heads: int | None = None
+    scheme: str = "auto"
+    context_dim: int | None = None
+    position: Position = rope()
+    score: Score | tuple[Score, ...] | None = None
+    normalizer: Normalizer = softmax()
+    mask: Mask | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least_one("MultiHeadLatent", dim=self.dim, heads=self.heads)
+        width = head_width(self.dim, self.heads, self.head_dim)
+        at_least_one("MultiHeadLatent", head_dim=width)
+        defaults = {
+            "head_dim": width,
+            "value_dim": width,
+            "latent_dim": min(4 * width, self.dim),
+            "rope_dim": max(2, 2 * (width // 4)),
+            "kv_heads": self.heads,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    def build(self, *, device: Any = None, dtype: Any = None) -> LatentAttention:
+        """The module."""
+        assert self.head_dim is not None
+        assert self.value_dim is not None
+        assert self.latent_dim is not None
+        assert self.rope_dim is not None
+        projection = LatentProjection(
+            self.dim,
+            self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            latent_dim=self.latent_dim,
+            rope_dim=self.rope_dim,
+            query_latent_dim=self.query_latent_dim,
+            context_dim=self.context_dim,
+            device=device,
+            dtype=dtype,
+        )
+        return LatentAttention(
+            projection,
+            OutputProjection(self.dim, self.heads, self.value_dim, device=device, dtype=dtype),
+            scheme=self.scheme,
+            position=self.position,
+            score=self.score,
+            normalizer=self.normalizer,
+            mask=self.mask,
+            dropout=self.dropout,
+        )
