@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "polyhead"
 # From what a newcomer calls first down to the ground floor; what is missing here comes last.
 ORDER = (
     "attend", "nn", "mechanisms", "reference", "hf", "heads", "head_scores", "cache", "tasks", "report",
-    "papers", "description", "errors",
+    "gallery", "papers", "description", "errors",
 )  # fmt: skip
 # Not for reading as an API: the command line has its own page, the others are for the package's own use.
 SKIPPED = {"__init__", "__main__", "cli", "benchmarks", "checks"}

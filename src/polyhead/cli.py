@@ -1,4 +1,4 @@
-"""The command line: `polyhead report`, `catalog`, `show`, `papers`, `bench`, `fetch`.
+"""The command line: `polyhead report`, `catalog`, `show`, `gallery`, `papers`, `bench`, `fetch`.
 
 Each command is thin: it reads options, calls the part of the library that does the work, and prints. That
 part is imported inside the command, so that no command pays for another's. An error that Polyhead raises on
@@ -75,7 +75,9 @@ def _options(
 @app.command()
 def papers(
     built: Annotated[bool, typer.Option("--built", help="Only papers that are built.")] = False,
-    missing: Annotated[bool, typer.Option("--missing", help="Only papers that are not built yet.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--not-built", "--missing", help="Only papers that are not built yet.")
+    ] = False,
     theme: Annotated[str, typer.Option(help="Only papers whose theme contains this text.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -105,22 +107,83 @@ def papers(
     typer.echo(f"{len(chosen)} papers, {sum(bool(files) for _, files in chosen)} built")
 
 
+_FACET = "Facet, or several with commas between them."
+
+
 @app.command()
 def catalog(
+    family: Annotated[str | None, typer.Option(help="The kind of idea, such as sharing.")] = None,
+    supports: Annotated[
+        str | None,
+        typer.Option(help="Patterns that it must support: self, causal_self, cross, causal_cross."),
+    ] = None,
+    kv_bytes: Annotated[
+        str | None, typer.Option(help='Bytes that a token of the KV cache takes, such as "<512" or ">=128".')
+    ] = None,
+    paper: Annotated[str | None, typer.Option(help="Number or name of the paper: 074, GQA.")] = None,
+    sequences: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    levels: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    positions: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    representations: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    alignment: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    distribution: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    complexity: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    cache: Annotated[str | None, typer.Option(help=_FACET)] = None,
+    facets: Annotated[
+        bool, typer.Option("--facets", help="List the facets and what their values mean instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List every mechanism that can be built by name."""
-    from polyhead.mechanisms import registry
+    """List the mechanisms that can be built by name: all, or those that fit the filters."""
+    from polyhead import mechanisms
+    from polyhead.gallery import Size, facts_of
+    from polyhead.papers import paper as paper_called
 
-    entries = registry.catalog()
-    if as_json:
-        rows = [_entry_facts(entry) for entry in entries]
-        typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+    if facets:
+        _print_facets(as_json)
         return
-    table = Table("name", "paper", "family", "supports", "what it is", box=None, pad_edge=False)
-    for entry in entries:
-        supports = ", ".join(sorted(entry.supports))
-        table.add_row(entry.name, entry.paper or "-", entry.family, supports, Text(entry.summary))
+
+    def several(text: str | None) -> list[str] | None:
+        return None if text is None else [part.strip() for part in text.split(",")]
+
+    every = mechanisms.catalog()
+    found = mechanisms.catalog(
+        family=family,
+        paper=None if paper is None else paper_called(paper).number,
+        supports=several(supports),
+        kv_bytes=kv_bytes,
+        sequences=several(sequences),
+        levels=several(levels),
+        positions=several(positions),
+        representations=several(representations),
+        alignment=several(alignment),
+        distribution=several(distribution),
+        complexity=several(complexity),
+        cache=several(cache),
+    )
+    if as_json:
+        typer.echo(json.dumps([facts_of(entry).to_json() for entry in found], ensure_ascii=False, indent=1))
+        return
+    table = Table("name", "paper", "family", "supports", "KV bytes", "what it is", box=None, pad_edge=False)
+    table.columns[4].justify = "right"
+    for entry in found:
+        patterns = "all" if entry.supports == mechanisms.PATTERNS else ", ".join(sorted(entry.supports))
+        kept = f"{entry.cost.kv_bytes_per_token:,}"
+        table.add_row(entry.name, entry.paper or "-", entry.family, patterns, kept, Text(entry.summary))
+    _console().print(table)
+    typer.echo(f"{len(found)} of {len(every)} mechanisms; KV bytes are those of a token at {Size()}")
+
+
+def _print_facets(as_json: bool) -> None:
+    from polyhead.mechanisms import FACETS
+
+    if as_json:
+        typer.echo(json.dumps(FACETS, ensure_ascii=False, indent=1))
+        return
+    table = Table("facet", "value", "means", box=None, pad_edge=False)
+    for name, values in FACETS.items():
+        for n, (value, meaning) in enumerate(values.items()):
+            table.add_row("" if n else name, value, Text(meaning))
     _console().print(table)
 
 
@@ -130,65 +193,53 @@ def show(
     dim: Annotated[int, typer.Option(help="Model width for the cost.")] = 512,
     heads: Annotated[int, typer.Option(help="Query heads for the cost.")] = 8,
     length: Annotated[int, typer.Option(help="Sequence length for the cost.")] = 4096,
+    source: Annotated[bool, typer.Option("--source", help="Print the naive twin's source too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show one mechanism: paper, equation, what it supports, options, cost and file."""
+    """Show one mechanism: equation, data flow, cost, patterns, options, code, naive twin and paper."""
+    from polyhead.gallery import Size, facts_of, text
     from polyhead.mechanisms import registry
 
-    entry = registry.entry(name)
-    module: Any = registry.build(entry.name, dim=dim, heads=heads, device="meta")
-    cost = module.cost(length=length)
+    facts = facts_of(registry.entry(name), Size(dim, heads, length))
+    entry = facts.entry
     if as_json:
-        typer.echo(
-            json.dumps(_entry_facts(entry) | {"cost": dataclasses.asdict(cost)}, ensure_ascii=False, indent=1)
-        )
+        shown = facts.to_json() | ({"twin_source": facts.twin_source} if source else {})
+        typer.echo(json.dumps(shown, ensure_ascii=False, indent=1))
         return
+    facets = (f"{axis}: {', '.join(entry.facets.values(axis))}" for axis in entry.facets.items())
+    twin = "none" if facts.twin is None else f"{facts.twin}, in {facts.twin_file}"
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("name", ", ".join((entry.name, *entry.aliases)))
-    table.add_row("what it is", Text(entry.summary))
-    table.add_row("paper", Text(_citation(entry)))
-    table.add_row("family", entry.family)
-    table.add_row("equation", Text(entry.equation))
-    table.add_row("supports", ", ".join(sorted(entry.supports)))
-    table.add_row("options", Text("\n".join(_option_lines(entry.config))))
-    table.add_row("cost", Text(f"at dim={dim}, heads={heads}, length={length}:\n{cost}"))
-    table.add_row("file", entry.file)
+    for label, content in (
+        ("name", ", ".join((entry.name, *entry.aliases))),
+        ("what it is", entry.summary),
+        ("family", entry.family),
+        ("equation", entry.equation),
+        ("data flow", text(facts.flow)),
+        ("cost", f"at {facts.size}:\n{facts.cost}"),
+        ("supports", ", ".join(sorted(entry.supports))),
+        ("facets", "\n".join(facets)),
+        ("options", "\n".join(map(str, facts.options))),
+        ("code", f"{facts.build}, in {entry.file}"),
+        ("naive twin", twin + ("" if source or facts.twin is None else " (--source prints it)")),
+        ("paper", facts.citation),
+    ):
+        table.add_row(label, Text(content))
     _console().print(table)
+    if source and facts.twin_source is not None:
+        typer.echo(f"\n{facts.twin_source.rstrip()}")
 
 
-def _citation(entry: Any) -> str:
-    """The paper of a catalogue entry, with number and address where `polyhead papers` has them."""
-    from polyhead.papers import paper
+@app.command()
+def gallery(
+    out: Annotated[Path, typer.Option(help="The folder that the pages go to.")] = Path("gallery"),
+) -> None:
+    """Write a page and a drawing for every mechanism, and an index by family."""
+    from polyhead.gallery import write_pages
 
-    if entry.paper is None:
-        return str(entry.title)
-    source = paper(entry.paper)
-    return " · ".join(part for part in (source.number, f"{source.title} ({source.year})", source.url) if part)
-
-
-def _entry_facts(entry: Any) -> dict[str, Any]:
-    """The facts of a catalogue entry as plain data."""
-    facts = {
-        key: getattr(entry, key)
-        for key in ("name", "paper", "title", "family", "summary", "equation", "file")
-    }
-    return facts | {
-        "aliases": list(entry.aliases),
-        "supports": sorted(entry.supports),
-        "options": _option_lines(entry.config),
-    }
-
-
-def _option_lines(config: type) -> list[str]:
-    """The fields of a configuration as they would be written: `kv_heads: int = 2`."""
-    lines = []
-    for field in dataclasses.fields(config):
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
-        lines.append(f"{field.name}: {kind}{default}")
-    return lines
+    changed, removed = write_pages(out)
+    typer.echo(f"{len(changed)} files written and {len(removed)} removed; the gallery is {out / 'index.md'}")
 
 
 @app.command()

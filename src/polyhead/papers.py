@@ -26,6 +26,7 @@ __all__ = ["Paper", "built_in", "paper", "papers"]
 
 # Papers that are built as something other than a mechanism, and where in the package.
 _ELSEWHERE = {
+    "048": ("mechanisms/facets.py",),
     "061": ("attend/normalizers.py", "attend/entmax.py"),
     "078": ("heads/retrieval.py",),
     "105": ("cache/duo.py",),

@@ -177,10 +177,14 @@ def test_a_picture_shows_the_parts_that_a_module_has() -> None:
         device="meta",
     )
     flow = flow_of(module)
-    assert lines(flow.queries)[:2] == ["x: (L, 64)", "query: 64 → 8 heads of 8"]
-    assert flow.queries[2].name == "query_norm"
-    assert re.match(r"position: Rope\(", str(flow.queries[3]))
-    assert lines(flow.keys)[1:3] == ["key: 64 → 2 heads of 8", "value: 64 → 2 heads of 8"]
+    assert lines(flow.queries)[0] == "x: (L, 64)"
+    assert flow.queries[1].name == "projection"
+    assert flow.queries[1].what.startswith(
+        "query: 64 → 8 heads of 8\nquery_norm: HeadNorm (RMS normalisation"
+    )
+    assert re.match(r"position: Rope\(", str(flow.queries[2]))
+    made = flow.keys[1].what.splitlines()
+    assert made[:2] == ["key: 64 → 2 heads of 8", "value: 64 → 2 heads of 8"]
     assert lines(flow.keys)[-1] == "cache: 2 × 8 + 2 × 8 numbers a token"
     kinds = [step.name for step in flow.joined]
     assert kinds == ["scores", "score map", "score map", "mask", "normaliser", "values", "output", "y"]
@@ -205,13 +209,19 @@ class WithParts(MultiHeadAttention):
         self.gain = Gain()
         self.table = torch.nn.Parameter(torch.zeros(3, 4))
 
+    def _mix(self, q, rows, **options):
+        return super()._mix(q, rows, **options)
+
 
 def test_a_part_that_is_not_known_stands_where_it_says_or_among_the_others() -> None:
     flow = flow_of(WithParts(ph.nn.Projection(16, 2)))
     kinds = [step.name for step in flow.joined]
     assert kinds.index("gain") == kinds.index("values") + 1
-    assert str(flow.joined[kinds.index("gain")]) == "gain: Gain. Scales the heads."
-    assert lines(flow.others) == ["table: learned, 3 × 4"]
+    assert str(flow.joined[kinds.index("gain")]) == "gain: Gain (Scales the heads)"
+    table, own = lines(flow.others)
+    assert table == "table: learned, 3 × 4"
+    assert own.startswith("WithParts (Has a part")
+    assert own.endswith("in its own way, how its heads attend")
 
 
 def test_an_entry_may_draw_its_picture_itself() -> None:

@@ -49,6 +49,7 @@ def test_papers_json_and_filters():
     assert all(row["built_in"] for row in built)
     assert not any(row["built_in"] for row in missing)
     assert {row["number"] for row in built + missing} == {row["number"] for row in rows}
+    assert json.loads(run("papers", "--json", "--not-built").stdout) == missing
     pooling = json.loads(run("papers", "--json", "--theme", "POOLING").stdout)
     assert pooling
     assert {row["theme"] for row in pooling} == {"pooling"}
@@ -71,12 +72,89 @@ def test_catalog_and_show_agree_with_the_registry():
         assert row["name"] in table
         result = run("show", row["name"])
         assert result.exit_code == 0, result.output
-        for fact in ("equation", "supports", "cost", "parameters", row["file"]):
+        facts = (
+            "equation",
+            "data flow",
+            "normaliser",
+            "supports",
+            "cost",
+            "parameters",
+            "float16",
+            "options",
+        )
+        for fact in (*facts, "naive twin", "paper", "ph.build", row["file"], row["twin_file"]):
             assert fact in result.stdout, (row["name"], fact)
         shown = json.loads(run("show", row["name"], "--json").stdout)
         assert shown["cost"]["parameters"] > 0
         for alias in row["aliases"]:
             assert json.loads(run("show", alias, "--json").stdout)["name"] == row["name"]
+
+
+def test_show_prints_the_source_of_the_naive_twin():
+    assert "def grouped_query(" not in run("show", "gqa").stdout
+    assert "def grouped_query(" in run("show", "gqa", "--source").stdout
+    assert "def grouped_query(" in json.loads(run("show", "gqa", "--source", "--json").stdout)["twin_source"]
+
+
+def test_catalog_filters():
+    from polyhead.mechanisms import catalog
+
+    def found(*arguments):
+        return [row["name"] for row in json.loads(run("catalog", "--json", *arguments).stdout)]
+
+    assert found("--family", "sharing") == [entry.name for entry in catalog(family="sharing")]
+    assert found("--paper", "GQA") == found("--paper", "74") == ["grouped_query"]
+    wanted = catalog(supports=("causal_cross", "self"), kv_bytes="<512")
+    assert found("--supports", "causal_cross, self", "--kv-bytes", "<512") == [entry.name for entry in wanted]
+    assert found("--alignment", "scaled_dot,dot") == [
+        e.name for e in catalog(alignment=("scaled_dot", "dot"))
+    ]
+    result = run("catalog", "--kv-bytes", "<512")
+    total = len(catalog())
+    assert (
+        f"{len(catalog(kv_bytes='<512'))} of {total} mechanisms; KV bytes are those of a token at"
+        in result.stdout
+    )
+    assert "dim=512, heads=8, length=4096, float16" in result.stdout
+    assert f"0 of {total} mechanisms" in run("catalog", "--kv-bytes", "<0").stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--family", "sharin", "did you mean 'sharing'?"),
+        (
+            "--supports",
+            "causal",
+            "supports must be one of causal_cross, causal_self, cross, self; got 'causal'",
+        ),
+        ("--kv-bytes", "few", "kv_bytes must be one of <, <=, >, >=, = and a number of bytes"),
+        ("--paper", "multi_qery", "no paper is called 'multi_qery'; did you mean 'multi_query'"),
+        ("--positions", "nearby", "positions must be one of global, hard, local; got 'nearby'"),
+    ],
+)
+def test_a_bad_filter_names_what_is_allowed(option, value, message):
+    result = run("catalog", option, value)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+
+
+def test_catalog_lists_the_facets():
+    from polyhead.mechanisms import FACETS
+
+    printed = run("catalog", "--facets").stdout
+    for name, values in FACETS.items():
+        assert name in printed
+        assert all(value in printed for value in values)
+    assert json.loads(run("catalog", "--facets", "--json").stdout) == FACETS
+
+
+def test_gallery_writes_pages(tmp_path):
+    result = run("gallery", "--out", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "made" / "index.md").is_file()
+    assert "0 files written and 0 removed" in run("gallery", "--out", tmp_path / "made").stdout
 
 
 def test_show_unknown_name():

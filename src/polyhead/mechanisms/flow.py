@@ -23,6 +23,7 @@ from polyhead.attend.scores.base import Chain
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.part_module import PartModule
+from polyhead.nn.projections import Projection
 
 __all__ = ["STAGES", "Flow", "Step", "flow_of"]
 
@@ -32,7 +33,7 @@ STAGES = ("queries", "keys", "scores", "weights", "heads")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it is called, and what it does there."""
+    """One step: what it is called, and what it does there, in one or more lines."""
 
     name: str
     what: str = ""
@@ -71,6 +72,14 @@ def flow_of(module: AttentionModule) -> Flow:
 
 
 _KNOWN = ("projection", "position", "score", "normalizer", "mask", "output")
+# what a subclass may do in its own way, in words
+_OWN = {
+    "forward": "the whole call",
+    "_queries": "how queries are made",
+    "_rows": "what is kept of a token",
+    "_attend": "how it attends",
+    "_mix": "how its heads attend",
+}
 
 
 def _attention(module: MultiHeadAttention) -> Flow:
@@ -79,39 +88,46 @@ def _attention(module: MultiHeadAttention) -> Flow:
     for name, part in _parts(projection):
         stage = getattr(part, "acts_on", None) or _lane(name)
         at[stage].append(Step(name, _does(part, _shape(projection, name))))
+    made = {lane: [Step("projection", "\n".join(map(str, at.pop(lane))))] for lane in ("queries", "keys")}
+    if type(projection) is not Projection:
+        at["others"].append(Step("projection", _named(projection)))
     for name, part in _parts(module, _KNOWN):
         stage = getattr(part, "acts_on", "others")
-        at[stage].append(Step(name, _does(part)))
-    position = module.position.position
-    adds, turns = module.position.adds, module.position.turns
-    placed = [Step("position", _brief(position))]
-    queries = [Step("x", f"(L, {projection.dim})"), *placed * adds, *at["queries"], *placed * turns]
-    keys = [
-        Step("c", f"(S, {projection.context_dim}), the context, or x"),
-        *placed * adds,
-        *at["keys"],
-        *placed * turns,
-        _cache(module),
-    ]
+        (made if stage in made else at)[stage].append(Step(name, _does(part)))
+    own = [said for name, said in _OWN.items() if _overrides(module, name)]
+    if own:
+        at["others"].append(Step(_named(module), f"in its own way, {', '.join(own)}"))
+    place = [Step("position", _brief(module.position.position))]
+    added, turned = place * module.position.adds, place * module.position.turns
+    source = Step("c", f"(S, {projection.context_dim}), the context, or x")
+    return Flow(
+        (Step("x", f"(L, {projection.dim})"), *added, *made["queries"], *turned),
+        (source, *added, *made["keys"], *turned, _cache(module)),
+        tuple(_joined(module, at)),
+        tuple(at["others"]),
+    )
+
+
+def _joined(module: MultiHeadAttention, at: dict[str, list[Step]]) -> Iterator[Step]:
     scale = f"q·k / √{module.head_dim}" if module.scale is None else f"q·k × {module.scale:g}"
     shared = module.heads // module.kv_heads
     reads = "" if shared == 1 else f", k of head h // {shared}" if module.kv_heads > 1 else ", one k for all"
-    joined = [Step("scores", f"{scale}{reads}: {module.heads} maps of L × S")]
-    own = module.position.score
-    joined += [Step("score map", _brief(one)) for one in _terms(own)]
-    joined += [Step("score map", _brief(one)) for one in _terms(_spec(module.score))]
-    joined += at["scores"]
+    yield Step("scores", f"{scale}{reads}: {module.heads} maps of L × S")
+    for score in (*_terms(module.position.score), *_terms(_spec(module.score))):
+        yield Step("score map", _brief(score))
+    yield from at["scores"]
     fixed = "" if module.mask is None else f"{module.mask.spec!r}, "
-    joined.append(Step("mask", f"{fixed}that of the call, padding"))
-    joined.append(
-        Step("normaliser", _brief(softmax() if module.normalizer is None else module.normalizer.spec))
-    )
-    joined += at["weights"]
-    joined.append(Step("values", f"weights · v: {_heads(module.heads, module.value_dim)}"))
-    joined += at["heads"]
-    joined.append(Step("output", _output(module)))
-    joined.append(Step("y", f"(L, {projection.dim})"))
-    return Flow(tuple(queries), tuple(keys), tuple(joined), tuple(at["others"]))
+    yield Step("mask", f"{fixed}that of the call, padding")
+    yield Step("normaliser", _brief(softmax() if module.normalizer is None else module.normalizer.spec))
+    yield from at["weights"]
+    yield Step("values", f"weights · v: {_heads(module.heads, module.value_dim)}")
+    yield from at["heads"]
+    yield Step("output", _output(module))
+    yield Step("y", f"(L, {module.projection.dim})")
+
+
+def _overrides(module: MultiHeadAttention, name: str) -> bool:
+    return getattr(type(module), name, None) is not getattr(MultiHeadAttention, name, None)
 
 
 def _spec(part: PartModule | None) -> Any:
@@ -174,10 +190,15 @@ def _does(part: Any, shape: tuple[int, int] | None = None) -> str:
         return _brief(part.spec)
     if not isinstance(part, nn.Module):
         return f"learned, {' × '.join(map(str, part.shape)) or 'a number'}"
-    said = (inspect.getdoc(type(part)) or "").partition("\n")[0]
     if type(part).__module__.startswith("torch."):
         return repr(part).partition("\n")[0]
-    return f"{type(part).__name__}. {said}" if said else type(part).__name__
+    return _named(part)
+
+
+def _named(part: nn.Module) -> str:
+    """The class of a part, and the first line of what it says of itself."""
+    said = (inspect.getdoc(type(part)) or "").partition("\n")[0].rstrip(".")
+    return f"{type(part).__name__} ({said})" if said else type(part).__name__
 
 
 def _brief(part: Any) -> str:
