@@ -14,7 +14,7 @@ from polyhead.report import ReportData, job, savings, write
 from polyhead.report.data import Point
 from polyhead.report.effort import Effort, sizes
 from polyhead.report.summary import markdown, python_lines
-from polyhead.report.trying import Outcome, Trial, cache_bytes
+from polyhead.report.trying import Choice, Outcome, Trial, cache_bytes
 from report import small_models
 
 runner = CliRunner()
@@ -253,7 +253,7 @@ def test_bytes_are_those_of_a_cache_that_has_read_so_much(trial, tokens):
 def test_a_cache_with_all_heads_answers_as_the_whole_one(trial):
     everything = trial.all_heads
     assert everything == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    whole, same = trial.outcome("full", None), trial.outcome("retrieval", everything)
+    whole, same = trial.outcomes([Choice("full", None), Choice("retrieval", tuple(everything))])
     assert whole.answers == same.answers
     assert whole.point.perplexity == pytest.approx(same.point.perplexity, rel=1e-5)
 
@@ -311,15 +311,20 @@ class Fresh:
     def __init__(self, right):
         self.right = right
 
-    def outcome(self, policy, heads, fresh):
+    def outcomes(self, choices, fresh):
         assert fresh
-        return outcome(10, 40, 10.0) if heads is None else outcome(len(heads), self.right[len(heads)], 10.0)
+        whole, *smaller = choices
+        assert whole.heads is None
+        return [
+            outcome(10, 40, 10.0),
+            *(outcome(len(c.heads), self.right.get(len(c.heads), 40), 10.0) for c in smaller),
+        ]
 
 
 @pytest.mark.parametrize(
     ("curve", "fresh", "expected"),
     [
-        ({5: 40, 3: 40, 2: 39, 1: 20}, {2: 40}, 2),  # the smallest that holds
+        ({5: 40, 3: 40, 2: 39, 1: 20}, {5: 40, 3: 40, 2: 40}, 2),  # the smallest that holds
         ({5: 40, 3: 20, 2: 40, 1: 20}, {5: 40}, 5),  # a lucky smaller one after one that failed is not taken
         ({5: 40, 3: 40, 2: 40, 1: 40}, {1: 10, 2: 30, 3: 39}, 3),  # what fails on fresh texts is not taken
         ({5: 40, 3: 40}, {3: 0, 5: 0}, None),

@@ -2,7 +2,7 @@
 
 A needle in a haystack, several at a time. Facts of different kinds stand at different depths of one text;
 each is asked for in a continuation of its own, which starts from a copy of the same cache. The text, which is
-long, is thus read once for all its facts. The answer is compared token by token with what the model would
+long, is thus read once (`read`) for all its facts (`ask`). The answer is compared token by token with what the model would
 say greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which
 is the case if and only if greedy decoding from there gives just this answer.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 
-__all__ = ["STOCK", "Asked", "Hidden", "Kind", "Stock", "answered", "hide"]
+__all__ = ["STOCK", "Asked", "Hidden", "Kind", "Stock", "answered", "ask", "hide", "read"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,19 @@ def _answer(tokenizer: Any, lead: str, value: str) -> tuple[tuple[int, ...], int
 
 def answered(model: Any, hidden: Hidden, cache: Any) -> list[bool]:
     """Which of the facts the model finds again, with a fresh cache."""
-    _read(model, hidden, cache)
+    read(model, hidden, cache)
+    return ask(model, hidden, cache)
+
+
+def read(model: Any, hidden: Hidden, cache: Any) -> None:
+    """Fill a fresh cache with the text."""
+    text = torch.tensor([hidden.text], device=model.device)
+    _body(model)(text, past_key_values=cache, use_cache=True)
+
+
+def ask(model: Any, hidden: Hidden, cache: Any) -> list[bool]:
+    """Which of the facts the model finds again, with a cache that holds the text; it is used up."""
+    cache.batch_repeat_interleave(len(hidden.asked))
     rows, wanted = _rows(hidden, model.device)
     accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = sorted({p for at in wanted for p in at}) if accepts else list(range(rows.shape[1]))
@@ -205,13 +217,6 @@ def answered(model: Any, hidden: Hidden, cache: Any) -> list[bool]:
         all(int(said[k, column[p]]) == one.tail[p + 1] for p in at)
         for k, (one, at) in enumerate(zip(hidden.asked, wanted, strict=True))
     ]
-
-
-def _read(model: Any, hidden: Hidden, cache: Any) -> None:
-    """Fill the cache with the text, once for each question."""
-    text = torch.tensor([hidden.text], device=model.device)
-    _body(model)(text, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(hidden.asked))
 
 
 def _body(model: Any) -> Any:

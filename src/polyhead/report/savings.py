@@ -22,7 +22,7 @@ from polyhead.head_scores import HeadScores
 from polyhead.report.data import Recommendation, Savings
 from polyhead.report.effort import Effort, sizes
 from polyhead.report.summary import python_lines, reason
-from polyhead.report.trying import Outcome, Trial
+from polyhead.report.trying import Choice, Outcome, Trial
 from polyhead.report.words import plural
 from polyhead.tasks.reading import context_length
 
@@ -69,8 +69,8 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     e, total = trial.effort, len(trial.all_heads)
     order = _order(scores, trial.all_heads)
 
-    whole = trial.outcome("full", None)
-    chosen = [trial.outcome("retrieval", order[:count]) for count in sizes(e, total)]
+    tried = [Choice("retrieval", order[:count]) for count in sizes(e, total)]
+    whole, *chosen = trial.outcomes([Choice("full", None), *tried])
     capable = sum(whole.answers) >= len(whole.answers) / 2
     notes = [] if capable else [_incapable(whole)]
 
@@ -81,11 +81,9 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     if confirmed is not None:
         wanted.append(confirmed[1].point.heads_kept)
     counts = sorted(({*wanted} & set(sizes(e, total))) - {0}, reverse=True)
-    drawn = [
-        trial.outcome("random", _drawn(trial.all_heads, count, seed), seed=seed)
-        for count in counts
-        for seed in e.seeds
-    ]
+    drawn = trial.outcomes(
+        [Choice("random", _drawn(trial.all_heads, count, seed), seed) for count in counts for seed in e.seeds]
+    )
 
     timed = trial.speeds([None, order, *(o.point.heads for o in chosen)])
     baseline = replace(whole.point, decode_tokens_per_second=timed[0])
@@ -144,16 +142,16 @@ def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[O
         candidates.append(one)
     if not candidates:
         return None
-    before = trial.outcome("full", None, fresh=True)
-    for rejected, one in enumerate(reversed(candidates)):
-        after = trial.outcome("retrieval", one.point.heads, fresh=True)
+    smallest_first = [Choice("retrieval", one.point.heads) for one in reversed(candidates)]
+    before, *again = trial.outcomes([Choice("full", None), *smallest_first], fresh=True)
+    for rejected, after in enumerate(again):
         if holds(trial.effort, before, after):
             return before, after, rejected
     return None
 
 
-def _drawn(heads: Sequence[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:
-    return random.Random(f"{seed} {count}").sample(list(heads), count)
+def _drawn(heads: Sequence[tuple[int, int]], count: int, seed: int) -> tuple[tuple[int, int], ...]:
+    return tuple(random.Random(f"{seed} {count}").sample(list(heads), count))
 
 
 def _incapable(whole: Outcome) -> str:

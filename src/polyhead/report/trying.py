@@ -21,11 +21,20 @@ from polyhead.report.effort import Effort
 from polyhead.tasks import held_out_text, perplexity
 from polyhead.tasks.reading import context_length, encode, evaluating
 
-__all__ = ["Advance", "Outcome", "Trial", "cache_bytes"]
+__all__ = ["Advance", "Choice", "Outcome", "Trial", "cache_bytes"]
 
 Advance = Callable[[str], None]
 Make = Callable[[], Any]
 Prefill = Literal["dense", "masked"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """KV heads to keep in full, pairs (layer, head); None: transformers' own cache. `policy` chose them."""
+
+    policy: str
+    heads: tuple[tuple[int, int], ...] | None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,52 +167,81 @@ class Trial:
 
     # -- trying -----------------------------------------------------------------------------------------
 
-    def answers(self, texts: Sequence[facts.Hidden], make: Make, what: str) -> tuple[bool, ...]:
-        """Which facts are found again."""
-        found: list[bool] = []
-        with evaluating(self.model):
-            for hidden in texts:
-                with _used(make) as cache:
-                    found += facts.answered(self.model, hidden, cache)
-                self._advance(what)
-        return tuple(found)
+    @cached_property
+    def reads_once(self) -> bool:
+        """Whether one reading of a text serves all choices of heads.
 
-    def perplexity(self, make: Make, part: int, what: str) -> float:
+        A text is read with whole attention, so that the keys and values that come of it are the same for every
+        choice; a choice only decides which of them are kept. That holds where all layers keep every row they
+        are given: not for those with a sliding window or a state of another kind.
+        """
+        from transformers.cache_utils import DynamicLayer
+
+        from polyhead.cache.layer import PerHeadLayer
+
+        whole = getattr(self.whole(), "layers", [])
+        with _used(self._maker(())) as cache:
+            ours = getattr(cache, "layers", [])
+            return (
+                len(whole) == len(ours) > 0
+                and all(type(layer) is DynamicLayer for layer in whole)
+                and all(isinstance(layer, PerHeadLayer) and layer.info.window is None for layer in ours)
+            )
+
+    def answers(self, texts: Sequence[facts.Hidden], choices: Sequence[Choice]) -> list[tuple[bool, ...]]:
+        """Which facts are found again with each choice; all choices at one text before the next is read."""
+        found: list[list[bool]] = [[] for _ in choices]
+        with evaluating(self.model):
+            for number, hidden in enumerate(texts):
+                rows = self._read(hidden) if self.reads_once else None
+                for choice, into in zip(choices, found, strict=True):
+                    if choice.policy == "random" and number >= self.effort.random_texts:
+                        continue
+                    with _used(self._maker(choice.heads)) as cache:
+                        if rows is None:
+                            facts.read(self.model, hidden, cache)
+                        else:
+                            _put(cache, rows)
+                        into += facts.ask(self.model, hidden, cache)
+                    self._advance("hidden facts")
+        return [tuple(one) for one in found]
+
+    def _read(self, hidden: facts.Hidden) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The keys and values of a text, for each layer."""
+        cache = self.whole()
+        facts.read(self.model, hidden, cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def perplexity(self, make: Make, part: int) -> float:
         """Perplexity of the held-out text."""
         with _used(make) as cache:
             found = perplexity(self.model, self.tokenizer, self._prose(part), chunk=512, cache=cache)
-        self._advance(what)
+        self._advance("perplexity")
         return found.value
 
-    def outcome(
-        self,
-        policy: str,
-        heads: Sequence[tuple[int, int]] | None,
-        *,
-        seed: int | None = None,
-        fresh: bool = False,
-    ) -> Outcome:
-        """Try a choice of heads (None: transformers' own cache); `fresh` on what is kept for confirming."""
-        total = len(self.all_heads)
-        count = total if heads is None else len(heads)
-        make = self._maker(heads)
-        what = f"{policy}, {count} of {total} KV heads"
+    def outcomes(self, choices: Sequence[Choice], *, fresh: bool = False) -> list[Outcome]:
+        """Try choices of heads, each text with all of them; `fresh` on what is kept for confirming."""
         texts = self.confirming if fresh else self.trying
-        if policy == "random":
-            texts = texts[: self.effort.random_texts]
-        answers = self.answers(texts, make, what)
-        point = Point(
-            policy=policy,
+        return [
+            Outcome(self._point(choice, answers, int(fresh)), answers)
+            for choice, answers in zip(choices, self.answers(texts, choices), strict=True)
+        ]
+
+    def _point(self, choice: Choice, answers: Sequence[bool], part: int) -> Point:
+        total = len(self.all_heads)
+        count = total if choice.heads is None else len(choice.heads)
+        make = self._maker(choice.heads)
+        return Point(
+            policy=choice.policy,
             kv_fraction=count / total,
             heads_kept=count,
-            seed=seed,
+            seed=choice.seed,
             needle_accuracy=sum(answers) / len(answers),
             needles=len(answers),
-            perplexity=self.perplexity(self._maker(heads, "masked"), int(fresh), what),
+            perplexity=self.perplexity(self._maker(choice.heads, "masked"), part),
             cache_bytes=tuple((n, self.bytes(make, n)) for n in self.effort.lengths),
-            heads=tuple(sorted(heads)) if heads is not None else (),
+            heads=tuple(sorted(choice.heads)) if choice.heads is not None else (),
         )
-        return Outcome(point, answers)
 
     # -- bytes and speed --------------------------------------------------------------------------------
 
@@ -220,11 +258,13 @@ class Trial:
     def _fill(self, cache: Any, tokens: int, device: Any) -> None:
         """Put `tokens` tokens into a cache without running the model."""
         made: dict[Any, torch.Tensor] = {}
-        for layer, (heads, wide, value, dtype) in enumerate(self._rows):
+        rows = []
+        for heads, wide, value, dtype in self._rows:
             for width in {wide, value}:
                 if (heads, width) not in made:
                     made[heads, width] = torch.randn(1, heads, tokens, width, dtype=dtype, device=device)
-            cache.update(made[heads, wide], made[heads, value], layer)
+            rows.append((made[heads, wide], made[heads, value]))
+        _put(cache, rows)
         if hasattr(cache, "nbytes"):
             cache.crop(0)  # takes nothing back, but has the layers take in what has come
 
@@ -263,6 +303,12 @@ def _used(make: Make) -> Iterator[Any]:
     finally:
         if hasattr(cache, "detach"):
             cache.detach()
+
+
+def _put(cache: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Have a cache take keys and values, layer by layer, as if the model had read their tokens."""
+    for layer, (k, v) in enumerate(rows):
+        cache.update(k, v, layer)
 
 
 def cache_bytes(cache: Any) -> int:
