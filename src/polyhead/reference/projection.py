@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["heads_of", "joined", "real"]
+__all__ = ["heads_of", "joined", "normed", "real"]
 
 
 def real(x: Tensor, padding: Tensor | None) -> Tensor:
@@ -17,20 +17,19 @@ def real(x: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def heads_of(x: Tensor, parameters: Mapping[str, Tensor], name: str, heads: int) -> Tensor:
-    """x W_hᵀ + b_h for every head h, `(B, heads, L, width)`: head h owns the h-th run of rows of W.
-
-    Where the module normalises them, z becomes z / √(mean(z²) + 1e-6) times a gain that the heads share.
-    """
+    """x W_hᵀ + b_h for every head h, `normed`, `(B, heads, L, width)`; head h owns the h-th rows of W."""
     weight = parameters[f"projection.{name}.weight"].double()
     bias = parameters.get(f"projection.{name}.bias", torch.zeros(len(weight))).double()
     found = []
     for w, b in zip(weight.chunk(heads), bias.chunk(heads), strict=True):
-        z = x @ w.T + b
-        if f"projection.{name}_norm.weight" in parameters:
-            gain = parameters[f"projection.{name}_norm.weight"].double()
-            z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
-        found.append(z)
+        found.append(normed(x @ w.T + b, parameters, name))
     return torch.stack(found, dim=1)
+
+
+def normed(z: Tensor, parameters: Mapping[str, Tensor], name: str) -> Tensor:
+    """z / √(mean(z²) + 1e-6) times a gain that the heads share, where the module normalises its `name`."""
+    gain = parameters.get(f"projection.{name}_norm.weight")
+    return z if gain is None else z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain.double()
 
 
 def joined(heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
