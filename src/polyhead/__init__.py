@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from polyhead import cache, heads, hf, nn, tasks
     from polyhead.heads import profile
     from polyhead.hf import attach
+    from polyhead.intensity import roofline
     from polyhead.mechanisms import build, catalog, entry
     from polyhead.nn import auxiliary_losses
 
@@ -52,6 +53,7 @@ _LAZY = {
     "catalog": "polyhead.mechanisms",
     "entry": "polyhead.mechanisms",
     "profile": "polyhead.heads",
+    "roofline": "polyhead.intensity",
 }
 _ROOMS = ("cache", "heads", "hf", "nn", "tasks")
 
@@ -94,6 +96,7 @@ __all__ = [
     "profile",
     "reference",
     "relative_bias",
+    "roofline",
     "score_function",
     "sigmoid",
     "sink",

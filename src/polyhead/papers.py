@@ -28,8 +28,10 @@ __all__ = ["Paper", "built_in", "paper", "papers"]
 _ELSEWHERE = {
     "048": ("mechanisms/facets.py",),
     "061": ("attend/normalizers.py", "attend/entmax.py"),
+    "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
     "105": ("cache/duo.py",),
+    "109": ("nn/latent_plan.py",),
     "141": ("cache/razor.py",),
     "142": ("heads/measurements/repeats.py",),
     "162": ("heads/measurements/received.py",),

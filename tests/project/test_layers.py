@@ -14,7 +14,7 @@ PACKAGE = Path(polyhead.__file__).parent
 STOREYS = (
     ("__init__", "__main__"),
     ("cli", "report", "gallery"),
-    ("benchmarks", "papers", "cache", "heads", "tasks"),
+    ("benchmarks", "papers", "intensity", "cache", "heads", "tasks"),
     ("hf",),
     ("mechanisms",),
     ("nn",),

@@ -4,7 +4,9 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
+from polyhead.nn.hardware import HARDWARE, Hardware
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
+from polyhead.nn.latent_projection import LatentProjection
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import (
     AlibiPosition,
@@ -29,6 +31,7 @@ from polyhead.nn.positions import (
 from polyhead.nn.projections import OutputProjection, Projection
 
 __all__ = [
+    "HARDWARE",
     "AlibiPosition",
     "AttentionModule",
     "AuxiliaryLosses",
@@ -37,8 +40,10 @@ __all__ = [
     "DynamicNtk",
     "FixedCache",
     "GrowingCache",
+    "Hardware",
     "Kept",
     "KeyValueCache",
+    "LatentProjection",
     "LinearScaling",
     "Llama3Scaling",
     "LongRope",
