@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
+from polyhead.attend.weight_maps import WeightMap
 from polyhead.description import Part
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+from polyhead.nn.regularizers import Regularizer
 
 __all__ = ["AttentionConfig", "MechanismConfig", "largest_divisor"]
 
@@ -53,8 +55,10 @@ class AttentionConfig(MechanismConfig):
         position: the position encoding.
         score: maps of the logits.
         normalizer: how logits become weights.
+        weight_map: maps of the weights behind the normaliser.
         mask: a mask that holds in every call.
         dropout: probability with which a weight is dropped in training.
+        regularizers: what else acts in training only, such as `drop_head(0.1)`.
     """
 
     _: KW_ONLY
@@ -66,8 +70,10 @@ class AttentionConfig(MechanismConfig):
     position: Position = NoPosition()
     score: Score | tuple[Score, ...] | None = None
     normalizer: Normalizer = softmax()
+    weight_map: WeightMap | tuple[WeightMap, ...] | None = None
     mask: Mask | None = None
     dropout: float = 0.0
+    regularizers: Regularizer | tuple[Regularizer, ...] = ()
 
     def assemble(
         self,
@@ -104,8 +110,10 @@ class AttentionConfig(MechanismConfig):
             position=self.position,
             score=self.score,
             normalizer=self.normalizer,
+            weight_map=self.weight_map,
             mask=self.mask,
             dropout=self.dropout,
+            regularizers=self.regularizers,
         )
 
 

@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from polyhead.attend.across_heads import mixing_flops
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
+from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
-from polyhead.nn.kv_cache.places import place_mask, place_score
+from polyhead.nn.kv_cache.places import place_mask, place_score, place_weight_map
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import NoPosition, Position, PositionModule
 from polyhead.nn.projections import OutputProjection, Projection, check_inputs, check_real
@@ -37,7 +39,7 @@ class MultiHeadAttention(AttentionModule):
         q, k, v = projection(x, context)
         q, k    = position turns them
         k, v    = cache, if there is one: the earlier rows and these
-        y       = attend(q, k, v, mask, score, normalizer)
+        y       = attend(q, k, v, mask, score, normalizer, weight_map)
         return output(y)
 
     Args:
@@ -47,6 +49,7 @@ class MultiHeadAttention(AttentionModule):
         score: maps of the logits, one or a sequence; the tensors in it that require grad become parameters.
             Biases of the position encoding come first.
         normalizer: how logits become weights; its tensors likewise. Default softmax.
+        weight_map: maps of the weights behind the normaliser, one or a sequence; their tensors likewise.
         mask: a mask that holds in every call, besides that of the call.
         scale: factor of q·k. Default 1/√D.
         dropout: probability with which a weight is dropped in training.
@@ -65,6 +68,7 @@ class MultiHeadAttention(AttentionModule):
         position: Position | None = None,
         score: Score | Sequence[Score] | None = None,
         normalizer: Normalizer | None = None,
+        weight_map: WeightMap | Sequence[WeightMap] | None = None,
         mask: Mask | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
@@ -106,6 +110,10 @@ class MultiHeadAttention(AttentionModule):
         self.normalizer = (
             None if normalizer == _SOFTMAX else PartModule(normalizer, device=device, dtype=dtype)
         )
+        after = weight_chain(weight_map)
+        self.weight_map = None if after is None else PartModule(after, device=device, dtype=dtype)
+        if self.weight_map is not None:
+            self.weight_map.acts_on = "weights"
         self.mask = None if mask is None else PartModule(mask, device=device, dtype=dtype)
         self.scale = scale
         self.dropout = dropout
@@ -247,6 +255,12 @@ class MultiHeadAttention(AttentionModule):
             allowed = real if allowed is None else allowed & real
         # an argument that is not needed is left out: the operator knows its most common call by that
         options: dict[str, Any] = {} if self.normalizer is None else {"normalizer": self.normalizer()}
+        after = self._weight_map()
+        if after is not None:
+            moved = shift or kept.positions is not None
+            options["weight_map"] = (
+                place_weight_map(after, shift=shift, keys=kept.positions) if moved else after
+            )
         if self.training and self.dropout:
             options["dropout"] = self.dropout
         y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
@@ -258,6 +272,9 @@ class MultiHeadAttention(AttentionModule):
         if own is None or given is None:
             return own if given is None else given
         return chain((own, given))
+
+    def _weight_map(self) -> WeightMap | None:
+        return None if self.weight_map is None else self.weight_map()
 
     def new_context_cache(
         self,
@@ -294,8 +311,8 @@ class MultiHeadAttention(AttentionModule):
         return Cost(
             parameters=sum(p.numel() for p in self.parameters()),
             projections=batch * (self.projection.flops(length, keys) + self.output.flops(length)),
-            scores=pairs * self.head_dim,
-            values=pairs * self.value_dim,
+            scores=pairs * self.head_dim + mixing_flops(self._score(), batch * length * keys),
+            values=pairs * self.value_dim + mixing_flops(self._weight_map(), batch * length * keys),
             kv_bytes_per_token=per_token,
             cache_bytes=batch * keys * per_token,
         )

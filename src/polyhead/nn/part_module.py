@@ -28,6 +28,8 @@ class PartModule(nn.Module, Generic[P]):
         dtype: of the parameters. Buffers keep their own, also when the module is cast.
     """
 
+    acts_on: str  # where a picture of the module shows it, if that is not by its name
+
     def __init__(self, part: P, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         if not isinstance(part, Part):

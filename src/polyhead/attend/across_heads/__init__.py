@@ -1,6 +1,6 @@
 """Maps across the heads of a pair, of its logits (`score=`) or of its weights (`weight_map=`)."""
 
-from polyhead.attend.across_heads.base import AcrossHeads
+from polyhead.attend.across_heads.base import AcrossHeads, mixing_flops
 from polyhead.attend.across_heads.mix import HeadMix, head_mix
 
-__all__ = ["AcrossHeads", "HeadMix", "head_mix"]
+__all__ = ["AcrossHeads", "HeadMix", "head_mix", "mixing_flops"]

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from polyhead.attend.scores.base import Score
+from polyhead.attend.scores.base import Chain, Score
 from polyhead.attend.tile import Tile
-from polyhead.attend.weight_maps import WeightMap
+from polyhead.attend.weight_maps import WeightChain, WeightMap
 from polyhead.errors import ShapeError
 
-__all__ = ["AcrossHeads"]
+__all__ = ["AcrossHeads", "mixing_flops"]
 
 
 class AcrossHeads(Score, WeightMap):
@@ -46,6 +46,10 @@ class AcrossHeads(Score, WeightMap):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define vjp()")
 
+    def flops(self, pairs: int) -> int:
+        """Operations of the matrix products of `mapped` at so many pairs (b, i, j)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define flops()")
+
     def check_heads(self, heads: int, tile: Tile) -> None:
         """Raise a `ShapeError` unless the tile holds all heads of the call, as many as this part has."""
         total = tile.total_heads or tile.heads
@@ -57,3 +61,11 @@ class AcrossHeads(Score, WeightMap):
             raise ShapeError(
                 f"{type(self).__name__} needs a tile of all {total} heads, got {tile.heads} of them"
             )
+
+
+def mixing_flops(part: Score | WeightMap | None, pairs: int) -> int:
+    """Operations of the maps across heads among the maps of a call, at so many pairs (b, i, j)."""
+    parts = (
+        part.scores if isinstance(part, Chain) else part.maps if isinstance(part, WeightChain) else (part,)
+    )
+    return sum(one.flops(pairs) for one in parts if isinstance(one, AcrossHeads))

@@ -51,6 +51,9 @@ class HeadMix(AcrossHeads):
         torch.bmm(matrix, grad, out=out.view(grad.shape))
         return out
 
+    def flops(self, pairs: int) -> int:
+        return 2 * pairs * self.matrix.numel()
+
 
 def head_mix(matrix: Tensor) -> HeadMix:
     """Mix the heads of every pair by one matrix: `y_h = sum_g matrix[h, g] x_g`.

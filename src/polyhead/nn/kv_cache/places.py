@@ -12,12 +12,21 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from polyhead.attend.across_heads import AcrossHeads
 from polyhead.attend.masks import And, Mask, Window
 from polyhead.attend.masks.algebra import Bounds
 from polyhead.attend.scores import Score
 from polyhead.attend.tile import Tile
+from polyhead.attend.weight_maps import WeightMap
 
-__all__ = ["PlacedMask", "PlacedScore", "place_mask", "place_score"]
+__all__ = [
+    "PlacedMask",
+    "PlacedScore",
+    "PlacedWeightMap",
+    "place_mask",
+    "place_score",
+    "place_weight_map",
+]
 
 
 class PlacedMask(Mask):
@@ -63,19 +72,44 @@ class PlacedScore(Score):
     def positional(self) -> bool:  # type: ignore[override]
         return self.score.positional
 
-    def _placed(self, tile: Tile) -> Tile:
-        rows = tile.rows + self.shift.to(tile.rows.device)
-        if self.keys is None:
-            return dataclasses.replace(tile, rows=rows)
-        return dataclasses.replace(
-            tile, rows=rows, cols=self.keys.to(tile.cols.device)[tile.cols], consecutive=False
-        )
+    @property
+    def whole_heads(self) -> bool:  # type: ignore[override]
+        return self.score.whole_heads
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
-        return self.score.apply(scores, self._placed(tile))
+        return self.score.apply(scores, _placed(tile, self.shift, self.keys))
 
     def bias(self, tile: Tile, dtype: torch.dtype | None = None) -> Tensor | None:
-        return self.score.bias(self._placed(tile), dtype)
+        return self.score.bias(_placed(tile, self.shift, self.keys), dtype)
+
+
+class PlacedWeightMap(WeightMap):
+    """`weight_map` where the queries stand `shift` further on and key n stands at `keys[n]`."""
+
+    weight_map: WeightMap
+    shift: Tensor
+    keys: Tensor | None = None
+
+    @property
+    def whole_heads(self) -> bool:  # type: ignore[override]
+        return self.weight_map.whole_heads
+
+    @property
+    def keeps_zeros(self) -> bool:  # type: ignore[override]
+        return self.weight_map.keeps_zeros
+
+    def apply(self, weights: Tensor, tile: Tile) -> Tensor:
+        return self.weight_map.apply(weights, _placed(tile, self.shift, self.keys))
+
+
+def _placed(tile: Tile, shift: Tensor, keys: Tensor | None) -> Tile:
+    """The tile with its positions where they are; its rows and columns stay those of the call."""
+    rows = tile.rows + shift.to(tile.rows.device)
+    if keys is None:
+        return dataclasses.replace(tile, rows=rows, columns=tile.cols)
+    return dataclasses.replace(
+        tile, rows=rows, cols=keys.to(tile.cols.device)[tile.cols], columns=tile.cols, consecutive=False
+    )
 
 
 def place_mask(
@@ -111,4 +145,13 @@ def place_mask(
 
 def place_score(score: Score, *, shift: int, keys: Tensor | None) -> Score:
     """`score` over rows that stand elsewhere."""
-    return score if shift == 0 and keys is None else PlacedScore(score, torch.tensor(shift), keys)
+    if isinstance(score, AcrossHeads) or (shift == 0 and keys is None):
+        return score
+    return PlacedScore(score, torch.tensor(shift), keys)
+
+
+def place_weight_map(weight_map: WeightMap, *, shift: int, keys: Tensor | None) -> WeightMap:
+    """`weight_map` over rows that stand elsewhere."""
+    if isinstance(weight_map, AcrossHeads) or (shift == 0 and keys is None):
+        return weight_map
+    return PlacedWeightMap(weight_map, torch.tensor(shift), keys)
