@@ -30,6 +30,7 @@ _ELSEWHERE = {
     "061": ("attend/normalizers.py", "attend/entmax.py"),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
+    "099": ("nn/regularizers/token_masking.py",),
     "105": ("cache/duo.py",),
     "109": ("nn/latent_plan.py",),
     "141": ("cache/razor.py",),

@@ -558,6 +558,23 @@ def dropout(case: Case) -> None:
         assert not torch.equal(drawn(1), drawn(2)), "dropout does nothing"
 
 
+def regularizers(case: Case) -> None:
+    """What acts in training only does act there, on heads and on the mask, and is off in evaluation."""
+    if not case.has("regularizers"):
+        return
+    pattern = next(p for p in ("causal_self", "self", *case.patterns()) if p in case.entry.supports)
+    for part in (ph.nn.drop_head(0.5), ph.nn.token_masking(0.5)):
+        if isinstance(part, ph.nn.TokenMasking) and not pattern.endswith("self"):
+            continue
+        plain, module = case.build(), case.build(regularizers=(part,))
+        c = call(module, pattern, length=20)
+        with torch.no_grad():
+            assert torch.equal(c(module), c(plain)), f"{part} acts in evaluation"
+            module.train()
+            torch.manual_seed(1)
+            assert not torch.equal(c(module), c(plain)), f"{part} does nothing in training"
+
+
 def repeatable(case: Case) -> None:
     """The same call gives the same bits twice, and leaves parameters and inputs as they were."""
     for pattern in case.patterns():
@@ -627,6 +644,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     compiles,
     cost,
     dropout,
+    regularizers,
     repeatable,
     auxiliary,
     refusals,

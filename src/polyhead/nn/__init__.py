@@ -29,6 +29,14 @@ from polyhead.nn.positions import (
     sinusoidal,
 )
 from polyhead.nn.projections import OutputProjection, Projection
+from polyhead.nn.regularizers import (
+    DropHead,
+    Regularizer,
+    TokenMasking,
+    drop_head,
+    token_masking,
+    v_schedule,
+)
 
 __all__ = [
     "HARDWARE",
@@ -37,6 +45,7 @@ __all__ = [
     "AuxiliaryLosses",
     "ContextCache",
     "Cost",
+    "DropHead",
     "DynamicNtk",
     "FixedCache",
     "GrowingCache",
@@ -55,15 +64,20 @@ __all__ = [
     "PositionModule",
     "Projection",
     "ProportionalScaling",
+    "Regularizer",
     "Rope",
     "RopeScaling",
     "Sinusoidal",
+    "TokenMasking",
     "WindowCache",
     "Yarn",
     "alibi_position",
     "auxiliary_losses",
+    "drop_head",
     "no_position",
     "rope",
     "rope_from_parameters",
     "sinusoidal",
+    "token_masking",
+    "v_schedule",
 ]

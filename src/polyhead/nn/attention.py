@@ -26,6 +26,7 @@ from polyhead.nn.kv_cache.places import place_mask, place_score, place_weight_ma
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import NoPosition, Position, PositionModule
 from polyhead.nn.projections import OutputProjection, Projection, check_inputs, check_real
+from polyhead.nn.regularizers import Regularizer, check_regularizers
 
 __all__ = ["MultiHeadAttention"]
 
@@ -53,6 +54,7 @@ class MultiHeadAttention(AttentionModule):
         mask: a mask that holds in every call, besides that of the call.
         scale: factor of q·k. Default 1/√D.
         dropout: probability with which a weight is dropped in training.
+        regularizers: what else acts in training only, such as `drop_head(0.1)`.
 
     Attributes:
         heads, kv_heads, head_dim, value_dim: sizes, from the projection.
@@ -72,6 +74,7 @@ class MultiHeadAttention(AttentionModule):
         mask: Mask | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
+        regularizers: Regularizer | Sequence[Regularizer] = (),
     ) -> None:
         super().__init__()
         lacking = [name for name in _PROJECTION if not hasattr(projection, name)]
@@ -117,6 +120,7 @@ class MultiHeadAttention(AttentionModule):
         self.mask = None if mask is None else PartModule(mask, device=device, dtype=dtype)
         self.scale = scale
         self.dropout = dropout
+        self.regularizers = check_regularizers(regularizers)
         if output is None:
             output = OutputProjection(
                 projection.dim, projection.heads, projection.value_dim, device=device, dtype=dtype
@@ -175,6 +179,8 @@ class MultiHeadAttention(AttentionModule):
             if padding is not None:
                 check_real("x", padding, x)
                 x = x.masked_fill(~padding[..., None], 0.0)
+            if self.training and self.regularizers and cache is None:
+                mask = self._narrowed(mask, x, padding)
             where: int | Tensor = seen if own is None else own
             x = position.add(x, where)
             source, places = x, where
@@ -196,6 +202,23 @@ class MultiHeadAttention(AttentionModule):
         else:
             kept = cache.append(*rows, padding=padding, positions=own)
         return self._attend(q, kept, mask, first=kept.length - queries, latest=True)
+
+    def _narrowed(self, mask: Mask | None, x: Tensor, padding: Tensor | None) -> Mask | None:
+        """The mask of a call of self-attention in training, as the regularizers leave it."""
+        if mask is not None and not isinstance(mask, Mask):
+            return mask
+        if self.mask is not None:
+            mask = self.mask() if mask is None else self.mask() & mask
+        for part in self.regularizers:
+            mask = part.narrow(
+                mask,
+                batch=x.shape[0],
+                heads=self.heads,
+                length=x.shape[1],
+                padding=padding,
+                device=x.device,
+            )
+        return mask
 
     def _queries(self, x: Tensor, where: int | Tensor) -> Tensor:
         """The queries of inputs that stand at `where`, as `_mix` takes them."""
@@ -264,6 +287,9 @@ class MultiHeadAttention(AttentionModule):
         if self.training and self.dropout:
             options["dropout"] = self.dropout
         y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
+        if self.training:
+            for part in self.regularizers:
+                y = part.on_heads(y)
         return self.output(y)
 
     def _score(self) -> Score | None:
