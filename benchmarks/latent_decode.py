@@ -61,9 +61,8 @@ def main() -> None:
             chosen = module.step_cost(CACHED, queries)
             plan = module.plan(queries, CACHED)
             planned = min(("expanded", "absorbed"), key=lambda s: plan[s].flops)
-            print(
-                f"  operations of expanded over absorbed: {plan['expanded'].flops / plan['absorbed'].flops:.2f}"
-            )
+            fewer = plan["expanded"].flops / plan["absorbed"].flops
+            print(f"  operations of expanded over absorbed: {fewer:.2f}")
             print(f"  auto: {planned}, {chosen.flops / 1e9:.3g} GFLOP")
             if queries == 1:
                 reached &= aim("absorbed against expanded", ratios["absorbed"], AIM)

@@ -105,8 +105,9 @@ def test_all_orders_give_the_same_answer_and_gradients(
         {"position": ph.nn.alibi_position()},
         {"position": ph.nn.sinusoidal()},
         {"normalizer": ph.softmax(sink=torch.ones(4))},
+        {"weight_map": ph.head_mix(torch.rand(4, 4, generator=torch.Generator().manual_seed(2), **F64))},
     ],
-    ids=["score", "entmax", "sigmoid", "alibi", "sinusoidal", "sink"],
+    ids=["score", "entmax", "sigmoid", "alibi", "sinusoidal", "sink", "mixed heads"],
 )
 def test_so_they_do_with_other_parts(part: dict[str, Any]) -> None:
     expected = answers(built(scheme="expanded", **part), mask=ph.causal())

@@ -31,10 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyhead.attend.across_heads import mixing_flops
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
+from polyhead.attend.weight_maps import WeightMap
 from polyhead.checks import given, place, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
@@ -46,6 +48,7 @@ from polyhead.nn.latent_plan import SCHEMES, SchemePlan
 from polyhead.nn.latent_projection import LatentProjection
 from polyhead.nn.positions import Position, rope
 from polyhead.nn.projections import OutputProjection, at_least_one, head_width
+from polyhead.nn.regularizers import Regularizer
 
 __all__ = ["LatentAttention", "MultiHeadLatent"]
 
@@ -178,8 +181,8 @@ class LatentAttention(MultiHeadAttention):
         return Cost(
             parameters=sum(p.numel() for p in self.parameters()),
             projections=count.projections,
-            scores=count.scores,
-            values=count.values,
+            scores=count.scores + mixing_flops(self._score(), batch * queries * keys),
+            values=count.values + mixing_flops(self._weight_map(), batch * queries * keys),
             kv_bytes_per_token=heads * width * itemsize,
             cache_bytes=batch * keys * heads * width * itemsize,
         )
@@ -214,8 +217,10 @@ class MultiHeadLatent(MechanismConfig):
         position: the position encoding; what it turns are the rotary parts.
         score: maps of the logits.
         normalizer: how logits become weights.
+        weight_map: maps of the weights.
         mask: a mask that holds in every call.
         dropout: probability with which a weight is dropped in training.
+        regularizers: what else acts in training only, such as `drop_head(0.1)`.
     """
 
     _: KW_ONLY
@@ -230,8 +235,10 @@ class MultiHeadLatent(MechanismConfig):
     position: Position = rope()
     score: Score | tuple[Score, ...] | None = None
     normalizer: Normalizer = softmax()
+    weight_map: WeightMap | tuple[WeightMap, ...] | None = None
     mask: Mask | None = None
     dropout: float = 0.0
+    regularizers: Regularizer | tuple[Regularizer, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one("MultiHeadLatent", dim=self.dim, heads=self.heads)
@@ -275,6 +282,8 @@ class MultiHeadLatent(MechanismConfig):
             position=self.position,
             score=self.score,
             normalizer=self.normalizer,
+            weight_map=self.weight_map,
             mask=self.mask,
             dropout=self.dropout,
+            regularizers=self.regularizers,
         )
