@@ -92,15 +92,16 @@ class Banded:
         *,
         seed: int,
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
-        x = _Blocks.of(q, k, v, problem)
+        x = _Blocks.of(q, k, v, problem, aligned=True)
         with torch.enable_grad():
             bias = x.bias()
         base, sinks, rows = x.base(bias), x.sinks, x.q.shape[2]
         up = x.fold(grad.to(x.q.dtype))
         dq = torch.empty_like(x.q)
-        # room before the first key and behind the last band, which is added in pieces of R keys
+        # room before the first key and behind the last band
         front = max(0, -x.start(0))
-        room = front + max(x.start(x.q.shape[1] - 1) + -(-x.span // x.rows) * x.rows, x.keys)
+        room = front + max(x.start(x.q.shape[1] - 1) + x.span, x.keys)
+        of_keys = _Turned(x)
         dk = x.k.new_zeros(x.k.shape[0], room, x.k.shape[2])
         dv = x.v.new_zeros(x.v.shape[0], room, x.v.shape[2])
         dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias)
@@ -112,7 +113,7 @@ class Banded:
             torch.bmm(g, x.windows(x.v, n, t0, t1).transpose(1, 2), out=gw[..., sinks:])
             if sinks:
                 gw[..., :sinks] = g @ x.v[n, :sinks].T
-            _spread(dv[n, front + x.start(t0) :], x, torch.bmm(flat[..., sinks:].transpose(1, 2), g))
+            of_keys.add(dv[n, front + x.start(t0) :], weights[..., sinks:], up[n], t0)
             if sinks:
                 dv[n, front : front + sinks] += _over_blocks(flat[..., :sinks], g)
             gs, gt = x.normalizer(n).vjp(weights, gw.view(weights.shape))
@@ -124,9 +125,7 @@ class Banded:
                 target += part.sum_to_size(target.shape)
             gs = gs.view(t1 - t0, rows, -1)
             torch.bmm(gs[..., sinks:], x.windows(x.k, n, t0, t1), out=dq[n, t0:t1])
-            _spread(
-                dk[n, front + x.start(t0) :], x, torch.bmm(gs[..., sinks:].transpose(1, 2), x.q[n, t0:t1])
-            )
+            of_keys.add(dk[n, front + x.start(t0) :], gs.view(weights.shape)[..., sinks:], x.q[n], t0)
             if sinks:
                 dq[n, t0:t1] += gs[..., :sinks] @ x.k[n, :sinks]
                 dk[n, front : front + sinks] += _over_blocks(gs[..., :sinks], x.q[n, t0:t1])
@@ -156,16 +155,21 @@ class _Blocks:
     repeat: int
     queries: int
     rows: int
+    left: int  # how far a band reaches before its first query, and behind its last
+    right: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> _Blocks:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, aligned: bool = False) -> _Blocks:
+        """`aligned`: bands reach to multiples of R."""
         assert problem.mask is not None
         shape = band(problem.mask)
         assert shape is not None
         dtype = wide(q.dtype)
         batch, heads, queries, _ = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
-        x = cls(q, k, v, shape, problem, kv_heads, heads // kv_heads, queries, _ROWS)
+        step = _ROWS if aligned else 1
+        left, right = (-(-reach // step) * step for reach in (shape.left, shape.right))
+        x = cls(q, k, v, shape, problem, kv_heads, heads // kv_heads, queries, _ROWS, left, right)
         x.k, x.v = (t.to(dtype).reshape(batch * kv_heads, keys, -1) for t in (k, v))
         x.q = x.fold(q.to(dtype))
         return x
@@ -198,7 +202,7 @@ class _Blocks:
     @property
     def span(self) -> int:
         """Keys in a block's band, K."""
-        return _span(self.shape, self.rows)
+        return self.rows + self.left + self.right
 
     @property
     def sinks(self) -> int:
@@ -207,7 +211,7 @@ class _Blocks:
 
     def start(self, t: int) -> int:
         """Position of the first key in block t's band; below 0 at the beginning of the sequence."""
-        return self.offset + t * self.rows - self.shape.left
+        return self.offset + t * self.rows - self.left
 
     def windows(self, x: Tensor, n: int, t0: int, t1: int) -> Tensor:
         """The bands (t, K, ·) of blocks t0..t1-1 as an overlapping view; zeros beyond the ends."""
@@ -245,7 +249,7 @@ class _Blocks:
         tile = Tile(
             batch=1,
             heads=self.kv_heads * self.repeat,
-            rows=torch.arange(self.rows, device=device) + self.shape.left,
+            rows=torch.arange(self.rows, device=device) + self.left,
             cols=torch.arange(self.span, device=device),
             consecutive=True,
         )
@@ -254,7 +258,7 @@ class _Blocks:
     def base(self, bias: Tensor | None) -> Tensor:
         """What is added to every block's scores: the bias, -inf outside the window; (H or 1, R, K)."""
         r = torch.arange(self.rows, device=self.q.device)[:, None]
-        c = torch.arange(self.span, device=self.q.device) - self.shape.left
+        c = torch.arange(self.span, device=self.q.device) - self.left
         outside = (c < r - self.shape.left) | (c > r + self.shape.right)
         start = self.q.new_zeros(1, self.rows, self.span) if bias is None else bias.detach()
         return start.masked_fill(outside, float("-inf"))
@@ -290,7 +294,7 @@ class _Blocks:
             torch.arange(t0 * self.rows, t1 * self.rows, device=device).view(count, 1, self.rows, 1)
             + self.offset
         )
-        j = i[:, :, :1] - self.shape.left + torch.arange(self.span, device=device)
+        j = i[:, :, :1] - self.left + torch.arange(self.span, device=device)
         edges = self.edges(t0, t1)
         for part in edges:
             near[part].masked_fill_((j[part] < 0) | (j[part] >= self.keys), minus)
@@ -318,22 +322,43 @@ class _Blocks:
         return weights
 
 
-def _span(shape: Band, rows: int) -> int:
-    return rows + shape.left + shape.right
-
-
 def _over_blocks(a: Tensor, b: Tensor) -> Tensor:
     """sum over blocks and rows of aᵀ b: (t, r, s), (t, r, d) -> (s, d)."""
     return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
 
 
-def _spread(total: Tensor, x: _Blocks, bands: Tensor) -> None:
-    """Add neighbouring blocks' bands (t, K, ·) to their keys, of which the first band's first is total[0].
+class _Turned:
+    """Weights seen from the keys: for each block of R keys, all the rows whose band holds it.
 
-    Bands overlap, but pieces of R keys at the same place in each band do not.
+    Bands reach to multiples of R, so a block of keys lies, whole, in the bands of M = K / R blocks of queries.
+    Blocks (R, K) are laid down R numbers apart: the weight of row i and key c then stands at K i + c in any
+    block, and the K × R weights of a block of keys are a plain matrix, which overlaps those of its neighbours.
     """
-    count = bands.shape[0]
-    for p0 in range(0, x.span, x.rows):
-        size = min(x.rows, x.span - p0)
-        target = total[p0 : p0 + count * x.rows].view(count, x.rows, -1)
-        target[:, :size] += bands[:, p0 : p0 + size]
+
+    def __init__(self, x: _Blocks) -> None:
+        self.x, self.around = x, x.span // x.rows - 1  # blocks of zeros at either end
+        self.stride = x.rows * (x.span + 1)
+        self.held = x.q.new_zeros(0)
+
+    def add(self, total: Tensor, weights: Tensor, rows: Tensor, t0: int) -> None:
+        """total[c] += sum over heads and rows i of weights[i, c] rows[i].
+
+        Args:
+            total: (keys, D), from the first key of block t0's band on.
+            weights: (t, rep, R, K), of blocks t0 and following.
+            rows: (T, rep·R, D), of all blocks.
+        """
+        x, around, count = self.x, self.around, weights.shape[0]
+        seen, width = count + around, rows.shape[-1]
+        size = (count + 2 * around) * self.stride
+        if self.held.numel() < size:
+            self.held = x.q.new_zeros(size)
+        self.held[(count + around) * self.stride : size] = 0
+        into = self.held.as_strided((count, x.rows, x.span), (self.stride, x.span, 1), around * self.stride)
+        matrices = self.held.as_strided((seen, x.rows, x.span), (self.stride, 1, x.span), around * x.rows)
+        for head in range(x.repeat):
+            into.copy_(weights[:, head])
+            own = rows.view(rows.shape[0], x.repeat, x.rows, width)[t0 : t0 + count, head]
+            near = F.pad(own.reshape(-1, width), (0, 0, around * x.rows, around * x.rows))
+            bands = near.as_strided((seen, x.span, width), (x.rows * width, width, 1))
+            total[: seen * x.rows] += torch.bmm(matrices, bands).view(-1, width)
