@@ -27,6 +27,7 @@ __all__ = ["Paper", "built_in", "paper", "papers"]
 # Papers that are built as something other than a mechanism, and where in the package.
 _ELSEWHERE = {
     "048": ("mechanisms/facets.py",),
+    "054": ("nn/head_mask.py",),
     "061": ("attend/normalizers.py", "attend/entmax.py"),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),

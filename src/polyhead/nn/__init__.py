@@ -5,6 +5,7 @@ from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.hardware import HARDWARE, Hardware
+from polyhead.nn.head_mask import HeadMask, head_importance
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
 from polyhead.nn.latent_projection import LatentProjection
 from polyhead.nn.part_module import PartModule
@@ -50,6 +51,7 @@ __all__ = [
     "FixedCache",
     "GrowingCache",
     "Hardware",
+    "HeadMask",
     "Kept",
     "KeyValueCache",
     "LatentProjection",
@@ -74,6 +76,7 @@ __all__ = [
     "alibi_position",
     "auxiliary_losses",
     "drop_head",
+    "head_importance",
     "no_position",
     "rope",
     "rope_from_parameters",
