@@ -525,18 +525,24 @@ def _fused(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: 
 
 
 def cost(case: Case) -> None:
-    """`cost` counts the parameters that there are and the operations that torch counts."""
+    """`cost` counts the parameters that there are and the operations that torch counts.
+
+    Where the inputs decide how many rows a part computes, padding may add a tenth at a fair length.
+    """
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused}
+    length = 768 if case.entry.routed else 16
     for pattern in case.patterns(causal=False):
         module = case.build(dtype=torch.float32)
-        keys = 24 if pattern == "cross" else 16
-        c = call(module, pattern, batch=2, length=16, keys=keys, dtype=torch.float32)
-        said: Cost = module.cost(16, batch=2, context_length=keys)
+        keys = 24 if pattern == "cross" else length
+        c = call(module, pattern, batch=2, length=length, keys=keys, dtype=torch.float32)
+        said: Cost = module.cost(length, batch=2, context_length=keys)
         assert said.parameters == sum(p.numel() for p in module.parameters())
         counter = FlopCounterMode(display=False, custom_mapping=fused)
         with torch.no_grad(), counter:
             c(module)
-        assert said.flops == counter.get_total_flops(), (said.flops, counter.get_total_flops())
+        counted = counter.get_total_flops()
+        most = 1.1 * said.flops if case.entry.routed else said.flops
+        assert said.flops <= counted <= most, (said.flops, counted)
         assert min(said.projections, said.scores, said.values, said.kv_bytes_per_token) > 0
 
 

@@ -52,6 +52,8 @@ class Entry:
         file: its file, relative to the package.
         declared: what its file says of its facets.
         picture: its data flow, where its file draws it; None where its parts say it.
+        routed: whether the inputs decide how many rows each of its parts computes. `cost` then counts the
+            rows that are chosen; parts that work together are padded to the one with the most.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Entry:
     file: str
     declared: Facets = _SHOWN
     picture: Flow | None = None
+    routed: bool = False
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -124,6 +127,7 @@ class Registry:
         graph_breaks: int = 0,
         facets: Facets = _SHOWN,
         picture: Flow | None = None,
+        routed: bool = False,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -160,6 +164,7 @@ class Registry:
                 file,
                 facets,
                 picture,
+                routed,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config
@@ -250,6 +255,11 @@ def build(name: str, *, device: Any = None, dtype: Any = None, **config: Any) ->
         ConfigError: an option that it does not have, or a value that is not allowed.
     """
     return _load().build(name, device=device, dtype=dtype, **config)
+
+
+def configure(name: str, **config: Any) -> MechanismConfig:
+    """The configuration that `build` would build from the same arguments."""
+    return _load().configure(name, **config)
 
 
 def catalog(

@@ -196,6 +196,7 @@ class MultiHeadAttention(AttentionModule):
             if position.adds:
                 source = position.add(context, places)
         q = self._queries(x, where)
+        self._account(q, padding if context is None else None)
         rows = self._rows(source, places)
         if cache is None:
             kept = Kept(rows, source.shape[1], padding)
@@ -224,6 +225,9 @@ class MultiHeadAttention(AttentionModule):
         """The queries of inputs that stand at `where`, as `_mix` takes them."""
         return self.position.turn(self.projection.queries(x), where)
 
+    def _account(self, q: Tensor, real: Tensor | None) -> None:
+        """Look at the queries of a call, `real` `(B, L)` where they are no padding: for auxiliary losses."""
+
     def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
         """What is kept of tokens that stand at `places`, and attended to: one tensor for every stream."""
         k, v = self.projection.keys_values(source)
@@ -250,6 +254,7 @@ class MultiHeadAttention(AttentionModule):
         first, queries = cache.length, x.shape[1]
         where = first if positions is None else positions
         q = self._queries(self.position.add(x, where), where)
+        self._account(q, None)
         return self._attend(q, cache.read(queries), mask, first=first, latest=False)
 
     def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, *, first: int, latest: bool) -> Tensor:
@@ -287,10 +292,13 @@ class MultiHeadAttention(AttentionModule):
         if self.training and self.dropout:
             options["dropout"] = self.dropout
         y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
-        if self.training:
-            for part in self.regularizers:
-                y = part.on_heads(y)
-        return self.output(y)
+        return self.output(self._regularized(y) if self.training and self.regularizers else y)
+
+    def _regularized(self, heads: Tensor) -> Tensor:
+        """The outputs of the heads in training, as the regularizers leave them."""
+        for part in self.regularizers:
+            heads = part.on_heads(heads)
+        return heads
 
     def _score(self) -> Score | None:
         own = self.position.score

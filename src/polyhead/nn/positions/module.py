@@ -63,6 +63,30 @@ class PositionModule(nn.Module):
             x, table[:, None] if isinstance(where, Tensor) and where.ndim == 2 else table
         )
 
+    def turn_chosen(
+        self, x: Tensor, where: int | Tensor, item: Tensor, token: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        """Queries `(n, D)` of chosen tokens, turned to their positions.
+
+        Args:
+            x: the queries.
+            where: as for `turn`, of all tokens of the call.
+            item, token: int64 `(n,)`, whose token each query is.
+            shape: batch items and tokens of the call.
+        """
+        if not self.turns:
+            return x
+        batch, count = shape
+        length = 0
+        if self.position.stretching:
+            length = where + count if isinstance(where, int) else int(where.max()) + 1
+        table = self._table("turned", where, x.new_empty(batch, 0), count, length)
+        if not isinstance(where, Tensor) or where.ndim == 1:
+            table = table[token]
+        else:
+            table = table[item if len(table) > 1 else torch.zeros_like(item), token]
+        return self.position.turn(x[None, None], table)[0, 0]
+
     def _make(self, place: str, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         if place == "added":
             table = self.position.added(positions, self.dim)
