@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from polyhead.heads import profile
     from polyhead.hf import attach
     from polyhead.intensity import roofline
-    from polyhead.mechanisms import build, catalog, entry
+    from polyhead.mechanisms import build, build_stack, catalog, entry
     from polyhead.nn import auxiliary_losses
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ _LAZY = {
     "attach": "polyhead.hf",
     "auxiliary_losses": "polyhead.nn",
     "build": "polyhead.mechanisms",
+    "build_stack": "polyhead.mechanisms",
     "catalog": "polyhead.mechanisms",
     "entry": "polyhead.mechanisms",
     "profile": "polyhead.heads",
@@ -74,6 +75,7 @@ __all__ = [
     "auxiliary_losses",
     "blocks",
     "build",
+    "build_stack",
     "cache",
     "catalog",
     "causal",

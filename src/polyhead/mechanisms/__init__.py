@@ -11,9 +11,11 @@ from polyhead.mechanisms.registry import (
     Registry,
     build,
     catalog,
+    configure,
     entry,
     register,
 )
+from polyhead.mechanisms.stack import StackConfig, build_stack
 
 __all__ = [
     "FACETS",
@@ -26,9 +28,12 @@ __all__ = [
     "Flow",
     "MechanismConfig",
     "Registry",
+    "StackConfig",
     "Step",
     "build",
+    "build_stack",
     "catalog",
+    "configure",
     "entry",
     "flow_of",
     "register",

@@ -38,11 +38,13 @@ from polyhead.nn.regularizers import (
     token_masking,
     v_schedule,
 )
+from polyhead.nn.stack import AttentionStack, StackCache
 
 __all__ = [
     "HARDWARE",
     "AlibiPosition",
     "AttentionModule",
+    "AttentionStack",
     "AuxiliaryLosses",
     "ContextCache",
     "Cost",
@@ -70,6 +72,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Sinusoidal",
+    "StackCache",
     "TokenMasking",
     "WindowCache",
     "Yarn",

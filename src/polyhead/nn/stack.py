@@ -1,0 +1,219 @@
+"""A stack of attention layers, each of whatever mechanism, with residuals.
+
+    x ← x + attention_n(norm(x));   x ← x + W₂ gelu(W₁ norm(x))   where there is an MLP
+
+for n = 1..N: the pre-norm transformer, without embeddings and without a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from polyhead.attend.masks import Mask
+from polyhead.checks import given, place, several
+from polyhead.description import Part
+from polyhead.errors import ConfigError
+from polyhead.nn.contract import AttentionModule
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import KeyValueCache
+from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, check_inputs
+
+__all__ = ["NORMS", "AttentionStack", "StackCache"]
+
+NORMS = ("rms", "layer")
+
+
+class StackCache:
+    """One cache for every layer of a stack."""
+
+    def __init__(self, layers: Sequence[KeyValueCache]) -> None:
+        self.layers = tuple(layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return self.layers[0].length
+
+    @property
+    def holds_context(self) -> bool:
+        """Whether these are the keys and values of a context."""
+        return self.layers[0].holds_context
+
+    def nbytes(self) -> int:
+        """Bytes of memory of all layers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def reorder(self, beam_index: Tensor) -> None:
+        """Make batch item n go on from what was item `beam_index[n]`."""
+        for layer in self.layers:
+            layer.reorder(beam_index)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        for layer in self.layers:
+            layer.crop(length)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        for layer in self.layers:
+            layer.reset()
+
+
+class _LayerNorm(nn.LayerNorm):
+    """Layer normalisation that gives the dtype that it is given, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class _Mlp(nn.Module):
+    """W₂ gelu(W₁ x + b₁) + b₂."""
+
+    def __init__(self, dim: int, width: int, **kind: Any) -> None:
+        super().__init__()
+        self.up = FanInLinear(dim, width, bias=True, **kind)
+        self.down = FanInLinear(width, dim, bias=True, **kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class _Layer(nn.Module):
+    """One layer: attention and, where there is one, an MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, attention: AttentionModule, dim: int, mlp: int | None, norm: str, **kind: Any) -> None:
+        super().__init__()
+
+        def make() -> nn.Module:
+            return HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else _LayerNorm(dim, eps=1e-6, **kind)
+
+        self.norm = make()
+        self.attention = attention
+        self.mlp_norm = None if mlp is None else make()
+        self.mlp = None if mlp is None else _Mlp(dim, mlp, **kind)
+
+    def forward(self, x: Tensor, context: Tensor | None, **call: Any) -> Tensor:
+        x = x + self.attention(self.norm(x), context, **call)
+        if self.mlp is None or self.mlp_norm is None:
+            return x
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class AttentionStack(nn.Module):
+    """Attention layers in a row, called as one attention module is.
+
+    Args:
+        layers: the attention modules, first to last, all of width `dim`.
+        dim: width d of inputs and outputs.
+        mlp: width of an MLP behind every attention layer. Default none.
+        norm: "rms" or "layer".
+        final_norm: whether the output goes through a norm of its own.
+        device, dtype: of the norms and MLPs.
+
+    Attributes:
+        config: the description that `build_stack` built it from; None if it was put together by hand.
+    """
+
+    config: Part | None = None
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionModule],
+        dim: int,
+        *,
+        mlp: int | None = None,
+        norm: str = "rms",
+        final_norm: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        found = list(layers) if several(layers) else []
+        if not found or not all(isinstance(layer, AttentionModule) for layer in found):
+            raise ConfigError(f"layers must be attention modules, at least one; got {given(layers)}")
+        at_least_one("AttentionStack", dim=dim, **({} if mlp is None else {"mlp": mlp}))
+        if norm not in NORMS:
+            raise ConfigError(f"norm must be one of {', '.join(NORMS)}; got {given(norm)}")
+        device, dtype = place("AttentionStack", device, dtype)
+        kind = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.layers = nn.ModuleList(_Layer(layer, dim, mlp, norm, **kind) for layer in found)
+        self.norm: nn.Module | None = None
+        if final_norm:
+            self.norm = HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else _LayerNorm(dim, 1e-6, **kind)
+
+    @property
+    def attention(self) -> tuple[AttentionModule, ...]:
+        """The attention modules, first to last."""
+        return tuple(layer.attention for layer in self._layers)
+
+    @property
+    def _layers(self) -> tuple[_Layer, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, _Layer))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L d"],
+        context: Float[Tensor, "B S dc"] | None = None,
+        *,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        padding: Bool[Tensor, "B n"] | None = None,
+        positions: Int[Tensor, "*B L"] | None = None,
+        cache: StackCache | None = None,
+    ) -> Float[Tensor, "B L d"]:
+        """Run the layers one after the other.
+
+        Args:
+            x: inputs `(B, L, d)`.
+            context: what every layer attends to; None: its own inputs.
+            mask: who may look at whom, for all layers or a sequence with one for each.
+            padding, positions: see `MultiHeadAttention.forward`; every layer has them.
+            cache: from `new_cache` or `new_context_cache`.
+        """
+        check_inputs("x", x, self.dim)
+        masks = list(mask) if isinstance(mask, list | tuple) else [mask] * len(self.layers)
+        if len(masks) != len(self.layers):
+            raise ConfigError(
+                f"mask must be one mask, or one for each of {len(self.layers)} layers; got {len(masks)}"
+            )
+        if cache is not None and (not isinstance(cache, StackCache) or len(cache.layers) != len(self.layers)):
+            raise ConfigError(
+                f"cache must be what new_cache or new_context_cache of this stack gives; got {given(cache)}"
+            )
+        for n, layer in enumerate(self.layers):
+            own = None if cache is None else cache.layers[n]
+            x = layer(x, context, mask=masks[n], padding=padding, positions=positions, cache=own)
+        return x if self.norm is None else self.norm(x)
+
+    def new_cache(self, batch: int = 1, **options: Any) -> StackCache:
+        """An empty cache for every layer; the options are those of `AttentionModule.new_cache`."""
+        return StackCache([layer.new_cache(batch, **options) for layer in self.attention])
+
+    def new_context_cache(self, context: Float[Tensor, "B S dc"], **options: Any) -> StackCache:
+        """A context projected once for every layer; see `AttentionModule.new_context_cache`."""
+        return StackCache([layer.new_context_cache(context, **options) for layer in self.attention])
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        """What one forward pass of all layers costs; the products of MLPs count as projections."""
+        costs = [layer.cost(length, batch, context_length, dtype=dtype) for layer in self.attention]
+        fields = {f.name: sum(getattr(cost, f.name) for cost in costs) for f in dataclasses.fields(Cost)}
+        mlps = [layer.mlp for layer in self._layers if layer.mlp is not None]
+        weights = sum(mlp.up.weight.numel() + mlp.down.weight.numel() for mlp in mlps)
+        fields["projections"] += 2 * batch * length * weights
+        fields["parameters"] = sum(p.numel() for p in self.parameters())
+        return Cost(**fields)
