@@ -28,164 +28,19 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from polyhead.attend.across_heads import mixing_flops
-from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
 from polyhead.attend.weight_maps import WeightMap
-from polyhead.checks import given, place, whole
-from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.registry import register
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.cost import Cost
-from polyhead.nn.hardware import Hardware
-from polyhead.nn.latent_plan import SCHEMES, SchemePlan
+from polyhead.nn.latent_attention import LatentAttention
 from polyhead.nn.latent_projection import LatentProjection
 from polyhead.nn.positions import Position, rope
 from polyhead.nn.projections import OutputProjection, at_least_one, head_width
 from polyhead.nn.regularizers import Regularizer
 
-__all__ = ["LatentAttention", "MultiHeadLatent"]
-
-
-class LatentAttention(MultiHeadAttention):
-    """Latent attention over a `LatentProjection`.
-
-    Args:
-        projection: the maps.
-        output: brings the heads back to `(B, L, d)`; default an `OutputProjection`.
-        scheme: "auto", or one of `polyhead.nn.latent_plan.SCHEMES`.
-        options: those of `MultiHeadAttention`; the scale is 1/√(Dn + dr).
-    """
-
-    projection: Any  # a LatentProjection, which stands where a Projection does
-
-    def __init__(
-        self,
-        projection: LatentProjection,
-        output: OutputProjection | None = None,
-        *,
-        scheme: str = "auto",
-        **options: Any,
-    ) -> None:
-        if not isinstance(projection, LatentProjection):
-            raise ConfigError(f"projection must be a LatentProjection; got {given(projection)}")
-        if not isinstance(scheme, str) or scheme not in ("auto", *SCHEMES):
-            raise unknown_name("scheme of latent attention", scheme, ("auto", *SCHEMES))
-        maps: Any = projection
-        super().__init__(maps, output, scale=projection.head_dim**-0.5, **options)
-        self.scheme = scheme
-        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
-
-    def _queries(self, x: Tensor, where: int | Tensor) -> Tensor:
-        """`(B, H, L, Dn + dr)`; where the product of two maps is used, queries for the latents at once."""
-        projection = self.projection
-        if self.scheme in ("absorbed_reuse", "absorbed_recompute"):
-            inner = projection.query_latents(x)
-            plain = torch.einsum("blp,hpc->bhlc", inner, self._product())
-            turned = projection.turned_queries(inner)
-        else:
-            plain, turned = projection.queries(x).split([projection.plain_dim, projection.turned_dim], dim=-1)
-        return torch.cat([plain, self.position.turn(turned, where)], dim=-1)
-
-    def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
-        latent, turned = self.projection.latents(source)
-        return (torch.cat([latent, self.position.turn(turned, places)], dim=-1),)
-
-    def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
-        projection, (held,) = self.projection, rows
-        scheme = self._chosen(q.shape[2], held.shape[2])
-        if scheme == "expanded":
-            return attend(q, *projection.expand(held), **options)
-        if scheme == "absorbed":
-            plain, turned = q.split([projection.plain_dim, projection.turned_dim], dim=-1)
-            q = torch.cat([projection.absorb_key(plain), turned], dim=-1)
-        mixed = attend(q, held, held[..., : projection.latent_dim], **options)
-        return projection.absorb_value(mixed)
-
-    def _chosen(self, queries: int, keys: int) -> str:
-        return self.projection.sizes.cheaper(queries, keys) if self.scheme == "auto" else self.scheme
-
-    def _product(self) -> Tensor:
-        """W_UQ W_UKᵀ; "absorbed_reuse" keeps it until a weight changes, where no gradient is recorded."""
-        weights = (self.projection.query.weight, self.projection.key.weight)
-        if (
-            self.scheme == "absorbed_recompute"
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(weight.is_inference() or type(weight) is not torch.nn.Parameter for weight in weights)
-            or torch.is_autocast_enabled(weights[0].device.type)
-        ):
-            return self.projection.fold()
-        key = tuple((weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
-        if self._folded is None or self._folded[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._folded = key, self.projection.fold()
-        return self._folded[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folded": None}
-
-    def plan(
-        self,
-        queries: int,
-        cached: int = 0,
-        batch: int = 1,
-        *,
-        hardware: str | Hardware | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> SchemePlan:
-        """What every order of multiplication costs, and the cheapest.
-
-        Args:
-            queries: new tokens.
-            cached: tokens before them that a cache holds.
-            batch: sequences.
-            hardware: by whose time to choose, by name or a `Hardware`; default: by operations.
-            dtype: of weights and cache, for the bytes; default that of the parameters.
-        """
-        place("plan", None, dtype)
-        dtype = self.projection.key.weight.dtype if dtype is None else dtype
-        return self.projection.sizes.plan(queries, cached, batch, itemsize=dtype.itemsize, device=hardware)
-
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        keys = length if context_length is None else context_length
-        return self._cost(length, keys, keys, batch, dtype)
-
-    def step_cost(
-        self, cached: int, queries: int = 1, batch: int = 1, *, dtype: torch.dtype | None = None
-    ) -> Cost:
-        whole("step_cost: cached", cached, 0)
-        return self._cost(queries, cached + queries, queries, batch, dtype)
-
-    def _cost(self, queries: int, keys: int, fresh: int, batch: int, dtype: torch.dtype | None) -> Cost:
-        for name, size in (("length", queries), ("batch", batch), ("context_length", keys)):
-            whole(f"cost: {name}", size, 0)
-        place("cost", None, dtype)
-        itemsize = (self.projection.key.weight.dtype if dtype is None else dtype).itemsize
-        scheme = self._chosen(queries, keys)
-        count = self.projection.sizes.cost(scheme, queries, keys, fresh, batch, itemsize)
-        ((heads, width),) = self.projection.streams
-        return Cost(
-            parameters=sum(p.numel() for p in self.parameters()),
-            projections=count.projections,
-            scores=count.scores + mixing_flops(self._score(), batch * queries * keys),
-            values=count.values + mixing_flops(self._weight_map(), batch * queries * keys),
-            kv_bytes_per_token=heads * width * itemsize,
-            cache_bytes=batch * keys * heads * width * itemsize,
-        )
+__all__ = ["MultiHeadLatent"]
 
 
 @register(

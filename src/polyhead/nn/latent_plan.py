@@ -105,6 +105,7 @@ class LatentSizes:
         latent, rope: widths dc of the latent and dr of the rotary key, which are cached.
         key, value: widths Dn and Dv of a head, without the rotary part.
         compressed: whether the queries have a latent.
+        projected: whether the rows are made by a map; if not, they are the inputs themselves.
     """
 
     dim: int
@@ -117,6 +118,7 @@ class LatentSizes:
     key: int
     value: int
     compressed: bool
+    projected: bool = True
 
     def cheaper(self, queries: int, keys: int) -> str:
         """ "expanded" or "absorbed", whichever has fewer operations."""
@@ -128,7 +130,7 @@ class LatentSizes:
 
     def operations(self, scheme: str, queries: int, keys: int, fresh: int) -> tuple[int, int, int]:
         """Operations of projections, scores and values for one sequence, `fresh` keys being new."""
-        down = fresh * self.context_dim * (self.latent + self.rope)
+        down = fresh * self._down()
         if self.compressed:
             down += queries * self.dim * self.inner
         out = queries * self.heads * self.value * self.dim
@@ -149,6 +151,9 @@ class LatentSizes:
         pairs = 2 * queries * keys * self.heads
         return 2 * (down + turned + make + out), pairs * widths[0], pairs * widths[1]
 
+    def _down(self) -> int:
+        return self.context_dim * (self.latent + self.rope) if self.projected else 0
+
     def _fold(self) -> int:
         return self.heads * self.inner * self.key * self.latent
 
@@ -158,7 +163,7 @@ class LatentSizes:
         projections *= batch
         if scheme == "absorbed_recompute":
             projections -= 2 * (batch - 1) * self._fold()
-        weights = self.context_dim * (self.latent + self.rope) + self.inner * self.heads * self.rope
+        weights = self._down() + self.inner * self.heads * self.rope
         weights += self.dim * self.inner if self.compressed else 0
         weights += self.kv_heads * self.latent * self.value + self.heads * self.value * self.dim
         if scheme == "absorbed_reuse":

@@ -18,10 +18,46 @@ from polyhead.errors import ConfigError
 from polyhead.nn.latent_plan import LatentSizes
 from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, divisors
 
-__all__ = ["LatentProjection"]
+__all__ = ["Absorbing", "LatentProjection"]
 
 
-class LatentProjection(nn.Module):
+class Absorbing:
+    """Maps from rows that all heads share to keys and values; they can move to the queries and the outputs.
+
+    Attributes:
+        kv_heads: heads G of keys and values.
+        plain_dim, turned_dim: widths of a query that meets a key made of a row, and of one that meets a
+            rotary key behind it.
+        latent_dim: width of the rows, without the rotary key.
+        sizes: what the orders of multiplication cost.
+    """
+
+    kv_heads: int
+    plain_dim: int
+    turned_dim: int
+    head_dim: int
+    latent_dim: int
+    sizes: LatentSizes
+
+    def maps(self, name: str) -> Float[Tensor, "G D dc"]:
+        """The map to the "key" or to the "value" of every head."""
+        weight: Tensor = getattr(self, name).weight
+        return weight.unflatten(0, (self.kv_heads, -1))
+
+    def absorb_key(self, q: Float[Tensor, "B H L Dn"]) -> Float[Tensor, "B H L dc"]:
+        """q_h W_UK^h: queries for the rows themselves."""
+        groups = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) Dn
+        wide = torch.einsum("bgnd,gdc->bgnc", groups, self.maps("key"))
+        return wide.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+    def absorb_value(self, mixed: Float[Tensor, "B H L dc"]) -> Float[Tensor, "B H L Dv"]:
+        """W_UV^h behind the mixing of rows: the outputs of the heads."""
+        groups = mixed.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) dc
+        out = torch.einsum("bgnc,gvc->bgnv", groups, self.maps("value"))
+        return out.unflatten(2, (-1, mixed.shape[2])).flatten(1, 2)
+
+
+class LatentProjection(Absorbing, nn.Module):
     """The maps of latent attention.
 
     Args:
@@ -123,26 +159,11 @@ class LatentProjection(nn.Module):
             k = torch.cat([k, turned.expand(-1, self.kv_heads, -1, -1)], dim=-1)
         return k, v
 
-    def _by_head(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.kv_heads, -1))
-
-    def absorb_key(self, q: Float[Tensor, "B H L Dn"]) -> Float[Tensor, "B H L dc"]:
-        """q_h W_UK^h: queries for the latents themselves."""
-        groups = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) Dn
-        wide = torch.einsum("bgnd,gdc->bgnc", groups, self._by_head(self.key.weight))
-        return wide.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-
-    def absorb_value(self, mixed: Float[Tensor, "B H L dc"]) -> Float[Tensor, "B H L Dv"]:
-        """W_UV^h behind the mixing of latents: the outputs of the heads."""
-        groups = mixed.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) dc
-        out = torch.einsum("bgnc,gvc->bgnv", groups, self._by_head(self.value.weight))
-        return out.unflatten(2, (-1, mixed.shape[2])).flatten(1, 2)
-
     def fold(self) -> Float[Tensor, "H p dc"]:
         """W_UQ^h W_UK^hᵀ of every head, without the rotary part."""
         query = self.query.weight.unflatten(0, (self.kv_heads, -1, self.head_dim))  # G H/G Dn+dr p
-        key = self._by_head(self.key.weight)  # G Dn dc
-        return torch.einsum("grdp,gdc->grpc", query[:, :, : self.plain_dim], key).flatten(0, 1)
+        plain = query[:, :, : self.plain_dim]
+        return torch.einsum("grdp,gdc->grpc", plain, self.maps("key")).flatten(0, 1)
 
     def turned_queries(self, inner: Float[Tensor, "B L p"]) -> Float[Tensor, "B H L dr"]:
         """The rotary part of the queries alone, not yet turned."""

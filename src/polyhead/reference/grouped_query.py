@@ -14,7 +14,7 @@ from polyhead.reference.registry import twin
 __all__ = ["grouped_query"]
 
 
-@twin("grouped_query")
+@twin("grouped_query", "el_attention")
 def grouped_query(
     x: Tensor,
     context: Tensor | None = None,
