@@ -238,3 +238,12 @@ def test_an_entry_may_draw_its_picture_itself() -> None:
     entry = registry.entry("drawn")
     assert entry.flow is picture
     assert entry.facets.positions == "local"
+
+
+def test_a_picture_shows_weight_maps_and_parts_that_know_their_place() -> None:
+    flow = ph.entry("talking_heads").flow
+    kinds = [step.name for step in flow.joined]
+    assert kinds.index("scores") < kinds.index("logit_mixing") < kinds.index("normaliser")
+    assert kinds.index("normaliser") < kinds.index("weight_mixing") < kinds.index("values")
+    assert "latent" in ph.entry("multi_head_latent").flow.keys[1].what
+    assert "auxiliary" not in str(ph.entry("moh").flow)

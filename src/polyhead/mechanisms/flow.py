@@ -20,7 +20,9 @@ from torch import nn
 
 from polyhead.attend.normalizers import softmax
 from polyhead.attend.scores.base import Chain
+from polyhead.attend.weight_maps import WeightChain
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.projections import Projection
@@ -71,7 +73,7 @@ def flow_of(module: AttentionModule) -> Flow:
     )
 
 
-_KNOWN = ("projection", "position", "score", "normalizer", "mask", "output")
+_KNOWN = ("projection", "position", "score", "normalizer", "weight_map", "mask", "output")
 # what a subclass may do in its own way, in words
 _OWN = {
     "forward": "the whole call",
@@ -119,6 +121,8 @@ def _joined(module: MultiHeadAttention, at: dict[str, list[Step]]) -> Iterator[S
     fixed = "" if module.mask is None else f"{module.mask.spec!r}, "
     yield Step("mask", f"{fixed}that of the call, padding")
     yield Step("normaliser", _brief(softmax() if module.normalizer is None else module.normalizer.spec))
+    for weight_map in _terms(_spec(module.weight_map)):
+        yield Step("weight map", _brief(weight_map))
     yield from at["weights"]
     yield Step("values", f"weights · v: {_heads(module.heads, module.value_dim)}")
     yield from at["heads"]
@@ -134,16 +138,18 @@ def _spec(part: PartModule | None) -> Any:
     return None if part is None else part.spec
 
 
-def _terms(score: Any) -> tuple[Any, ...]:
-    if score is None:
+def _terms(part: Any) -> tuple[Any, ...]:
+    if part is None:
         return ()
-    return tuple(score.scores) if isinstance(score, Chain) else (score,)
+    if isinstance(part, Chain):
+        return tuple(part.scores)
+    return tuple(part.maps) if isinstance(part, WeightChain) else (part,)
 
 
 def _parts(module: nn.Module, known: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
     """Submodules and parameters of `module` itself, but those that are known already."""
     for name, part in (*module.named_children(), *module.named_parameters(recurse=False)):
-        if name not in known:
+        if name not in known and not isinstance(part, AuxiliaryLosses):
             yield name, part
 
 
@@ -154,7 +160,7 @@ def _children(module: nn.Module, known: Iterable[str]) -> tuple[Step, ...]:
 def _lane(name: str) -> str:
     if name.startswith(("query", "q_")) or name == "q":
         return "queries"
-    if name.startswith(("key", "value", "kv", "k_", "v_")) or name in ("k", "v"):
+    if name.startswith(("key", "value", "kv", "latent", "k_", "v_")) or name in ("k", "v"):
         return "keys"
     return "others"
 
