@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -77,7 +78,7 @@ class _Distances(Stage):
             heads = work.tile.head_slice if self.total.shape[0] > 1 else slice(0, 1)
             down = over_batch(grad)
             for diagonals, columns in self._runs(work):
-                sums = diagonal_sums(down[..., columns])
+                sums = diagonal_sums(down[..., columns], room=partial(self.x.buffer, "diagonals"))
                 target = self.total[heads, diagonals]
                 target += sums.sum_to_size(target.shape)
         return grad

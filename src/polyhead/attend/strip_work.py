@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from polyhead.attend.buffers import Buffers
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
@@ -31,15 +32,11 @@ class Operands:
     k: Tensor
     v: Tensor
     frame: Frame
-    buffers: dict[str, Tensor] = field(default_factory=dict)
 
-    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Memory for one strip, the same for all: fresh pages for every strip cost more than the work."""
-        size = math.prod(shape)
-        held = self.buffers.get(name)
-        if held is None or held.numel() < size:
-            held = self.buffers[name] = self.q.new_empty(size)
-        return held[:size].view(shape)
+    @cached_property
+    def buffer(self) -> Buffers:
+        """Memory for one strip, the same for all."""
+        return Buffers(self.q)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Operands:

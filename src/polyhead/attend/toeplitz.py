@@ -29,16 +29,18 @@ def expand_diagonals(values: Tensor, rows: int, out: Tensor | None = None) -> Te
     return flat[..., rows - 1 :].as_strided((*lead, rows, cols), (*flat.stride()[:-1], width - 1, 1))
 
 
-def diagonal_sums(grad: Tensor, shift: int = 1) -> Tensor:
+def diagonal_sums(
+    grad: Tensor, shift: int = 1, room: Callable[[tuple[int, ...]], Tensor] | None = None
+) -> Tensor:
     """Sums of `(..., r, c)` along the diagonals that go `shift` columns a row: `(..., c + (r - 1) shift)`."""
     *lead, rows, cols = grad.shape
     if rows > _BLOCK:
         whole = rows // _BLOCK * _BLOCK
         blocks = grad[..., :whole, :].unflatten(-2, (-1, _BLOCK))
-        sums = diagonal_sums(diagonal_sums(blocks, shift), shift * _BLOCK)
+        sums = diagonal_sums(diagonal_sums(blocks, shift, room), shift * _BLOCK, room)
         if whole == rows:
             return sums
-        rest = diagonal_sums(grad[..., whole:, :], shift)
+        rest = diagonal_sums(grad[..., whole:, :], shift, room)
         sums = torch.nn.functional.pad(sums, ((rows - whole) * shift, 0))
         sums[..., : rest.shape[-1]] += rest
         return sums
@@ -46,7 +48,7 @@ def diagonal_sums(grad: Tensor, shift: int = 1) -> Tensor:
         return grad.squeeze(-2)
     # the inverse of _expand: written into rows that are `shift` shorter, diagonals stand below each other
     width, start = cols + (rows - 1) * shift, (rows - 1) * shift
-    flat = grad.new_empty(*lead, rows * width)
+    flat = (grad.new_empty if room is None else room)((*lead, rows * width))
     flat[..., :start] = 0
     skewed = flat[..., start : start + rows * (width - shift)].unflatten(-1, (rows, width - shift))
     skewed[..., :cols] = grad

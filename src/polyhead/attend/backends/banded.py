@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend.buffers import Buffers
 from polyhead.attend.masks import Band, band
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
@@ -109,7 +111,7 @@ class Banded:
         for n, t0, t1 in x.chunks():
             weights = x.weights(n, t0, t1, x.of_heads(base, n))
             flat, g = weights.view(t1 - t0, rows, -1), up[n, t0:t1]
-            gw = torch.empty_like(flat)
+            gw = x.buffer("gradient", tuple(flat.shape))
             torch.bmm(g, x.windows(x.v, n, t0, t1).transpose(1, 2), out=gw[..., sinks:])
             if sinks:
                 gw[..., :sinks] = g @ x.v[n, :sinks].T
@@ -173,6 +175,11 @@ class _Blocks:
         x.k, x.v = (t.to(dtype).reshape(batch * kv_heads, keys, -1) for t in (k, v))
         x.q = x.fold(q.to(dtype))
         return x
+
+    @cached_property
+    def buffer(self) -> Buffers:
+        """Memory for some blocks, the same for all."""
+        return Buffers(self.q)
 
     def fold(self, x: Tensor) -> Tensor:
         """(B, H, L, ·) as (N, T, rep·R, ·), the last block filled up with zeros."""
@@ -289,6 +296,7 @@ class _Blocks:
             q,
             self.windows(self.k, n, t0, t1).transpose(1, 2),
             alpha=self.problem.scale,
+            out=self.buffer("scores", (count, self.repeat * self.rows, self.span)),
         ).view(*shape, self.span)
         i = (
             torch.arange(t0 * self.rows, t1 * self.rows, device=device).view(count, 1, self.rows, 1)
@@ -330,9 +338,9 @@ def _over_blocks(a: Tensor, b: Tensor) -> Tensor:
 class _Turned:
     """Weights seen from the keys: for each block of R keys, all the rows whose band holds it.
 
-    Bands reach to multiples of R, so a block of keys lies, whole, in the bands of M = K / R blocks of queries.
-    Blocks (R, K) are laid down R numbers apart: the weight of row i and key c then stands at K i + c in any
-    block, and the K × R weights of a block of keys are a plain matrix, which overlaps those of its neighbours.
+    Bands reach to multiples of R, so a block of keys lies, whole, in the bands of M = K / R blocks of
+    queries. Blocks (R, K) are laid down R numbers apart: the weight of row i and key c then stands at K i + c
+    in any block, and the K × R weights of a block of keys are a plain matrix, which overlaps its neighbours'.
     """
 
     def __init__(self, x: _Blocks) -> None:
