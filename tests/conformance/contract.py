@@ -403,7 +403,8 @@ def cache_edits(case: Case) -> None:
         fixed = module.new_cache(3, max_length=8)
         c(module, cache=fixed)
         assert fixed.nbytes() == module.cost(8, batch=3).cache_bytes
-        assert module.cost(8, batch=3).cache_bytes == 3 * 8 * module.cost(1).kv_bytes_per_token
+        one = module.cost(1)
+        assert module.cost(8, batch=3).cache_bytes == 3 * (8 * one.kv_bytes_per_token + one.state_bytes)
 
 
 def gradients(case: Case) -> None:

@@ -195,9 +195,8 @@ class MultiHeadAttention(AttentionModule):
             x = position.add(x, where)
             if position.adds:
                 source = position.add(context, places)
-        q = self._queries(x, where)
+        q, rows = self._project(x, source, where, places, cache)
         self._account(q, padding if context is None else None)
-        rows = self._rows(source, places)
         if cache is None:
             kept = Kept(rows, source.shape[1], padding)
         else:
@@ -220,6 +219,17 @@ class MultiHeadAttention(AttentionModule):
                 device=x.device,
             )
         return mask
+
+    def _project(
+        self,
+        x: Tensor,
+        source: Tensor,
+        where: int | Tensor,
+        places: int | Tensor,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Queries and rows, where they are made of the same thing, or of what a cache holds besides."""
+        return self._queries(x, where), self._rows(source, places)
 
     def _queries(self, x: Tensor, where: int | Tensor) -> Tensor:
         """The queries of inputs that stand at `where`, as `_mix` takes them."""

@@ -21,7 +21,9 @@ class Cost:
         scores: operations of q·k over all pairs, 2·B·H·L·S·D.
         values: operations of weights·v over all pairs, 2·B·H·L·S·Dv.
         kv_bytes_per_token: bytes that one token of one sequence adds to a growing cache.
-        cache_bytes: bytes that a cache holds for the keys of the whole call.
+        cache_bytes: bytes that a cache holds for the keys of the whole call, with its state.
+        state_bytes: bytes that a cache holds for one sequence whatever its length, such as the latest
+            inputs of a convolution.
     """
 
     parameters: int
@@ -30,6 +32,7 @@ class Cost:
     values: int
     kv_bytes_per_token: int
     cache_bytes: int
+    state_bytes: int = 0
 
     @property
     def flops(self) -> int:
