@@ -71,7 +71,7 @@ def attention(length: int, device: str) -> dict[str, Callable[[], Any]]:
         rows = ChosenRows(active)
         queries = q[rows.item, rows.head + SHARED, rows.token]
         options = {"mask": ph.causal(), "score": None}
-        groups, outs = rows.groups(), []
+        groups, outs = rows.groups(length), []
         for group in groups:
             own = queries.index_select(0, group.index.flatten()).unflatten(0, (1, *group.index.shape))
             at = group.at("head") + SHARED

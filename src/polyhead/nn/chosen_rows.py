@@ -14,9 +14,8 @@ from torch import Tensor
 
 __all__ = ["ChosenRows", "Group", "Lane"]
 
-# Lanes whose lengths differ by less are attended to together, padded to the longest.
-_SLACK = 0.9
-_FEW = 32
+_FILLING = 16
+_CALL = 1 << 16  # pairs of query and key that cost as much as a call
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,22 @@ class ChosenRows:
         for head, (start, stop) in ends.items():
             yield head, slice(start, stop)
 
-    def groups(self, *, alone: bool = False) -> list[Group]:
-        """The lanes in groups of nearly equal length; with `alone`, each is a group of its own."""
+    def groups(self, keys: int, *, alone: bool = False) -> list[Group]:
+        """The lanes in groups of nearly equal length; with `alone`, each is a group of its own.
+
+        In a group, rows that are only there to fill it up are at most a sixteenth, or so few that with `keys`
+        keys each they cost less than another call.
+        """
         found: list[list[Lane]] = []
+        own = filled = 0
         for lane in sorted(self.lanes, key=lambda lane: -lane.count):
-            longest = found[-1][0].count if found else 0
-            near = lane.count >= _SLACK * longest or longest - lane.count <= _FEW
-            if found and near and not alone:
+            filling = filled + (found[-1][0].count - lane.count if found else 0)
+            if found and not alone and (filling * keys <= _CALL or filling * _FILLING <= own):
                 found[-1].append(lane)
+                own, filled = own + lane.count, filling
             else:
                 found.append([lane])
+                own, filled = lane.count, 0
         return [self._group(lanes) for lanes in found]
 
     def _group(self, lanes: list[Lane]) -> Group:

@@ -141,7 +141,7 @@ class RoutedHeads(MultiHeadAttention):
             return total.view(batch, length, dim).to(k.dtype)
         queries = self._rows_of_queries(q, rows, first)
         few = max(lane.count for lane in rows.lanes) <= _FEW_ROWS and keys >= _MANY_KEYS
-        groups = rows.groups(alone=few or options["score"] is not None)
+        groups = rows.groups(keys, alone=few or options["score"] is not None)
         blocks = []
         for group in groups:
             own = queries.index_select(0, group.index.flatten()).unflatten(0, (1, *group.index.shape))
