@@ -290,6 +290,9 @@ def report(
     ] = None,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that all other heads keep.")] = 4,
     window: Annotated[int, typer.Option(min=1, help="Recent tokens that all other heads keep.")] = 256,
+    losses: Annotated[
+        float, typer.Option(help="Share of the hidden facts that a recommended cache may lose.")
+    ] = 0.05,
     quick: Annotated[
         bool, typer.Option("--quick", help="A reduced run: works in the same way, says less.")
     ] = False,
@@ -310,6 +313,7 @@ def report(
         fractions=None if fractions is None else _shares(fractions),
         sink=sink,
         window=window,
+        losses=losses,
         quick=quick,
         savings=not no_savings,
     )

@@ -1,20 +1,26 @@
 """The main job on small models: what it writes, and how it ends when something is wrong."""
 
 import dataclasses
+import html
+import io
+import itertools
 import json
 import os
 
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from polyhead import cli, hf
+from polyhead.errors import ConfigError
 from polyhead.report import ReportData, job, savings, write
 from polyhead.report.data import Point
 from polyhead.report.effort import Effort, sizes
-from polyhead.report.summary import markdown, python_lines
-from polyhead.report.trying import Choice, Outcome, Trial, cache_bytes
+from polyhead.report.page import build_page
+from polyhead.report.summary import markdown, points_table, python_lines, ranked_lines
+from polyhead.report.trying import PARTS, Choice, Outcome, Trial, cache_bytes
 from report import small_models
 
 runner = CliRunner()
@@ -62,18 +68,21 @@ def test_a_folder_of_ones_own(llama, tmp_path):
     assert "With its whole cache the model finds 0 of 4 hidden facts" in data.notes[0]
     assert "too few to see what a smaller cache loses" in " ".join(said.split())
     # four KV heads: shares that come to the same number of heads are tried once
-    assert [(p.policy, p.heads_kept) for p in data.savings.points] == [
+    *points, drawn = data.savings.points
+    assert (drawn.policy, drawn.heads_kept, len(drawn.heads)) == ("random", 1, 1)
+    assert [(p.policy, p.heads_kept) for p in points] == [
         ("retrieval", 4),
         ("retrieval", 2),
         ("retrieval", 1),
         ("retrieval", 0),
     ]
-    for point in data.savings.points:
+    for point in points:
         assert point.needles == 4
+        assert (point.needles_whole, point.needles_kept) == (0, 0)
         assert point.perplexity > 1
         assert point.decode_tokens_per_second > 0
         assert len(point.heads) == point.heads_kept
-    held = [dict(p.cache_bytes)[512] for p in data.savings.points]
+    held = [dict(p.cache_bytes)[512] for p in points]
     assert held == sorted(held, reverse=True)
     assert held[-1] < 0.25 * held[0]
 
@@ -144,6 +153,7 @@ def test_a_window_that_the_model_cannot_show(llama, tmp_path):
         (["--out", "{tmp}/tiny.txt/deep"], "is a file, not a folder"),
         (["--out", "{tmp}"], "holds other files (binary.bin, empty.txt"),
         (["--fractions", "0.5,2"], "fractions must lie in 0..1, got 2.0"),
+        (["--losses", "1"], "losses must be a share of the facts from 0 to below 1, such as 0.05; got 1.0"),
         (["--fractions", "half"], "--fractions takes numbers between 0 and 1"),
     ],
 )
@@ -259,88 +269,177 @@ def test_a_cache_with_all_heads_answers_as_the_whole_one(trial):
 
 
 def test_what_is_confirmed_on_was_not_tried_on(trial):
-    tried = {one.statement for hidden in trial.trying for one in hidden.asked}
-    fresh = {one.statement for hidden in trial.confirming for one in hidden.asked}
-    assert not tried & fresh
-    assert not torch.equal(trial._prose(0), trial._prose(1))
+    said = [{one.statement for hidden in trial.texts(part) for one in hidden.asked} for part in PARTS]
+    assert not said[0] & said[1]
+    assert not said[2] & (said[0] | said[1])
+    assert not torch.equal(trial._prose("curve"), trial._prose("told"))
+
+
+def test_each_part_has_prose_of_its_own(trial):
+    """Where the texts come from; the tokens of the source are told by their number."""
+    source = Trial(trial.model, trial.tokenizer, dataclasses.replace(trial.effort, texts=4, facts=1))
+    source.__dict__["_test_ids"] = list(range(1000, 1000 + 3 * 1200 + 600))
+    ranges = []
+    for part in PARTS:
+        tokens = [i for hidden in source.texts(part) for i in hidden.text if i >= 1000]
+        ranges.append((min(tokens), max(tokens)))
+        assert len(source.texts(part)) == (4 if part == "curve" else trial.effort.confirm_texts)
+    ranges += [(int(x[0]), int(x[-1])) for x in (source._prose("curve"), source._prose("told"))]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
+    assert ranges[-1][1] == 1000 + 3 * 1200 + 600 - 1
 
 
 def test_a_held_out_text_is_used_if_it_is_long_enough(trial):
     given = Trial(trial.model, trial.tokenizer, trial.effort, held_out=list(range(500)))
-    assert given._prose(0).tolist() == list(range(300))
+    assert given._prose("curve").tolist() == list(range(300))
     assert given.prose_name == "the rest of the text"
     short = Trial(trial.model, trial.tokenizer, trial.effort, held_out=list(range(200)))
-    assert torch.equal(short._prose(0), trial._prose(0))
+    assert torch.equal(short._prose("curve"), trial._prose("curve"))
 
 
 def test_sizes_for_few_heads():
-    assert sizes(Effort(), 90) == [45, 30, 22, 18, 14, 9, 4, 0]
-    assert sizes(Effort(), 4) == [2, 1, 0]
+    assert sizes(Effort(), 90) == [81, 68, 45, 30, 22, 18, 14, 9, 4, 0]
+    assert sizes(Effort(), 4) == [3, 2, 1, 0]
     assert sizes(Effort(), 1) == [0]
 
 
 # -- what is recommended -------------------------------------------------------------------------------
 
 
-def outcome(kept, right, perplexity, asked=40):
+ASKED = 40
+
+
+def outcome(heads, answers, perplexity=10.0, whole=(True,) * ASKED, policy="retrieval"):
+    """What came of so many of 10 heads; `answers` as they are, or how many of the first are right."""
+    if isinstance(answers, int):
+        answers = (True,) * answers + (False,) * (ASKED - answers)
     point = Point(
-        "retrieval",
-        kept / 10,
-        kept,
+        policy,
+        heads / 10,
+        heads,
         None,
-        right / asked,
-        asked,
+        sum(answers) / len(answers),
+        len(answers),
         perplexity,
-        heads=tuple((0, h) for h in range(kept)),
+        heads=tuple((0, h) for h in range(heads)),
+        needles_whole=sum(whole[: len(answers)]),
+        needles_kept=sum(w and a for w, a in zip(whole, answers, strict=False)),
     )
-    return Outcome(point, (True,) * right + (False,) * (asked - right))
+    return Outcome(point, tuple(answers))
 
 
 def test_answers_hold_within_the_tolerances():
-    whole = outcome(10, 38, 10.0)
-    assert savings.holds(Effort(), whole, outcome(5, 36, 10.4))
-    assert not savings.holds(Effort(), whole, outcome(5, 35, 10.0))
-    assert not savings.holds(Effort(), whole, outcome(5, 38, 10.6))
+    whole = outcome(10, 40)
+    assert savings.holds(Effort(), whole, outcome(5, 38, 10.4))
+    assert not savings.holds(Effort(), whole, outcome(5, 37, 10.0))
+    assert not savings.holds(Effort(), whole, outcome(5, 40, 10.6))
+    assert not savings.holds(Effort(), whole, outcome(5, 40, None))  # an infinite perplexity is not told
+    assert savings.holds(Effort(losses=0.1), whole, outcome(5, 36))
+    assert savings.holds(Effort(losses=0.0), whole, outcome(5, 40))
+    assert not savings.holds(Effort(losses=0.0), whole, outcome(5, 39))
 
 
-class Fresh:
-    """Stands for a `Trial` on fresh texts."""
+def test_facts_are_counted_one_by_one_and_not_on_balance():
+    found = (True,) * 30 + (False,) * 10
+    other = (False,) * 5 + (True,) * 30 + (False,) * 5  # as many, five of them others
+    assert savings.keeps(Effort(), outcome(5, found, whole=found))
+    after = outcome(5, other, whole=found)
+    assert (after.point.needles_kept, after.point.needles_whole) == (25, 30)
+    assert not savings.keeps(Effort(), after)
 
-    effort = Effort()
 
-    def __init__(self, right):
-        self.right = right
+def test_losses_that_say_nothing_are_refused():
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="losses must be a share of the facts from 0 to below 1"):
+            Effort(losses=wrong)
 
-    def outcomes(self, choices, fresh):
-        assert fresh
+
+class Parts:
+    """Stands for a `Trial` on fresh texts: how many facts each size finds on each part."""
+
+    effort = Effort(seeds=(0, 1))
+    all_heads = tuple((0, h) for h in range(10))
+
+    def __init__(self, fresh, told, told_perplexity=10.0):
+        self.right = {"fresh": fresh, "told": told}
+        self.told_perplexity = told_perplexity
+        self.asked = []
+
+    def outcomes(self, choices, part):
         whole, *smaller = choices
         assert whole.heads is None
-        return [
-            outcome(10, 40, 10.0),
-            *(outcome(len(c.heads), self.right.get(len(c.heads), 40), 10.0) for c in smaller),
-        ]
+        self.asked.append((part, [len(c.heads) for c in smaller if c.policy == "retrieval"]))
+        perplexity = self.told_perplexity if part == "told" else None
+        found = []
+        for one in smaller:
+            right = 3 if one.policy == "random" else self.right[part][len(one.heads)]
+            found.append(outcome(len(one.heads), right, perplexity, policy=one.policy))
+        return [outcome(10, ASKED, None if perplexity is None else 10.0), *found]
+
+
+def decided(curve, fresh, told, **how):
+    parts = Parts(fresh, told, **how)
+    chosen = [outcome(heads, right) for heads, right in curve.items()]
+    return savings._decide(parts, outcome(10, ASKED), chosen), parts.asked
 
 
 @pytest.mark.parametrize(
-    ("curve", "fresh", "expected"),
+    ("curve", "fresh", "told", "expected", "rejected"),
     [
-        ({5: 40, 3: 40, 2: 39, 1: 20}, {5: 40, 3: 40, 2: 40}, 2),  # the smallest that holds
-        ({5: 40, 3: 20, 2: 40, 1: 20}, {5: 40}, 5),  # a lucky smaller one after one that failed is not taken
-        ({5: 40, 3: 40, 2: 40, 1: 40}, {1: 10, 2: 30, 3: 39}, 3),  # what fails on fresh texts is not taken
-        ({5: 40, 3: 40}, {3: 0, 5: 0}, None),
-        ({5: 12, 3: 0}, {}, None),
+        # the smallest that holds, as all larger ones do
+        ({5: 40, 3: 40, 2: 39, 1: 20}, {5: 40, 3: 40, 2: 39}, {2: 38}, 2, 0),
+        # a lucky smaller one after one that failed is not taken, neither on the curve nor on fresh facts
+        ({5: 40, 3: 20, 2: 40, 1: 20}, {5: 40}, {5: 40}, 5, 0),
+        ({5: 40, 3: 40, 2: 40, 1: 40}, {5: 39, 3: 38, 2: 30, 1: 40}, {3: 40}, 3, 2),
+        # nothing is taken where the largest fails
+        ({5: 12, 3: 40}, {}, {}, None, 0),
+        ({5: 40, 3: 40}, {5: 37, 3: 40}, {}, None, 0),
+        # the facts that tell it may refuse it, and then none is looked for among the others
+        ({5: 40, 3: 40}, {5: 40, 3: 40}, {3: 37}, None, 0),
     ],
 )
-def test_the_smallest_cache_that_holds_is_recommended(curve, fresh, expected):
-    chosen = [outcome(kept, right, 10.0) for kept, right in curve.items()]
-    found = savings._confirm(Fresh(fresh), outcome(10, 40, 10.0), chosen)
-    assert (found and found[1].point.heads_kept) == expected
+def test_the_smallest_cache_that_holds_everywhere(curve, fresh, told, expected, rejected):
+    found, asked = decided(curve, fresh, told)
+    assert (found.after and found.after.point.heads_kept) == expected
+    assert found.rejected == rejected
+    assert bool(found.verdict) == (expected is None)
+    assert [part for part, _ in asked].count("told") <= 1
+    if expected is not None:
+        # its numbers are those of the third part, as are those of as many heads at random
+        assert found.after.point.needles_kept == told[expected]
+        assert asked[-1] == ("told", [expected])
+        assert [one.point.needles_kept for one in found.chance] == [3, 3]
+        assert {one.point.heads_kept for one in found.chance} == {expected}
+
+
+def test_why_nothing_is_recommended_is_said():
+    found, _ = decided({5: 12, 3: 40}, {}, {})
+    assert "5 KV heads in full, the largest cache tried, keep 12 of the 40" in found.verdict
+    assert "at least 95\u00a0% of the facts" in found.verdict
+    found, _ = decided({5: 40, 3: 40}, {5: 30, 3: 40}, {})
+    assert (
+        "held on the curve, but on fresh facts, keep 30 of the 40 that the whole cache finds" in found.verdict
+    )
+    found, _ = decided({5: 40}, {5: 40}, {5: 20})
+    assert "on a third part of the facts, keep 20 of the 40" in found.verdict
+    found, _ = decided({5: 40}, {5: 40}, {5: 40}, told_perplexity=12.0)
+    assert "perplexity goes from 10 to 12" in found.verdict
+    found, _ = decided({0: 40}, {}, {})
+    assert "none that keeps any KV head in full was tried" in found.verdict
+
+
+def test_the_size_that_keeps_most_is_proposed():
+    assert savings._preferred([outcome(9, 30), outcome(5, 30), outcome(3, 29), outcome(0, 40)]) == 5
+    assert savings._preferred([outcome(0, 0)]) == 0
 
 
 def test_the_lines_run_as_printed(llama, capsys):
     lines = python_lines(str(llama), [(0, 1), (1, 0)], 4, 2, 8)
     exec(compile(lines, "lines", "exec"), {})
     assert "PerHeadCache(2 of 4 KV heads in full, the rest 2 + 8 tokens" in capsys.readouterr().out
+    lines = ranked_lines(str(llama), [(0, 1), (1, 0), (0, 0), (1, 1)], 3, 2, 8)
+    exec(compile(lines, "lines", "exec"), {})
+    assert "PerHeadCache(3 of 4 KV heads in full, the rest 2 + 8 tokens" in capsys.readouterr().out
     many = python_lines("m", [(layer, head) for layer in range(40) for head in range(4)], 320, 4, 256)
     compile(many, "lines", "exec")
     assert max(map(len, many.splitlines())) <= 100
@@ -357,6 +456,46 @@ def test_findings_as_markdown(decoder, encoder):
     assert "| " not in markdown(encoder)
 
 
+def without_advice(decoder):
+    lines = ranked_lines("m", [(0, 1), (1, 0)], 1, 4, 256)
+    told = dataclasses.replace(
+        decoder.savings, verdict="No smaller cache is recommended: so it is.", python=lines
+    )
+    return dataclasses.replace(decoder, savings=told, recommendation=None)
+
+
+def test_without_a_recommendation_a_row_can_be_used(decoder, tmp_path):
+    """In Markdown, on the page, in the data and in the terminal."""
+    data = without_advice(decoder)
+    lines = data.savings.python
+    told = markdown(data)
+    assert "No smaller cache is recommended: so it is." in told
+    assert "**To use a row of the table**, give its number of KV heads in full:" in told
+    assert f"```python\n{lines}```" in told
+    assert "**Recommended.**" not in told
+    page = build_page(data)
+    assert '<h2 id="advice-title">No recommendation</h2>' in page
+    assert "To use a row of the table, give its number of KV heads in full." in page
+    assert html.escape(lines, quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
+    assert page.count('id="python"') == page.count('id="copy"') == page.count('id="advice"') == 1
+    assert ReportData.from_json(data.to_json()) == data
+    buffer = io.StringIO()
+    job._tell(data, write.Written(tmp_path / "report.html", ()), Console(file=buffer, width=120))
+    assert "To use a row of the table, give its number of KV heads in full:" in buffer.getvalue()
+    assert lines in buffer.getvalue()
+
+
+def test_the_table_has_a_line_for_each_size(decoder):
+    savings_told = decoder.savings
+    points = [dataclasses.replace(p, needles_whole=36, needles_kept=27) for p in savings_told.points]
+    table = points_table(dataclasses.replace(savings_told, points=tuple(points)))
+    kept = list(table.columns[3].cells)
+    assert kept[0] == "–"  # the whole cache's own
+    assert kept[1:3] == ["27 of 36", "27 of 36"]
+    assert "81 of 108" in kept  # three seeds
+    assert list(table.columns[4].cells)[1] == "59 – 86\u00a0%"
+
+
 def test_the_command_knows_its_options():
     command = typer.main.get_command(cli.app).commands["report"]
     names = {name for option in command.params for name in option.opts}
@@ -368,6 +507,7 @@ def test_the_command_knows_its_options():
         "--fractions",
         "--sink",
         "--window",
+        "--losses",
         "--quick",
         "--no-savings",
     } <= names

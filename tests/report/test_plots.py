@@ -184,11 +184,29 @@ def test_the_summary_tells_the_findings(decoder, encoder):
     said = words.summary(decoder).replace("\u00a0", " ")
     assert "36 attention heads in 6 layers, 12 KV heads between them" in said
     assert "Keeping the full context for 2 of 12 KV heads (20 %)" in said
-    assert "finds 100 % of hidden facts (whole cache: 100 %; as many heads chosen at random:" in said
+    assert (
+        "keeps, of the hidden facts, 40 of the 40 that the whole cache finds (100 %, 95 % interval 91 % to"
+        in said
+    )
+    assert "(as many heads chosen at random find 2 % of all)" in said
     assert "from 377 MB to 85.1 MB (−77 %)" in said
     assert "decoding runs 2.3 × as fast" in said
     assert "no cache" in words.summary(encoder)
     assert "KV heads between" not in words.summary(encoder)
+    advice = decoder.recommendation
+    drawn = dataclasses.replace(advice.after, policy="random", needle_accuracy=0.25)
+    told = words.summary(
+        dataclasses.replace(decoder, recommendation=dataclasses.replace(advice, chance=(drawn,)))
+    )
+    assert "(as many heads chosen at random find 25\u00a0% of all)" in told
+    earlier = dataclasses.replace(advice.after, needles_whole=None, needles_kept=None)
+    told = words.summary(
+        dataclasses.replace(decoder, recommendation=dataclasses.replace(advice, after=earlier))
+    )
+    assert "finds 100\u00a0% of hidden facts (whole cache: 100\u00a0%)" in told
+    refused = dataclasses.replace(decoder.savings, verdict="No smaller cache is recommended: this is why.")
+    told = words.summary(dataclasses.replace(decoder, savings=refused, recommendation=None))
+    assert told.endswith("No smaller cache is recommended: this is why.")
     none = dataclasses.replace(decoder, recommendation=None)
     assert words.summary(none).endswith("No smaller cache is recommended.")
     whole = dataclasses.replace(decoder.recommendation, after=decoder.recommendation.before)

@@ -76,7 +76,7 @@ def test_a_text_that_is_read_once_says_what_one_read_for_each_choice_says(case):
     assert trial.reads_once is shared
     if not shared:  # a sliding window of the model's own: read anew for each choice
         return
-    hidden = trial.trying[0]
+    hidden = trial.texts("curve")[0]
     with torch.no_grad():
         rows = trial._read(hidden)
     said = []
@@ -98,7 +98,7 @@ def test_a_text_that_is_read_once_says_what_one_read_for_each_choice_says(case):
 def own_answers(trial):
     """The facts' answers replaced by what the model itself says, which some caches keep and others lose."""
     texts = []
-    for hidden in trial.trying:
+    for hidden in trial.texts("curve"):
         asked = []
         for one in hidden.asked:
             prompt = torch.tensor([hidden.text + one.tail[: -one.answer]])

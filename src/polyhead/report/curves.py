@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from polyhead.report.data import Point, ReportData, Savings
+from polyhead.report.interval import wilson
 from polyhead.report.svg import Scale, area, curve, document, element, figure, line, nested, text
 from polyhead.report.words import compact, megabytes, percent
 
-__all__ = ["Chart", "savings_charts", "savings_file", "savings_key", "wilson"]
+__all__ = ["Chart", "savings_charts", "savings_file", "savings_key"]
 
 WIDTH, HEIGHT = 330.0, 232.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 318.0, 12.0, 190.0
@@ -76,15 +76,6 @@ def _quantities(savings: Savings) -> list[_Quantity]:
         ),
     ]
     return [q for q in found if any(q.value(p) is not None for p in savings.points)]
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share seen in `count` trials."""
-    if count <= 0:
-        return share, share
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -265,6 +265,8 @@ class Point:
         cache_bytes: pairs (context length, bytes held by the KV cache).
         decode_tokens_per_second: at the context length that `Savings.decode_how` names.
         heads: the KV heads kept, pairs (layer, KV head); may be empty where they are not told.
+        needles_whole: how many of the hidden facts the model finds with its whole cache.
+        needles_kept: how many of these it finds with this cache too.
     """
 
     policy: str
@@ -277,18 +279,28 @@ class Point:
     cache_bytes: tuple[tuple[int, int], ...] = ()
     decode_tokens_per_second: float | None = None
     heads: tuple[tuple[int, int], ...] = ()
+    needles_whole: int | None = None
+    needles_kept: int | None = None
 
     def __post_init__(self) -> None:
         _check(0 <= self.kv_fraction <= 1, f"kv_fraction must lie in 0..1, got {self.kv_fraction}")
         for name in ("kv_fraction", "needle_accuracy", "perplexity", "decode_tokens_per_second"):
             object.__setattr__(self, name, _number(getattr(self, name)))
 
+    @property
+    def share_kept(self) -> float | None:
+        """Of the facts that the model finds with its whole cache, the share found with this one too."""
+        if self.needles_kept is None or not self.needles_whole:
+            return None
+        return self.needles_kept / self.needles_whole
+
 
 @dataclass(frozen=True)
 class Savings:
     """What a smaller cache costs: the untouched model, and points for every choice and size that was tried.
 
-    The three `..._how` say in a sentence each on what the numbers were measured.
+    The three `..._how` say in a sentence each on what the numbers were measured. `verdict` says why no
+    smaller cache is recommended, where none is, and `python` are lines that make the cache of any point.
     """
 
     baseline: Point
@@ -296,6 +308,8 @@ class Savings:
     needle_how: str = ""
     perplexity_how: str = ""
     decode_how: str = ""
+    verdict: str = ""
+    python: str = ""
 
     def policies(self) -> list[str]:
         """The policies among the points, in order of appearance, `random` last."""
@@ -313,6 +327,7 @@ class Recommendation:
         why: one or two sentences.
         python: the lines that apply it.
         how: on what `before` and `after` were measured.
+        chance: as many heads chosen at random, on some of the same facts.
     """
 
     before: Point
@@ -320,6 +335,7 @@ class Recommendation:
     why: str
     python: str
     how: str = ""
+    chance: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)

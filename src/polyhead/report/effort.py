@@ -8,7 +8,7 @@ from polyhead.errors import ConfigError
 
 __all__ = ["FRACTIONS", "QUICK", "Effort", "sizes", "steps"]
 
-FRACTIONS = (0.5, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+FRACTIONS = (0.9, 0.75, 0.5, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 """Shares of KV heads that are tried, besides all of them."""
 
 
@@ -18,19 +18,20 @@ class Effort:
 
     Attributes:
         fractions: shares of KV heads that keep the whole context.
-        random_fractions: those of them at which random choices are tried too, besides the recommended one.
+        random_fractions: those of them at which random choices are tried too.
         seeds: seeds of the random choices; the first one also draws facts.
         sink, window: what the other heads keep.
         length: tokens of a text with hidden facts.
         facts: facts in one text.
-        texts: texts that the chosen heads are tried on; random choices are tried on the first `random_texts`.
+        texts: texts of the curve.
+        confirm_texts: texts that the recommendation is confirmed on, and as many again that it is told by.
+        random_texts: how many of these texts random choices are tried on, the first ones.
         scored: tokens of the text whose perplexity is measured.
-        confirm_length, confirm_texts: of the texts that the recommendation is confirmed on.
         lengths: context lengths whose cache bytes are told.
         decode_length: context length at which decoding is timed.
         decode_rounds: how often each cache is timed, in turn.
         tolerance: by which share perplexity may rise.
-        losses: share of facts that may be lost.
+        losses: share of the facts found with the whole cache that may be lost.
     """
 
     fractions: tuple[float, ...] = FRACTIONS
@@ -38,13 +39,12 @@ class Effort:
     seeds: tuple[int, ...] = (0, 1, 2)
     sink: int = 4
     window: int = 256
-    length: int = 1024
+    length: int = 2048
     facts: int = 8
-    texts: int = 3
+    texts: int = 4
+    confirm_texts: int = 6
     random_texts: int = 1
     scored: int = 1024
-    confirm_length: int = 2048
-    confirm_texts: int = 2
     lengths: tuple[int, ...] = (2048, 8192)
     decode_length: int = 8192
     decode_rounds: int = 3
@@ -57,6 +57,10 @@ class Effort:
                 raise ConfigError(f"fractions must lie in 0..1, got {f}")
         if not self.fractions or not self.seeds:
             raise ConfigError("fractions and seeds must hold at least one value each")
+        if not 0 <= self.losses < 1:
+            raise ConfigError(
+                f"losses must be a share of the facts from 0 to below 1, such as 0.05; got {self.losses}"
+            )
         if self.sink < 0 or self.window < 1:
             raise ConfigError(
                 f"sink must be at least 0 and window at least 1, got {self.sink} and {self.window}"
@@ -70,7 +74,6 @@ class Effort:
         return replace(
             self,
             length=min(self.length, context - spare),
-            confirm_length=min(self.confirm_length, context - spare),
             scored=min(self.scored, context),
             lengths=tuple(n for n in self.lengths if n <= context) or (context,),
             decode_length=min(self.decode_length, context - 16),
@@ -79,14 +82,13 @@ class Effort:
 
 QUICK = Effort(
     fractions=(0.5, 0.2, 0.0),
-    random_fractions=(),
+    random_fractions=(0.2,),
     seeds=(0,),
     length=640,
     facts=4,
     texts=1,
-    scored=384,
-    confirm_length=1024,
     confirm_texts=1,
+    scored=384,
     decode_length=2048,
     decode_rounds=1,
 )
@@ -101,7 +103,7 @@ def sizes(effort: Effort, total: int) -> list[int]:
 def steps(effort: Effort, total: int) -> int:
     """How often `advance` is called at most, for a progress bar."""
     tried = len(sizes(effort, total))
-    drawn = (len(effort.random_fractions) + 1) * len(effort.seeds)
-    one, other = effort.texts + 1, effort.random_texts + 1
-    confirm = 2 * (effort.confirm_texts + 1)
-    return (tried + 1) * one + drawn * other + confirm + (tried + 2) * effort.decode_rounds
+    drawn, seeds = len(effort.random_fractions) * len(effort.seeds), len(effort.seeds)
+    curve = (tried + 1) * (effort.texts + 1) + drawn * (effort.random_texts + 1)
+    confirm = (tried + 3) * effort.confirm_texts + 2 + seeds * effort.random_texts
+    return curve + confirm + (tried + 2) * effort.decode_rounds

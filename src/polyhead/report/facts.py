@@ -2,9 +2,9 @@
 
 A needle in a haystack, several at a time. Facts of different kinds stand at different depths of one text;
 each is asked for in a continuation of its own, which starts from a copy of the same cache. The text, which is
-long, is thus read once (`read`) for all its facts (`ask`). The answer is compared token by token with what the model would
-say greedily: all its tokens are fed at once, and each must be the likeliest one after those before it, which
-is the case if and only if greedy decoding from there gives just this answer.
+long, is thus read once (`read`) for all its facts (`ask`). The answer is compared token by token with what
+the model would say greedily: all its tokens are fed at once, and each must be the likeliest one after those
+before it, which is the case if and only if greedy decoding from there gives just this answer.
 
 `STOCK` has no name and no kind in common with the needles that heads are chosen by (`polyhead.tasks.NAMES`,
 "the secret number of").

@@ -24,14 +24,20 @@ _LEAST = 32  # tokens of a text: fewer say nothing about heads
 
 
 def effort_of(
-    seeds: int, seed: int, fractions: Sequence[float] | None, sink: int, window: int, quick: bool
+    seeds: int,
+    seed: int,
+    fractions: Sequence[float] | None,
+    sink: int,
+    window: int,
+    quick: bool,
+    losses: float = 0.05,
 ) -> Effort:
     """How much is tried, from the options of the command."""
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
     base = QUICK if quick else Effort()
     chosen = tuple(range(seed, seed + (1 if quick else seeds)))
-    found = replace(base, seeds=chosen, sink=sink, window=window)
+    found = replace(base, seeds=chosen, sink=sink, window=window, losses=losses)
     return replace(found, fractions=tuple(fractions)) if fractions is not None else found
 
 

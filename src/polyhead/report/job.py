@@ -42,6 +42,7 @@ def run(
     fractions: Sequence[float] | None = None,
     sink: int = 4,
     window: int = 256,
+    losses: float = 0.05,
     quick: bool = False,
     savings: bool = True,
     console: Console | None = None,
@@ -57,6 +58,7 @@ def run(
         seed: the first of these seeds; it also draws the facts and all else that is drawn.
         fractions: shares of KV heads to keep in full. Default: `savings.FRACTIONS`.
         sink, window: first and recent tokens that the other heads keep.
+        losses: share of the hidden facts found with the whole cache that a recommended cache may lose.
         quick: a much reduced run, to see that everything works.
         savings: whether to try smaller caches at all.
         console: where progress and findings go. Default: standard output, progress on standard error.
@@ -64,7 +66,7 @@ def run(
     Raises:
         PolyheadError: something is wrong with the call; nothing has been written.
     """
-    effort = effort_of(seeds, seed, fractions, sink, window, quick)
+    effort = effort_of(seeds, seed, fractions, sink, window, quick, losses)
     command = _command(
         model,
         text=(text, None),
@@ -74,6 +76,7 @@ def run(
         fractions=(None if fractions is None else ",".join(map(str, fractions)), None),
         sink=(sink, 4),
         window=(window, 256),
+        losses=(losses, 0.05),
         out=(out, None),
         quick=(quick, False),
         no_savings=(not savings, False),
@@ -189,5 +192,8 @@ def _tell(report: d.ReportData, written: Written, console: Console) -> None:
     if report.recommendation is not None:
         console.print(f"\n{report.recommendation.why}\n", soft_wrap=True)
         console.print(report.recommendation.python, markup=False, soft_wrap=True)
+    elif report.savings is not None and report.savings.python:
+        console.print("\nTo use a row of the table, give its number of KV heads in full:\n", soft_wrap=True)
+        console.print(report.savings.python, markup=False, soft_wrap=True)
     seconds = sum(phase.seconds for phase in report.run.phases)
     console.print(f"the report is in {written.page} ({seconds:.0f} s)", soft_wrap=True, markup=False)

@@ -185,6 +185,7 @@ def _point_row(p: Point, lengths: list[int]) -> list[str]:
         words.percent(p.kv_fraction),
         str(p.heads_kept),
         words.percent(p.needle_accuracy),
+        "–" if p.needles_kept is None else f"{p.needles_kept} of {p.needles_whole}",
         words.compact(p.perplexity),
         *(words.megabytes(held.get(n)) for n in lengths),
         words.compact(p.decode_tokens_per_second),

@@ -2,8 +2,8 @@
 
 Heads are chosen by a score, such as the profile's `retrieval`: attention to needles in the sample text. Every
 choice is tried on the same facts, of other kinds, with other names, in other texts, and on the perplexity of
-a text of its own. The smallest cache whose answers hold is tried once more, on facts and texts that nothing
-was decided by, before it is recommended.
+a text of its own. Which cache is recommended is decided by these facts and by fresh ones, and told by a third
+part of the facts, which decided nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
 from polyhead.report.data import Recommendation, Savings
 from polyhead.report.effort import Effort, sizes
-from polyhead.report.summary import python_lines, reason
+from polyhead.report.summary import python_lines, ranked_lines, reason, verdict
 from polyhead.report.trying import Choice, Outcome, Trial
 from polyhead.report.words import plural
 from polyhead.tasks.reading import context_length
 
-__all__ = ["Curve", "holds", "measure", "why_not"]
+__all__ = ["Curve", "Decision", "holds", "keeps", "measure", "why_not"]
+
+WHOLE = Choice("full", None)
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,14 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     """
     e, total = trial.effort, len(trial.all_heads)
     order = _order(scores, trial.all_heads)
-
     tried = [Choice("retrieval", order[:count]) for count in sizes(e, total)]
-    whole, *chosen = trial.outcomes([Choice("full", None), *tried])
-    capable = sum(whole.answers) >= len(whole.answers) / 2
-    notes = [] if capable else [_incapable(whole)]
+    shares = sorted({round(f * total) for f in e.random_fractions} - {0, total}, reverse=True)
+    random_ones = [one for count in shares for one in _at_random(trial, count)]
+    whole, *rest = trial.outcomes([WHOLE, *tried, *random_ones])
+    chosen, drawn = rest[: len(tried)], rest[len(tried) :]
 
-    confirmed = None
-    if capable:
-        confirmed = _confirm(trial, whole, [o for o in chosen if o.point.heads_kept])
-    wanted = [round(f * total) for f in e.random_fractions]
-    if confirmed is not None:
-        wanted.append(confirmed[1].point.heads_kept)
-    counts = sorted(({*wanted} & set(sizes(e, total))) - {0}, reverse=True)
-    drawn = trial.outcomes(
-        [Choice("random", _drawn(trial.all_heads, count, seed), seed) for count in counts for seed in e.seeds]
-    )
+    capable = sum(whole.answers) >= len(whole.answers) / 2
+    decision = _decide(trial, whole, chosen) if capable else Decision()
 
     timed = trial.speeds([None, order, *(o.point.heads for o in chosen)])
     baseline = replace(whole.point, decode_tokens_per_second=timed[0])
@@ -97,22 +92,27 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     points = [full] + [
         replace(o.point, decode_tokens_per_second=speed) for o, speed in zip(chosen, timed[2:], strict=True)
     ]
-    savings = Savings(baseline, (*points, *(o.point for o in drawn)), *_hows(trial))
+    savings = Savings(
+        baseline,
+        (*points, *(o.point for o in drawn)),
+        *_hows(trial),
+        verdict=decision.verdict,
+        python=ranked_lines(source, order, _preferred(chosen), e.sink, e.window) if capable else "",
+    )
 
     advice = None
-    if confirmed is not None:
-        before, after, rejected = confirmed
+    if decision.before is not None and decision.after is not None:
+        before, after = decision.before, decision.after
         speed = {p.heads_kept: p.decode_tokens_per_second for p in points}
         advice = Recommendation(
             before=replace(before.point, decode_tokens_per_second=timed[0]),
             after=replace(after.point, decode_tokens_per_second=speed[after.point.heads_kept]),
-            why=reason(e, before.answers, after.answers, before.point, after.point),
+            why=reason(e, before.point, after.point),
             python=python_lines(source, after.point.heads, total, e.sink, e.window),
-            how=_confirm_how(trial, rejected),
+            how=_confirm_how(trial, decision.rejected),
+            chance=tuple(one.point for one in decision.chance),
         )
-    elif capable:
-        notes.append("No smaller cache that was tried keeps its answers: keep the whole cache.")
-    return Curve(savings, advice, tuple(notes))
+    return Curve(savings, advice, () if capable else (_incapable(whole),))
 
 
 def _order(scores: HeadScores, heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -121,37 +121,79 @@ def _order(scores: HeadScores, heads: Sequence[tuple[int, int]]) -> tuple[tuple[
     return tuple(sorted(heads, key=lambda pair: (-np.nan_to_num(by_kv[pair], nan=-1.0), pair)))
 
 
+def keeps(effort: Effort, after: Outcome) -> bool:
+    """Whether hardly a fact is lost of those that the whole cache finds, counted fact by fact."""
+    found, kept = after.point.needles_whole, after.point.needles_kept
+    return found is not None and kept is not None and kept >= (1 - effort.losses) * found - 1e-9
+
+
 def holds(effort: Effort, before: Outcome, after: Outcome) -> bool:
-    """Whether the answers hold: hardly a fact lost on balance, and perplexity within the tolerance."""
-    lost = sum(before.answers) - sum(after.answers)
-    allowed = max(1, int(effort.losses * len(before.answers)))
+    """Whether the answers hold: facts are kept, and perplexity stays within the tolerance."""
     old, new = before.point.perplexity, after.point.perplexity
-    return lost <= allowed and old is not None and new is not None and new <= (1 + effort.tolerance) * old
+    steady = old is not None and new is not None and new <= (1 + effort.tolerance) * old
+    return steady and keeps(effort, after)
 
 
-def _confirm(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> tuple[Outcome, Outcome, int] | None:
-    """The smallest cache that holds, as all larger ones do, on the curve and again on fresh texts.
+@dataclass(frozen=True)
+class Decision:
+    """The cache that is recommended, as found on the facts that it is told by; or why there is none.
 
-    Returns the whole cache and the smaller one, both as found on the fresh texts, and how many smaller ones
-    held on the curve and failed there.
+    Attributes:
+        before, after: the whole cache and the recommended one; None: nothing is recommended.
+        chance: as many heads chosen at random.
+        rejected: how many smaller caches held on the curve and not on fresh facts.
+        verdict: why nothing is recommended.
     """
-    candidates: list[Outcome] = []
-    for one in chosen:  # from many heads to few
-        if not holds(trial.effort, whole, one):
-            break
-        candidates.append(one)
+
+    before: Outcome | None = None
+    after: Outcome | None = None
+    chance: tuple[Outcome, ...] = ()
+    rejected: int = 0
+    verdict: str = ""
+
+
+def _decide(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> Decision:
+    """The smallest cache that holds, as all larger ones do, on the curve, on fresh facts, and once more.
+
+    Caches are looked at from the largest to the smallest, up to the first that fails: a small one that is
+    lucky after a larger one has failed is not taken. What has been decided is tried on a third part of the
+    facts, which alone the recommendation is told by; if it fails there, nothing is recommended.
+    """
+    e = trial.effort
+    chosen = [one for one in chosen if one.point.heads_kept]
+    if not chosen:
+        return Decision(verdict=verdict(e, None, None, ""))
+    candidates = list(takewhile(lambda one: holds(e, whole, one), chosen))
     if not candidates:
-        return None
-    smallest_first = [Choice("retrieval", one.point.heads) for one in reversed(candidates)]
-    before, *again = trial.outcomes([Choice("full", None), *smallest_first], fresh=True)
-    for rejected, after in enumerate(again):
-        if holds(trial.effort, before, after):
-            return before, after, rejected
-    return None
+        return Decision(verdict=verdict(e, whole.point, chosen[0].point, "the largest cache tried"))
+    choices = [Choice("retrieval", one.point.heads) for one in candidates]
+    fresh, *again = trial.outcomes([WHOLE, *choices], "fresh")
+    held = [
+        choice for choice, _ in takewhile(lambda pair: keeps(e, pair[1]), zip(choices, again, strict=True))
+    ]
+    if not held:
+        what = "the largest cache tried, which held on the curve, but on fresh facts"
+        return Decision(verdict=verdict(e, fresh.point, again[0].point, what))
+    last = held[-1]
+    assert last.heads is not None
+    before, after, *chance = trial.outcomes([WHOLE, last, *_at_random(trial, len(last.heads))], "told")
+    if not holds(e, before, after):
+        what = "which held on the curve and on fresh facts, but on a third part of the facts"
+        return Decision(verdict=verdict(e, before.point, after.point, what))
+    return Decision(before, after, tuple(chance), len(candidates) - len(held))
 
 
-def _drawn(heads: Sequence[tuple[int, int]], count: int, seed: int) -> tuple[tuple[int, int], ...]:
-    return tuple(random.Random(f"{seed} {count}").sample(list(heads), count))
+def _preferred(chosen: Sequence[Outcome]) -> int:
+    """The size that keeps most facts on the curve, the smallest of these."""
+    sized = [one for one in chosen if one.point.heads_kept] or list(chosen)
+    return min(sized, key=lambda one: (-(one.point.needles_kept or 0), one.point.heads_kept)).point.heads_kept
+
+
+def _at_random(trial: Trial, count: int) -> list[Choice]:
+    """As many heads chosen at random, with each seed."""
+    heads = trial.all_heads
+    drawn = [(seed, random.Random(f"{seed} {count}").sample(heads, count)) for seed in trial.effort.seeds]
+    return [Choice("random", tuple(some), seed) for seed, some in drawn]
 
 
 def _incapable(whole: Outcome) -> str:
@@ -167,10 +209,11 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
     per_text = f"{e.facts} facts of different kinds in each of {e.texts} texts of {e.length:,} tokens"
     drawn = f" ({e.random_texts} for random choices)" if e.random_texts != e.texts else ""
     return (
-        f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts when greedy "
-        "decoding gives exactly the number. A text is read with whole attention (prefill='dense'); question "
-        "and answer see what the cache then holds. Heads are chosen by their retrieval score, measured on "
-        "other texts with facts of another kind and other names.",
+        f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts as found "
+        "when greedy decoding gives exactly the number. Kept: of the facts that the whole cache finds, those "
+        "found with this cache too, and the 95 % interval of their share. A text is read with whole "
+        "attention (prefill='dense'); question and answer see what the cache then holds. Heads are chosen by "
+        "their retrieval score, measured on other texts with facts of another kind and other names.",
         f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, each predicted from what its cache would "
         "hold if tokens came one by one.",
         f"Decoding: median of single tokens at {e.decode_length:,} tokens of context, caches in turn for "
@@ -182,8 +225,12 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
 
 def _confirm_how(trial: Trial, rejected: int) -> str:
     e = trial.effort
-    failed = f" Here {plural(rejected, 'smaller cache')} failed that held on the curve." if rejected else ""
+    n = e.facts * e.confirm_texts
+    failed = (
+        f" Here {plural(rejected, 'smaller cache')} that held on the curve failed there." if rejected else ""
+    )
     return (
-        f"Measured on {e.facts * e.confirm_texts} facts in texts of {e.confirm_length:,} tokens and on "
-        f"{e.scored:,} tokens of prose, none of which chose the heads or drew the curve.{failed}"
+        f"Sizes were tried from the largest to the smallest, on the curve's facts and on {n} fresh ones, up "
+        f"to the first that failed.{failed} The numbers here come from a third part: {n} facts in texts "
+        f"of {e.length:,} tokens and {e.scored:,} tokens of prose, which had no part in that."
     )

@@ -21,11 +21,15 @@ from polyhead.report.effort import Effort
 from polyhead.tasks import held_out_text, perplexity
 from polyhead.tasks.reading import context_length, encode, evaluating
 
-__all__ = ["Advance", "Choice", "Outcome", "Trial", "cache_bytes"]
+__all__ = ["PARTS", "Advance", "Choice", "Outcome", "Part", "Trial", "cache_bytes"]
 
 Advance = Callable[[str], None]
 Make = Callable[[], Any]
 Prefill = Literal["dense", "masked"]
+Part = Literal["curve", "fresh", "told"]
+
+PARTS: tuple[Part, ...] = ("curve", "fresh", "told")
+"""What draws the curve; what confirms a choice; what the recommendation is told by."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A point of the curve, with the answer to each fact."""
+    """What came of a choice, with the answer to each fact."""
 
     point: Point
     answers: tuple[bool, ...]
@@ -67,6 +71,7 @@ class Trial:
         self.effort = effort.fitting(context_length(model))
         self._held_out = held_out
         self._advance: Advance = advance or (lambda _: None)
+        self._hidden: dict[Part, list[facts.Hidden]] = {}
 
     def report_to(self, advance: Advance) -> None:
         """Call `advance` with a word whenever a part of the work is done."""
@@ -78,49 +83,37 @@ class Trial:
     def _test_ids(self) -> list[int]:
         return encode(self.tokenizer, held_out_text()).tolist()
 
-    def _texts(self, count: int, length: int, start: int, seed: int) -> list[facts.Hidden]:
-        """Texts with facts, from token `start` of the held-out text on, one after the other."""
+    def texts(self, part: Part) -> list[facts.Hidden]:
+        """Texts with facts. Each part has facts of its own, in a third of the held-out text of its own.
+
+        Where a third is too short to have its texts one after the other, the prose of neighbours overlaps.
+        """
+        if part in self._hidden:
+            return self._hidden[part]
         e, source = self.effort, self._test_ids
+        place = PARTS.index(part)
+        count = e.texts if part == "curve" else e.confirm_texts
+        third = max(0, len(source) - 2 * e.scored) // len(PARTS)
+        step = max(0, min(e.length, (third - e.length) // max(1, count - 1)))
         found = []
         for k in range(count):
-            at = start + k * length
-            ids = [source[(at + i) % len(source)] for i in range(length)]
-            found.append(
-                facts.hide(
-                    self.tokenizer,
-                    ids,
-                    facts.STOCK,
-                    length=length,
-                    count=e.facts,
-                    unseen=e.window,
-                    seed=1000 * e.seeds[0] + seed + k,
-                )
-            )
+            at = place * third + k * step
+            ids = [source[(at + i) % len(source)] for i in range(e.length)]
+            seed = 1000 * e.seeds[0] + 100 * (place + 2) + k
+            how = {"length": e.length, "count": e.facts, "unseen": e.window}
+            found.append(facts.hide(self.tokenizer, ids, facts.STOCK, seed=seed, **how))
+        self._hidden[part] = found
         return found
 
-    @cached_property
-    def trying(self) -> list[facts.Hidden]:
-        """What every choice is tried on."""
-        e = self.effort
-        return self._texts(e.texts, e.length, 0, 200)
-
-    @cached_property
-    def confirming(self) -> list[facts.Hidden]:
-        """What nothing is decided by."""
-        e = self.effort
-        start = e.texts * e.length + 2 * e.scored
-        return self._texts(e.confirm_texts, e.confirm_length, start, 300)
-
-    def _prose(self, part: int) -> torch.Tensor:
-        """The text for perplexity: part 0 for the curve, part 1 for confirming it."""
-        e = self.effort
+    def _prose(self, part: Part) -> torch.Tensor:
+        """The text for perplexity, of the curve or of what the recommendation is told by."""
+        e, second = self.effort, int(part != "curve")
         given = self._held_out
-        if given is not None and len(given) >= (part + 1) * e.scored:
-            ids = given[part * e.scored : (part + 1) * e.scored]
-        else:
-            start = e.texts * e.length + part * e.scored
-            ids = [self._test_ids[(start + i) % len(self._test_ids)] for i in range(e.scored)]
-        return torch.tensor(ids)
+        if given is not None and len(given) >= (second + 1) * e.scored:
+            return torch.tensor(given[second * e.scored : (second + 1) * e.scored])
+        source = self._test_ids
+        start = len(source) - (2 - second) * e.scored
+        return torch.tensor([source[(start + i) % len(source)] for i in range(e.scored)])
 
     @property
     def prose_name(self) -> str:
@@ -171,9 +164,9 @@ class Trial:
     def reads_once(self) -> bool:
         """Whether one reading of a text serves all choices of heads.
 
-        A text is read with whole attention, so that the keys and values that come of it are the same for every
-        choice; a choice only decides which of them are kept. That holds where all layers keep every row they
-        are given: not for those with a sliding window or a state of another kind.
+        A text is read with whole attention, so that the keys and values that come of it are the same for
+        every choice, which only decides which of them are kept. That holds where the whole cache keeps every
+        row that it is given: not in layers with a sliding window or a state of another kind.
         """
         from transformers.cache_utils import DynamicLayer
 
@@ -212,25 +205,29 @@ class Trial:
         facts.read(self.model, hidden, cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def perplexity(self, make: Make, part: int) -> float:
+    def perplexity(self, make: Make, part: Part) -> float:
         """Perplexity of the held-out text."""
         with _used(make) as cache:
             found = perplexity(self.model, self.tokenizer, self._prose(part), chunk=512, cache=cache)
         self._advance("perplexity")
         return found.value
 
-    def outcomes(self, choices: Sequence[Choice], *, fresh: bool = False) -> list[Outcome]:
-        """Try choices of heads, each text with all of them; `fresh` on what is kept for confirming."""
-        texts = self.confirming if fresh else self.trying
+    def outcomes(self, choices: Sequence[Choice], part: Part = "curve") -> list[Outcome]:
+        """Try choices of heads on a part of the facts. The first choice is the whole cache.
+
+        Perplexity is not measured again on "fresh", nor for random choices beyond the curve.
+        """
+        answers = self.answers(self.texts(part), choices)
         return [
-            Outcome(self._point(choice, answers, int(fresh)), answers)
-            for choice, answers in zip(choices, self.answers(texts, choices), strict=True)
+            Outcome(self._point(choice, given, answers[0], part), given)
+            for choice, given in zip(choices, answers, strict=True)
         ]
 
-    def _point(self, choice: Choice, answers: Sequence[bool], part: int) -> Point:
+    def _point(self, choice: Choice, answers: Sequence[bool], whole: Sequence[bool], part: Part) -> Point:
         total = len(self.all_heads)
         count = total if choice.heads is None else len(choice.heads)
         make = self._maker(choice.heads)
+        scored = part == "curve" or (part == "told" and choice.policy != "random")
         return Point(
             policy=choice.policy,
             kv_fraction=count / total,
@@ -238,7 +235,9 @@ class Trial:
             seed=choice.seed,
             needle_accuracy=sum(answers) / len(answers),
             needles=len(answers),
-            perplexity=self.perplexity(self._maker(choice.heads, "masked"), part),
+            needles_whole=sum(whole[: len(answers)]),
+            needles_kept=sum(w and a for w, a in zip(whole, answers, strict=False)),
+            perplexity=self.perplexity(self._maker(choice.heads, "masked"), part) if scored else None,
             cache_bytes=tuple((n, self.bytes(make, n)) for n in self.effort.lengths),
             heads=tuple(sorted(choice.heads)) if choice.heads is not None else (),
         )

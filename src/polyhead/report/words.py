@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from polyhead.report.data import Point, ReportData
+from polyhead.report.interval import wilson
 
-__all__ = ["compact", "headline", "measured", "megabytes", "percent", "ratio", "summary", "table"]
+__all__ = [
+    "compact",
+    "headline",
+    "kept",
+    "measured",
+    "megabytes",
+    "percent",
+    "plural",
+    "ratio",
+    "summary",
+    "table",
+]
 
 
 NARROW = "\u00a0"  # keeps a unit with its number
@@ -62,6 +74,17 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def kept(point: Point) -> str:
+    """ "41 of the 42 that the whole cache finds (98 %, 95 % interval 88 % to 100 %)"."""
+    if not point.needles_whole or point.needles_kept is None:
+        return "nothing that can be told, for the whole cache finds no fact"
+    low, high = wilson(point.needles_kept / point.needles_whole, point.needles_whole)
+    return (
+        f"{point.needles_kept} of the {point.needles_whole} that the whole cache finds "
+        f"({percent(point.share_kept)}, 95{NARROW}% interval {percent(low)} to {percent(high)})"
+    )
+
+
 _ROLE_PHRASES = {
     "sink": "rest on sink tokens",
     "local": "read the neighbourhood",
@@ -93,18 +116,26 @@ def _saving_sentence(data: ReportData) -> str:
     if data.model.is_encoder:
         return "It is an encoder: it keeps no cache, so there is nothing to save."
     if r is None:
-        return "No smaller cache is recommended." if data.savings else ""
+        if data.savings is None:
+            return ""
+        return data.savings.verdict or "No smaller cache is recommended."
     if r.after.kv_fraction >= 1:
         return "No smaller cache that was tried keeps its answers, so the advice is to keep the whole cache."
     heads = plural(data.model.total_kv_heads, "KV head")
     text = (
         f"Keeping the full context for {r.after.heads_kept} of {heads} ({percent(r.after.kv_fraction)}), "
         "and only sinks and recent tokens for the rest, "
-        f"finds {percent(r.after.needle_accuracy)} of hidden facts "
-        f"(whole cache: {percent(r.before.needle_accuracy)}"
     )
+    if r.after.share_kept is not None:
+        text += f"keeps, of the hidden facts, {kept(r.after)}"
+    else:
+        text += (
+            f"finds {percent(r.after.needle_accuracy)} of hidden facts "
+            f"(whole cache: {percent(r.before.needle_accuracy)})"
+        )
     chance = _random_accuracy(data, r.after.kv_fraction)
-    text += f"; as many heads chosen at random: {percent(chance)})" if chance is not None else ")"
+    if chance is not None:
+        text += f" (as many heads chosen at random find {percent(chance)} of all)"
     before, after = dict(r.before.cache_bytes), dict(r.after.cache_bytes)
     lengths = sorted(before.keys() & after.keys())
     if lengths:
@@ -120,7 +151,9 @@ def _saving_sentence(data: ReportData) -> str:
 
 
 def _random_accuracy(data: ReportData, fraction: float) -> float | None:
-    points = data.savings.points if data.savings else ()
+    points = (data.recommendation.chance if data.recommendation else ()) or (
+        data.savings.points if data.savings else ()
+    )
     found = [
         p.needle_accuracy
         for p in points
@@ -155,7 +188,14 @@ def headline(data: ReportData) -> list[tuple[str, str]]:
         chance = _random_accuracy(data, r.after.kv_fraction)
         beside = "" if chance is None else f", random choice {percent(chance)}"
         told = f"of hidden facts found (whole cache {percent(r.before.needle_accuracy)}{beside})"
-        figures.append((percent(r.after.needle_accuracy), told))
+        share = r.after.needle_accuracy
+        if r.after.share_kept is not None:
+            share = r.after.share_kept
+            told = (
+                f"of the hidden facts that the whole cache finds are kept ({r.after.needles_kept} of "
+                f"{r.after.needles_whole}{beside})"
+            )
+        figures.append((percent(share), told))
     before, after = dict(r.before.cache_bytes), dict(r.after.cache_bytes)
     for n in sorted(before.keys() & after.keys())[-1:]:
         told = f"cache at {n:,} tokens: {megabytes(before[n])} down to {megabytes(after[n])}"
@@ -175,6 +215,11 @@ def table(before: Point, after: Point) -> list[tuple[str, str, str, str]]:
         n = f" (of {after.needles})" if after.needles else ""
         found = percent(before.needle_accuracy), percent(after.needle_accuracy)
         rows.append((f"Hidden facts found{n}", *found, ""))
+    if after.share_kept is not None:
+        told = f"{after.needles_kept} of {after.needles_whole}"
+        rows.append(
+            ("Kept of those the whole cache finds", str(after.needles_whole), told, percent(after.share_kept))
+        )
     if after.perplexity is not None:
         values = after.perplexity, before.perplexity
         rows.append(("Perplexity", compact(before.perplexity), compact(after.perplexity), ratio(*values)))
