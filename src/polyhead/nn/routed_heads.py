@@ -91,10 +91,13 @@ class RoutedHeads(MultiHeadAttention):
             for name, loss in self.router.losses(q.choice, real).items():
                 self.auxiliary.record(name, loss)
 
-    # How many rows a head has is not known before the call: the compiler leaves all of it to Python, at once.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend(self, *args: Any, **options: Any) -> Tensor:
-        return super()._attend(*args, **options)
+        # How many rows a head has is not known before the call: the compiler leaves all of it to Python, at
+        # once. Said here and not above the function, since saying it loads the compiler.
+        inner = super()._attend
+        if torch.compiler.is_compiling():
+            inner = torch.compiler.disable(inner)
+        return inner(*args, **options)
 
     def _mix(self, q: _Chosen, rows: tuple[Tensor, ...], **options: Any) -> Mixed:  # type: ignore[override]
         k, v = rows
