@@ -351,7 +351,7 @@ class MultiHeadAttention(AttentionModule):
         place("cost", None, dtype)
         dtype = self.projection.key.weight.dtype if dtype is None else dtype
         pairs = 2 * batch * self.heads * length * keys
-        per_token = sum(heads * width for heads, width in self.projection.streams) * dtype.itemsize
+        per_token = sum(heads * width for heads, width in self.streams) * dtype.itemsize
         return Cost(
             parameters=sum(p.numel() for p in self.parameters()),
             projections=batch * (self.projection.flops(length, keys) + self.output.flops(length)),
