@@ -349,7 +349,7 @@ class MultiHeadAttention(AttentionModule):
         for name, size in (("length", length), ("batch", batch), ("context_length", keys)):
             whole(f"cost: {name}", size, 0)
         place("cost", None, dtype)
-        dtype = self.projection.key.weight.dtype if dtype is None else dtype
+        dtype = self.projection.query.weight.dtype if dtype is None else dtype
         pairs = 2 * batch * self.heads * length * keys
         per_token = sum(heads * width for heads, width in self.streams) * dtype.itemsize
         return Cost(
