@@ -11,13 +11,14 @@ from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.description import Part
+from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.positions import NoPosition, Position
-from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+from polyhead.nn.projections import OutputProjection, Projection, at_least_one, divisors
 from polyhead.nn.regularizers import Regularizer
 
-__all__ = ["AttentionConfig", "MechanismConfig", "largest_divisor"]
+__all__ = ["AttentionConfig", "MechanismConfig", "key_value_heads", "largest_divisor"]
 
 M = TypeVar("M", bound=MultiHeadAttention)
 
@@ -120,3 +121,16 @@ class AttentionConfig(MechanismConfig):
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of `number` that is at most `most`, at least 1."""
     return max(n for n in range(1, max(most, 1) + 1) if number % n == 0)
+
+
+def key_value_heads(owner: str, heads: int, kv_heads: int | None) -> int:
+    """`kv_heads`, or `heads` where it is None; a `ConfigError` unless it divides `heads`."""
+    at_least_one(owner, heads=heads)
+    if kv_heads is None:
+        return heads
+    at_least_one(owner, kv_heads=kv_heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"kv_heads must divide heads={heads}; got kv_heads={kv_heads}; allowed are {divisors(heads)}"
+        )
+    return kv_heads
