@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.attend.backends import BACKENDS, STREAMING
+from polyhead.attend.backends.reference import dense_weights
 from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, Window
 from polyhead.attend.normalizers import Normalizer, Softmax, softmax
@@ -22,7 +23,7 @@ from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["attend", "explain", "observe"]
+__all__ = ["attend", "explain", "observe", "weights_of"]
 
 _SOFTMAX = softmax()
 _NUMBER = (float, int)
@@ -172,6 +173,25 @@ def observe(
     """
     request = _request(q, k, v, mask, score, normalizer, weight_map, scale, 0.0, False)
     return observe_tiles(request.q, request.k, request.v, request.problem, _consumers(consumers))
+
+
+def weights_of(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    *,
+    mask: Mask | None = None,
+    score: Score | Sequence[Score] | None = None,
+    normalizer: Normalizer = _SOFTMAX,
+    weight_map: WeightMap | Sequence[WeightMap] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B H L S"]:
+    """The weights of a call of `attend`, all of them at once and differentiable: O(L·S) memory.
+
+    For what needs them whole, such as a loss on them. In float32, or float64 where q is. `observe` shows
+    them strip by strip.
+    """
+    request = _request(q, k, k, mask, score, normalizer, weight_map, scale, 0.0, False)
+    return dense_weights(request)[0]
 
 
 def _consumers(consumers: Iterable[Consumer]) -> tuple[Consumer, ...]:

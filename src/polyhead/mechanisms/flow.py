@@ -77,6 +77,7 @@ _KNOWN = ("projection", "position", "score", "normalizer", "weight_map", "mask",
 # what a subclass may do in its own way, in words
 _OWN = {
     "forward": "the whole call",
+    "_inputs": "what it takes for its inputs",
     "_queries": "how queries are made",
     "_rows": "what is kept of a token",
     "_attend": "how it attends",

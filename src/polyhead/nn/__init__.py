@@ -31,9 +31,11 @@ from polyhead.nn.positions import (
 )
 from polyhead.nn.projections import OutputProjection, Projection
 from polyhead.nn.regularizers import (
+    AttentionDiversification,
     DropHead,
     Regularizer,
     TokenMasking,
+    attention_diversification,
     drop_head,
     token_masking,
     v_schedule,
@@ -43,6 +45,7 @@ from polyhead.nn.stack import AttentionStack, StackCache
 __all__ = [
     "HARDWARE",
     "AlibiPosition",
+    "AttentionDiversification",
     "AttentionModule",
     "AttentionStack",
     "AuxiliaryLosses",
@@ -77,6 +80,7 @@ __all__ = [
     "WindowCache",
     "Yarn",
     "alibi_position",
+    "attention_diversification",
     "auxiliary_losses",
     "drop_head",
     "head_importance",

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polyhead.attend.across_heads import mixing_flops
-from polyhead.attend.function import attend
+from polyhead.attend.function import attend, weights_of
 from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
@@ -18,6 +18,7 @@ from polyhead.attend.scores import Score, chain
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
@@ -121,6 +122,14 @@ class MultiHeadAttention(AttentionModule):
         self.scale = scale
         self.dropout = dropout
         self.regularizers = check_regularizers(regularizers)
+        if any(part.reads_weights for part in self.regularizers):
+            own, plain = type(self), MultiHeadAttention
+            if own._mix is not plain._mix and own._weights is plain._weights:
+                raise ConfigError(
+                    f"regularizers must not read weights in {own.__name__}, which never holds them; got "
+                    f"{given(self.regularizers)}"
+                )
+            self.auxiliary = AuxiliaryLosses()
         if output is None:
             output = OutputProjection(
                 projection.dim, projection.heads, projection.value_dim, device=device, dtype=dtype
@@ -181,6 +190,7 @@ class MultiHeadAttention(AttentionModule):
                 x = x.masked_fill(~padding[..., None], 0.0)
             if self.training and self.regularizers and cache is None:
                 mask = self._narrowed(mask, x, padding)
+            x = self._inputs(x, mask=mask, padding=padding, cache=cache)
             where: int | Tensor = seen if own is None else own
             x = position.add(x, where)
             source, places = x, where
@@ -201,7 +211,14 @@ class MultiHeadAttention(AttentionModule):
             kept = Kept(rows, source.shape[1], padding)
         else:
             kept = cache.append(*rows, padding=padding, positions=own)
-        return self._attend(q, kept, mask, first=kept.length - queries, latest=True)
+        real = padding if context is None else None
+        return self._attend(q, kept, mask, first=kept.length - queries, latest=True, real=real)
+
+    def _inputs(
+        self, x: Tensor, *, mask: Mask | None, padding: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """What self-attention takes for its inputs `x`, which are zero at padding."""
+        return x
 
     def _narrowed(self, mask: Mask | None, x: Tensor, padding: Tensor | None) -> Mask | None:
         """The mask of a call of self-attention in training, as the regularizers leave it."""
@@ -267,8 +284,21 @@ class MultiHeadAttention(AttentionModule):
         self._account(q, None)
         return self._attend(q, cache.read(queries), mask, first=first, latest=False)
 
-    def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, *, first: int, latest: bool) -> Tensor:
-        """Attend from queries that stand at `first` on, and project the heads back."""
+    def _attend(
+        self,
+        q: Tensor,
+        kept: Kept,
+        mask: Mask | None,
+        *,
+        first: int,
+        latest: bool,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from queries that stand at `first` on, and project the heads back.
+
+        Args:
+            real: `(B, L)`, which queries are no padding; None where all are, or for a context.
+        """
         queries, keys = q.shape[2], kept.rows[0].shape[2]
         shift = first - (keys - queries)
         parts = (None if self.mask is None else self.mask(), mask, kept.mask)
@@ -289,8 +319,8 @@ class MultiHeadAttention(AttentionModule):
         if score is not None and (shift or kept.positions is not None):
             score = place_score(score, shift=shift, keys=kept.positions)
         if kept.padding is not None:
-            real = real_keys(kept.padding)
-            allowed = real if allowed is None else allowed & real
+            known = real_keys(kept.padding)
+            allowed = known if allowed is None else allowed & known
         # an argument that is not needed is left out: the operator knows its most common call by that
         options: dict[str, Any] = {} if self.normalizer is None else {"normalizer": self.normalizer()}
         after = self._weight_map()
@@ -299,10 +329,26 @@ class MultiHeadAttention(AttentionModule):
             options["weight_map"] = (
                 place_weight_map(after, shift=shift, keys=kept.positions) if moved else after
             )
+        if any(part.reads_weights for part in self.regularizers):
+            self._lose(q, kept, real, mask=allowed, score=score, scale=self.scale, **options)
         if self.training and self.dropout:
             options["dropout"] = self.dropout
         y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
         return self.output(self._regularized(y) if self.training and self.regularizers else y)
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        """The weights `(B, H, L, S)` of `_mix` with the same options, all of them."""
+        return weights_of(self.projection.spread(q), rows[0], **options)
+
+    def _lose(self, q: Tensor, kept: Kept, real: Tensor | None, **options: Any) -> None:
+        """Leave what the regularizers lose by the weights, in training."""
+        if self.auxiliary.latest:
+            self.auxiliary.latest.clear()
+        if self.training:
+            weights = self._weights(q, kept.rows, **options)
+            for part in self.regularizers:
+                for name, loss in part.losses(weights, queries=real, keys=kept.padding).items():
+                    self.auxiliary.record(name, loss)
 
     def _regularized(self, heads: Tensor) -> Tensor:
         """The outputs of the heads in training, as the regularizers leave them."""

@@ -14,7 +14,7 @@ from polyhead.attend.precision import exact, wide
 from polyhead.attend.tile import Tile
 from polyhead.attend.weight_maps import same_shape
 
-__all__ = ["Reference"]
+__all__ = ["Reference", "dense_weights"]
 
 
 class Reference:
@@ -34,35 +34,41 @@ class Reference:
             return self._run(request)
 
     def _run(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        q, k, v, problem = request.q, request.k, request.v, request.problem
-        batch, heads, queries, _ = q.shape
-        keys, repeat = k.shape[2], heads // max(k.shape[1], 1)
-        dtype = wide(q.dtype)
-        k, v = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
-        scores = q.to(dtype) * problem.scale @ k.transpose(-1, -2)
-        tile = Tile(
-            batch,
-            heads,
-            torch.arange(queries, device=q.device) + keys - queries,
-            torch.arange(keys, device=q.device),
-            consecutive=True,
-        )
-        if problem.score is not None:
-            scores = problem.score.apply(scores, tile)
-        allowed = None
-        if problem.mask is not None:
-            allowed = densify(
-                problem.mask, batch=batch, heads=heads, queries=queries, keys=keys, device=q.device
-            )
-            scores = scores.masked_fill(~allowed, -math.inf)
-        lse = None
-        if request.want_lse:
-            assert isinstance(problem.normalizer, Softmax)
-            lse = problem.normalizer.lse(scores)
-        weights = problem.normalizer(scores)
-        if problem.weight_map is not None:
-            weights = same_shape(problem.weight_map, problem.weight_map.apply(weights, tile), weights)
-            if allowed is not None:
-                weights = weights.masked_fill(~allowed, 0.0)
+        q, v, problem = request.q, request.v, request.problem
+        weights, lse = dense_weights(request)
+        v = v.to(weights.dtype).repeat_interleave(q.shape[1] // max(v.shape[1], 1), dim=1)
         weights = torch.dropout(weights, problem.dropout, train=problem.dropout > 0)
         return (weights @ v).to(q.dtype), lse
+
+
+def dense_weights(request: Request) -> tuple[Tensor, Tensor | None]:
+    """The weights `(B, H, L, S)` before dropout, and if wanted the log-sum-exp `(B, H, L)`."""
+    q, k, problem = request.q, request.k, request.problem
+    batch, heads, queries, _ = q.shape
+    keys, repeat = k.shape[2], heads // max(k.shape[1], 1)
+    dtype = wide(q.dtype)
+    k = k.to(dtype).repeat_interleave(repeat, dim=1)
+    scores = q.to(dtype) * problem.scale @ k.transpose(-1, -2)
+    tile = Tile(
+        batch,
+        heads,
+        torch.arange(queries, device=q.device) + keys - queries,
+        torch.arange(keys, device=q.device),
+        consecutive=True,
+    )
+    if problem.score is not None:
+        scores = problem.score.apply(scores, tile)
+    allowed = None
+    if problem.mask is not None:
+        allowed = densify(problem.mask, batch=batch, heads=heads, queries=queries, keys=keys, device=q.device)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    lse = None
+    if request.want_lse:
+        assert isinstance(problem.normalizer, Softmax)
+        lse = problem.normalizer.lse(scores)
+    weights = problem.normalizer(scores)
+    if problem.weight_map is not None:
+        weights = same_shape(problem.weight_map, problem.weight_map.apply(weights, tile), weights)
+        if allowed is not None:
+            weights = weights.masked_fill(~allowed, 0.0)
+    return weights, lse

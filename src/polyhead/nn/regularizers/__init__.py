@@ -1,13 +1,16 @@
 """What changes attention in training only, as parts: `build("mha", ..., regularizers=drop_head(0.1))`."""
 
 from polyhead.nn.regularizers.base import Regularizer, check_regularizers
+from polyhead.nn.regularizers.diversification import AttentionDiversification, attention_diversification
 from polyhead.nn.regularizers.drop_head import DropHead, drop_head, v_schedule
 from polyhead.nn.regularizers.token_masking import TokenMasking, token_masking
 
 __all__ = [
+    "AttentionDiversification",
     "DropHead",
     "Regularizer",
     "TokenMasking",
+    "attention_diversification",
     "check_regularizers",
     "drop_head",
     "token_masking",

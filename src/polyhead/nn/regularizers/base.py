@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
@@ -19,9 +19,14 @@ __all__ = ["Regularizer", "check_regularizers"]
 class Regularizer(Part):
     """Something that acts on attention in training only; it has no parameters, and evaluation is as without.
 
-    It acts at one or both of two places, and each defaults to doing nothing. What is drawn is drawn anew in
+    It acts at one or more of three places, and each defaults to doing nothing. What is drawn is drawn anew in
     every call of every module, from torch's random numbers of the device.
+
+    Attributes:
+        reads_weights: whether it has losses of the weights; all of them are then held, O(H·L·S) memory.
     """
+
+    reads_weights: ClassVar[bool] = False
 
     def narrow(
         self,
@@ -46,6 +51,21 @@ class Regularizer(Part):
     def on_heads(self, heads: Float[Tensor, "B H L Dv"]) -> Float[Tensor, "B H L Dv"]:
         """The outputs of the heads, before they are projected back."""
         return heads
+
+    def losses(
+        self,
+        weights: Float[Tensor, "B H L S"],
+        *,
+        queries: Bool[Tensor, "B L"] | None = None,
+        keys: Bool[Tensor, "B S"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of the weights before dropout, scalars by name, for `auxiliary_losses`.
+
+        Args:
+            weights: zero where the mask forbids a pair, and at keys that are padding.
+            queries, keys: True at real tokens; None when all are, or when it is not known.
+        """
+        return {}
 
 
 def check_regularizers(value: Any) -> tuple[Regularizer, ...]:
