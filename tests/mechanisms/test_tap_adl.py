@@ -31,6 +31,19 @@ def test_one_scale_is_plain_attention() -> None:
     torch.testing.assert_close(torch.cat(steps, 1), plain(X, mask=ph.causal()))
 
 
+@pytest.mark.parametrize("layout", ["around", (3, 4)])
+def test_tokens_around_equal_the_twin(layout: object) -> None:
+    module = built(layout=layout, scales=3)
+    module.train()(X)  # so that the statistics of the batch are some
+    module.eval()
+    for real in (None, torch.arange(12) >= torch.tensor([[0], [3]])):
+        expected = ph.reference("tap_adl")(
+            X, parameters=module.state_dict(), heads=4, kv_heads=4, scales=3, layout=layout, temperature=1.0,
+            padding=real,
+        )  # fmt: skip
+        torch.testing.assert_close(module(X, padding=real), expected)
+
+
 @pytest.mark.parametrize("layout", ["past", "around", (3, 4)])
 def test_weights_of_the_scales_sum_to_one(layout: object) -> None:
     weights = built(layout=layout).pooling.weights(X)

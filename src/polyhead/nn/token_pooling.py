@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.projections import HeadNorm
 
 __all__ = ["Layout", "TokenPooling", "check_layout"]
 
@@ -49,7 +50,7 @@ class TokenPooling(nn.Module):
         device, dtype: of the parameters.
 
     The norm of a grid and of "around" is that of batches; in "past", where the statistics of a batch would
-    carry the future into the past, it is that of the K numbers of a token.
+    carry the future into the past, the K numbers of a token are divided by their root mean square.
     """
 
     acts_on = "queries"
@@ -75,8 +76,8 @@ class TokenPooling(nn.Module):
             kind = {"device": device, "dtype": dtype}
             self.first = nn.Parameter(torch.empty(len(self.taps), scales, dim, **kind))
             self.second = nn.Parameter(torch.empty(len(self.taps), scales, scales, **kind))
-            norm = nn.LayerNorm if layout == "past" else nn.BatchNorm1d
-            self.norm = norm(scales, **kind)
+            past = layout == "past"
+            self.norm = HeadNorm(scales, eps=1e-5, **kind) if past else nn.BatchNorm1d(scales, **kind)
             for weight in (self.first, self.second):
                 bound = 1 / math.sqrt(weight.shape[0] * weight.shape[2])
                 nn.init.uniform_(weight, -bound, bound)

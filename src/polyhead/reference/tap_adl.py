@@ -54,10 +54,10 @@ def tap_adl(
     if scales > 1:
         hidden = convolved(x, p["first"])
         if "norm.running_mean" in p:
-            centred, spread = hidden - p["norm.running_mean"], p["norm.running_var"]
+            hidden = (hidden - p["norm.running_mean"]) / (p["norm.running_var"] + 1e-5).sqrt()
         else:
-            centred, spread = hidden - hidden.mean(-1, keepdim=True), hidden.var(-1, False, keepdim=True)
-        hidden = real(centred / (spread + 1e-5).sqrt() * p["norm.weight"] + p["norm.bias"], padding)
+            hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        hidden = real(hidden * p["norm.weight"] + p.get("norm.bias", 0.0), padding)
         m = (convolved(hidden, p["second"]) / temperature).softmax(-1)
         blended = []
         for t in range(length):
