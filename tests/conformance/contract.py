@@ -548,14 +548,16 @@ def cost(case: Case) -> None:
 
 
 def dropout(case: Case) -> None:
-    """Dropout repeats for a seed, differs between seeds, and is off in evaluation."""
+    """Dropout repeats for a seed and a state, differs between seeds, and is off in evaluation."""
     if not case.has("dropout"):
         return
     module = case.build(dropout=0.4, dtype=torch.float32)
     c = call(module, case.patterns()[0], length=20, dtype=torch.float32)
+    state = copy.deepcopy(module.state_dict())
 
     def drawn(seed: int) -> Tensor:
         torch.manual_seed(seed)
+        module.load_state_dict(state)  # a call in training may move averages
         return c(module)
 
     with torch.no_grad():

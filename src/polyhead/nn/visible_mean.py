@@ -1,0 +1,64 @@
+"""The mean of the values that a query sees: attention with uniform weights."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polyhead.attend.function import attend
+from polyhead.attend.masks import And, Mask, Padding, Window
+from polyhead.attend.precision import exact, wide
+
+__all__ = ["visible_mean"]
+
+
+def visible_mean(
+    v: Float[Tensor, "B G S Dv"], queries: int, mask: Mask | None, heads: int | None = None
+) -> Float[Tensor, "B H L Dv"]:
+    """mean over visible j of v_j for every query, zeros where it sees nothing.
+
+    Without a mask, under a causal one, with padding or with both, these are sums and running sums, O(S·Dv);
+    any other mask takes attention with equal logits.
+
+    Args:
+        v: values.
+        queries: number of queries L; they are the last positions, as in `attend`.
+        mask: who may look at whom.
+        heads: query heads H; query head h reads h // (H / G). Default G.
+
+    Returns:
+        `(B, H, L, Dv)`, or with 1 instead of L where all queries see the same, and with G instead of H where
+        heads that share values see the same.
+    """
+    batch, groups, keys, _ = v.shape
+    terms = mask.terms if isinstance(mask, And) else () if mask is None else (mask,)
+    causal = any(_is_causal(term) for term in terms)
+    real = [term.mask for term in terms if isinstance(term, Padding)]
+    if all(_is_causal(term) or isinstance(term, Padding) for term in terms):
+        with exact(v.device):
+            return _sums(v, queries, causal, real).to(v.dtype)
+    q = v.new_zeros(batch, groups if heads is None else heads, queries, 1)
+    return attend(q, v.new_zeros(batch, groups, keys, 1), v, mask=mask)
+
+
+def _is_causal(mask: Mask) -> bool:
+    return type(mask) is Window and mask.left is None and mask.right == 0
+
+
+def _sums(v: Tensor, queries: int, causal: bool, real: list[Tensor]) -> Tensor:
+    keys = v.shape[2]
+    seen = torch.ones(1, keys, dtype=torch.bool, device=v.device)
+    for one in real:
+        seen = seen & one.to(v.device)
+    wanted = wide(v.dtype)
+    v = v.to(wanted)
+    if real:
+        v = v * seen[:, None, :, None]
+    counts = seen.to(wanted)[:, None, :, None]
+    if not causal:
+        return v.sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1)
+    means = v.cumsum(2) / counts.cumsum(2).clamp(min=1)  # B G S Dv
+    if queries <= keys:
+        return means[:, :, keys - queries :]
+    return torch.nn.functional.pad(means, (0, 0, queries - keys, 0))  # the first stand before all keys
