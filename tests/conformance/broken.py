@@ -269,7 +269,8 @@ class ScratchConfig(AttentionConfig):
         made = self.assemble(heads=self.heads, kv_heads=self.heads, device=device, dtype=dtype)
         kind = globals()[self.made_of]
         position = ph.nn.rope() if kind is LosesCount else self.position
-        return kind(made.projection, made.output, position=position, dropout=self.dropout)
+        acting = {"position": position, "dropout": self.dropout, "regularizers": self.regularizers}
+        return kind(made.projection, made.output, **acting)
 
 
 def case(kind: type[MultiHeadAttention]) -> Case:

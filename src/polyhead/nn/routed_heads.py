@@ -18,6 +18,7 @@ from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.chosen_options import attend_one, of_first, of_lanes
 from polyhead.nn.chosen_rows import ChosenRows, Group
 from polyhead.nn.cost import Cost
+from polyhead.nn.left_to_python import LeftToPython
 from polyhead.nn.projections import Projection
 from polyhead.nn.routed_output import Mixed, RoutedOutput
 from polyhead.nn.routing import Choice, Router
@@ -91,13 +92,9 @@ class RoutedHeads(MultiHeadAttention):
             for name, loss in self.router.losses(q.choice, real).items():
                 self.auxiliary.record(name, loss)
 
+    @LeftToPython  # how many rows a head has is not known before the call
     def _attend(self, *args: Any, **options: Any) -> Tensor:
-        # How many rows a head has is not known before the call: the compiler leaves all of it to Python, at
-        # once. Said here and not above the function, since saying it loads the compiler.
-        inner = super()._attend
-        if torch.compiler.is_compiling():
-            inner = torch.compiler.disable(inner)
-        return inner(*args, **options)
+        return super()._attend(*args, **options)
 
     def _mix(self, q: _Chosen, rows: tuple[Tensor, ...], **options: Any) -> Mixed:  # type: ignore[override]
         k, v = rows
