@@ -79,8 +79,8 @@ class Work:
 
     @property
     def core_intensity(self) -> float:
-        """Operations a byte of scores and values over the rows of the cache."""
-        return self.core_flops / self.cache_bytes
+        """Operations a byte of scores and values over the rows of the cache; 0 where it holds none."""
+        return self.core_flops / self.cache_bytes if self.cache_bytes else 0.0
 
     @property
     def seconds(self) -> float:

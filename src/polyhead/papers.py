@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
     "099": ("nn/regularizers/token_masking.py",),
+    "104": ("mechanisms/multi_head_moe.py",),
     "105": ("cache/duo.py",),
     "109": ("nn/latent_plan.py",),
     "141": ("cache/razor.py",),

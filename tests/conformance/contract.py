@@ -237,9 +237,12 @@ def causal(case: Case) -> None:
         before = torch.ones(length, length, dtype=torch.bool).tril(-1)  # of item n: the rows before n
         assert moved[before].max().item() <= 1e-12, f"{pattern}: a later token moved an earlier output"
         assert moved[items, items].min().item() > 1e-6, f"{pattern}: a token does not move its own output"
-        assert moved[-1 - items[: length // 2], -1].min().item() > 1e-9, (
-            f"{pattern}: the last row sees no others"
-        )
+        if case.entry.tokenwise:
+            assert moved[:-1, -1].max().item() <= 1e-12, f"{pattern}: the last row sees others"
+        else:
+            assert moved[-1 - items[: length // 2], -1].min().item() > 1e-9, (
+                f"{pattern}: the last row sees no others"
+            )
 
 
 def causal_gradient(case: Case) -> None:
@@ -544,7 +547,9 @@ def cost(case: Case) -> None:
         counted = counter.get_total_flops()
         most = 1.1 * said.flops if case.entry.routed else said.flops
         assert said.flops <= counted <= most, (said.flops, counted)
-        assert min(said.projections, said.scores, said.values, said.kv_bytes_per_token) > 0
+        assert said.projections > 0
+        of_pairs = (said.scores, said.values, said.kv_bytes_per_token)
+        assert max(of_pairs) == 0 if case.entry.tokenwise else min(of_pairs) > 0
 
 
 def dropout(case: Case) -> None:

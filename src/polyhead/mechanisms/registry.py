@@ -54,6 +54,8 @@ class Entry:
         picture: its data flow, where its file draws it; None where its parts say it.
         routed: whether the inputs decide how many rows each of its parts computes. `cost` then counts the
             rows that are chosen; parts that work together are padded to the one with the most.
+        tokenwise: whether every output depends on its own token alone: a mask then changes nothing, there
+            are no scores and values, and a cache keeps nothing.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Entry:
     declared: Facets = _SHOWN
     picture: Flow | None = None
     routed: bool = False
+    tokenwise: bool = False
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -128,6 +131,7 @@ class Registry:
         facets: Facets = _SHOWN,
         picture: Flow | None = None,
         routed: bool = False,
+        tokenwise: bool = False,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -165,6 +169,7 @@ class Registry:
                 facets,
                 picture,
                 routed,
+                tokenwise,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config
