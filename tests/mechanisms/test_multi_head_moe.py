@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from mechanisms.variants import broken_rules
-from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
 from polyhead.mechanisms.multi_head_moe import MultiHeadMoE
 from polyhead.nn import auxiliary_losses
 from polyhead.papers import paper
@@ -161,11 +161,11 @@ def test_refusals() -> None:
         built(heads=5)
     with pytest.raises(ConfigError, match=r"top_k \(of 8 experts\) must be"):
         built(top_k=9)
-    with pytest.raises(ConfigError, match="no activation is called 'relu'"):
+    with pytest.raises(UnknownName, match="no activation is called 'relu'"):
         built(activation="relu")
     with pytest.raises(ConfigError, match="width must be greater than 32"):
         MultiHeadMoE.matching(32, 4, experts=8, width=32)
-    with pytest.raises(ConfigError, match="no match is called 'flops'"):
+    with pytest.raises(UnknownName, match="no match is called 'flops'"):
         MultiHeadMoE.matching(32, 4, experts=8, width=32, match="flops")
     with pytest.raises(UnsupportedPattern, match="multi_head_moe maps every token by itself"):
         built().new_context_cache(X)
