@@ -160,7 +160,7 @@ def test_every_entry_has_a_picture_that_ends_in_y(name: str) -> None:
     flow = ph.entry(name).flow
     assert flow.queries[0].name == "x"
     assert flow.joined[-1].name == "y"
-    assert flow.keys
+    assert flow.keys or ph.entry(name).tokenwise
 
 
 def test_a_picture_shows_the_parts_that_a_module_has() -> None:
