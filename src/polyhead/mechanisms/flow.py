@@ -82,6 +82,7 @@ _OWN = {
     "_rows": "what is kept of a token",
     "_attend": "how it attends",
     "_mix": "how its heads attend",
+    "_join": "what is added to its heads",
 }
 
 

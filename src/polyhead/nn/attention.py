@@ -334,7 +334,11 @@ class MultiHeadAttention(AttentionModule):
         if self.training and self.dropout:
             options["dropout"] = self.dropout
         y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
-        return self.output(self._regularized(y) if self.training and self.regularizers else y)
+        return self._join(self._regularized(y) if self.training and self.regularizers else y)
+
+    def _join(self, heads: Tensor) -> Tensor:
+        """What `_mix` gives, brought back to `(B, L, d)`."""
+        return self.output(heads)
 
     def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         """The weights `(B, H, L, S)` of `_mix` with the same options, all of them."""
