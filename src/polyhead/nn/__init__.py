@@ -2,6 +2,7 @@
 
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
+from polyhead.nn.broadcast import ContextBroadcast, context_broadcast
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.hardware import HARDWARE, Hardware
@@ -49,6 +50,7 @@ __all__ = [
     "AttentionModule",
     "AttentionStack",
     "AuxiliaryLosses",
+    "ContextBroadcast",
     "ContextCache",
     "Cost",
     "DropHead",
@@ -82,6 +84,7 @@ __all__ = [
     "alibi_position",
     "attention_diversification",
     "auxiliary_losses",
+    "context_broadcast",
     "drop_head",
     "head_importance",
     "no_position",
