@@ -69,13 +69,14 @@ class Case:
         context: Tensor | None,
         mask: Tensor | None,
         padding: Tensor | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> Tensor:
         function = ph.reference(self.twin_name or self.entry.name)
         config = module.config
         wanted = inspect.signature(function).parameters
         options = {f.name for f in dataclasses.fields(config)} & wanted.keys() - {"mask", "padding"}
         fields = {name: getattr(config, name) for name in options}
-        state = module.state_dict()
+        state = module.state_dict() if state is None else state
         return function(x, context, parameters=state, mask=mask, padding=padding, **fields)
 
     def patterns(self, *, causal: bool | None = None, cross: bool | None = None) -> list[str]:
@@ -411,7 +412,14 @@ def cache_edits(case: Case) -> None:
 
 
 def gradients(case: Case) -> None:
-    """Gradients are those of finite differences, for inputs and every parameter."""
+    """Gradients are those of finite differences, for inputs and every parameter.
+
+    Where a mechanism defines the gradient of a step as that of another function, which finite differences
+    cannot know, they are those of its twin, at a larger size and with padding.
+    """
+    if case.entry.straight_through:
+        gradients_of_twin(case)
+        return
     for pattern in case.patterns():
         module = case.build(heads=2, head_dim=2)
         c = call(module, pattern, batch=1, length=3, keys=4)
@@ -432,6 +440,25 @@ def gradients(case: Case) -> None:
         assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in tensors])
 
 
+def gradients_of_twin(case: Case) -> None:
+    """Gradients are those of the naive twin, for inputs and every parameter."""
+    for pattern in case.patterns():
+        module = case.build()
+        c = call(module, pattern, batch=2, length=7, keys=9)
+        real = ragged(2, c.source.shape[1], left=False)
+        inputs = [t.requires_grad_() for t in (c.x, c.context) if t is not None]
+        named = dict(module.named_parameters())
+        leaves = [*inputs, *named.values()]
+        rows = real if c.context is None else slice(None)
+        found = c(module, padding=real)[rows].sin().sum()
+        state = {**module.state_dict(), **named}
+        want = case.twin(module, c.x, c.context, c.dense(c.mask, 1), real, state)[rows].sin().sum()
+        pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(want, leaves), strict=True)
+        for got, expected in pairs:
+            close(got, expected)
+            assert expected.abs().max().item() > 0
+
+
 def gradients_finite(case: Case) -> None:
     """With padding and rows that see nothing, every parameter gets a finite gradient, and gets one."""
     for pattern in case.patterns():
@@ -447,7 +474,10 @@ def gradients_finite(case: Case) -> None:
 
 
 def precision(case: Case) -> None:
-    """float32, bfloat16 and float16 are as near to float64 as the tolerance table says; autocast runs."""
+    """float32, bfloat16 and float16 are as near to float64 as the tolerance table says; autocast runs.
+
+    Where rounding the inputs makes a step jump, as a sign does, autocast gives what its dtype gives.
+    """
     for pattern in case.patterns():
         for dtype, tolerance in TOLERANCE.items():
             module = case.build(head_dim=16, dtype=dtype)
@@ -464,7 +494,11 @@ def precision(case: Case) -> None:
         module = case.build(head_dim=16, dtype=torch.float32)
         c = call(module, pattern, length=33, dtype=torch.float32)
         with torch.no_grad():
-            plain = c(module)
+            if case.entry.straight_through:
+                low = call(module, pattern, length=33, dtype=torch.bfloat16)
+                plain = low(copy.deepcopy(module).bfloat16()).float()
+            else:
+                plain = c(module)
             with torch.autocast("cpu", torch.bfloat16):
                 close(c(module).float(), plain, 0.1)
 

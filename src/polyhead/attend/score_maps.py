@@ -49,7 +49,7 @@ class _Distances(Stage):
         # from the most distant key behind to the most distant one ahead, as columns go
         distance = torch.arange(self.keys - 1, -x.frame.queries, -1, device=x.frame.device)
         with torch.set_grad_enabled(bool(self.leaves)):
-            values = [one.at(distance).to(x.q.dtype) for one in _positional(score)]
+            values = [one.at(distance).to(x.v.dtype) for one in _positional(score)]
             self.values = torch.stack(torch.broadcast_tensors(*values)).sum(0) if values[1:] else values[0]
         self.detached = self.values.detach()
         self.total = torch.zeros_like(self.detached) if self.leaves else None

@@ -17,7 +17,7 @@ from polyhead.attend.stream import of_heads
 from polyhead.attend.strips import Frame, Strip, strips
 from polyhead.attend.tile import Tile
 
-__all__ = ["Operands", "StripWork", "walk"]
+__all__ = ["Operands", "StripWork", "read", "walk"]
 
 
 def _frame(q: Tensor, k: Tensor) -> Frame:
@@ -36,7 +36,7 @@ class Operands:
     @cached_property
     def buffer(self) -> Buffers:
         """Memory for one strip, the same for all."""
-        return Buffers(self.q)
+        return Buffers(self.v)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Operands:
@@ -54,9 +54,18 @@ class Operands:
         g = self.frame.kv_heads
         return slice(strip.b0 * g + strip.g0, (strip.b1 - 1) * g + strip.g1)
 
+    def queries(self, strip: Strip, scale: float) -> Tensor:
+        """The strip's queries (n, rep·r, D), scaled."""
+        q = self.q[self.pairs(strip), :, strip.r0 : strip.r1]
+        return (q * scale).reshape(q.shape[0], -1, q.shape[-1])
 
-def _read(x: Tensor, pairs: slice, strip: Strip) -> Tensor:
-    """The strip's keys or values (n, c, D): a view when the columns have no gap."""
+    def scores(self, part: StripWork) -> Tensor:
+        """The strip's scaled products of queries and keys (b, h, r, c)."""
+        return part.product(part.q, part.k, self.buffer("scores", part.shape))
+
+
+def read(x: Tensor, pairs: slice, strip: Strip) -> Tensor:
+    """The strip's keys or values (n, c, D) of all (N, S, D): a view when the columns have no gap."""
     x = x[pairs]
     if len(strip.runs) == 1:
         return x[:, strip.runs[0].start : strip.runs[0].stop]
@@ -96,8 +105,7 @@ class StripWork:
     @classmethod
     def of(cls, strip: Strip, x: Operands, problem: Problem) -> StripWork:
         tile, pairs = _tile(strip, x.frame), x.pairs(strip)
-        q = x.q[pairs, :, strip.r0 : strip.r1]
-        q = (q * problem.scale).reshape(q.shape[0], -1, q.shape[-1])
+        q = x.queries(strip, problem.scale)
         forbidden = dead = None
         if strip.masked is not None and problem.mask is not None:
             lo, hi = strip.masked
@@ -106,7 +114,7 @@ class StripWork:
             forbidden = ~allowed
             if not strip.alive:
                 dead = forbidden.all(-1, keepdim=True)
-        return cls(strip, tile, pairs, q, _read(x.k, pairs, strip), _read(x.v, pairs, strip), forbidden, dead)
+        return cls(strip, tile, pairs, q, read(x.k, pairs, strip), read(x.v, pairs, strip), forbidden, dead)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -155,7 +163,7 @@ class StripWork:
         generator.manual_seed(
             (seed + 0x9E3779B1 * (s.r0 + 1) + 0x85EBCA6B * s.b0 + 0xC2B2AE35 * s.g0) % 2**63
         )
-        keep = torch.empty(self.shape, device=self.q.device, dtype=self.q.dtype)
+        keep = torch.empty(self.shape, device=self.v.device, dtype=self.v.dtype)
         keep.bernoulli_(1.0 - problem.dropout, generator=generator)
         return keep.div_(1.0 - problem.dropout)
 

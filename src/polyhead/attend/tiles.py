@@ -49,21 +49,25 @@ def forward(
     seed: int = 0,
     want_lse: bool = False,
     consumers: Sequence[Consumer] = (),
+    operands: type[Operands] = Operands,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output `(B, H, L, Dv)` and, if wanted, log-sum-exp `(B, H, L)`; consumers see every strip."""
-    x = Operands.of(q, k, v)
+    """Output `(B, H, L, Dv)` and, if wanted, log-sum-exp `(B, H, L)`; consumers see every strip.
+
+    `operands`: how queries and keys are held and multiplied.
+    """
+    x = operands.of(q, k, v)
     frame = x.frame
-    out = torch.zeros(*x.q.shape[:3], v.shape[-1], dtype=x.q.dtype, device=q.device)
+    out = torch.zeros(*x.q.shape[:3], v.shape[-1], dtype=x.v.dtype, device=q.device)
     lse = None
     if want_lse:
         assert isinstance(problem.normalizer, Softmax)
-        nothing = problem.normalizer.lse(x.q.new_full((1, frame.heads, 1, 1), float("-inf")))
+        nothing = problem.normalizer.lse(x.v.new_full((1, frame.heads, 1, 1), float("-inf")))
         lse = nothing.expand(frame.batch, -1, frame.queries).reshape(x.q.shape[:3]).clone()
     maps, after = score_maps(problem.score, x), weight_stage(problem.weight_map, x)
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
-        raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
+        raw = x.scores(part)
         scores = part.hide(maps.there(raw, part))
         if lse is not None:
             assert isinstance(normalizer, Softmax)
@@ -98,7 +102,7 @@ def backward(
     unseen = None if up_lse is None else torch.ones_like(up_lse)
     for part, normalizer in walk(x, problem):
         rows = slice(part.strip.r0, part.strip.r1)
-        raw = part.product(part.q, part.k, x.buffer("scores", part.shape))
+        raw = x.scores(part)
         scores = part.hide(maps.there(raw, part))
         weights = part.weigh(scores, normalizer, check=maps.may_hide)
         used = weights if after is None else after.there(weights, part)

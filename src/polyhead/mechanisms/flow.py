@@ -216,5 +216,7 @@ def _brief(part: Any) -> str:
 
 
 def _cache(module: AttentionModule) -> Step:
-    rows = " + ".join(f"{heads} × {width}" for heads, width in module.streams)
+    rows = " + ".join(
+        f"{heads} × {width}" + " packed" * len(codec) for heads, width, *codec in module.streams
+    )
     return Step("cache", f"{rows} numbers a token")

@@ -56,6 +56,8 @@ class Entry:
             rows that are chosen; parts that work together are padded to the one with the most.
         tokenwise: whether every output depends on its own token alone: a mask then changes nothing, there
             are no scores and values, and a cache keeps nothing.
+        straight_through: whether it has steps, such as signs, whose gradient is by definition that of
+            another function: its gradients are then those of its twin, not those of finite differences.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Entry:
     picture: Flow | None = None
     routed: bool = False
     tokenwise: bool = False
+    straight_through: bool = False
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -132,6 +135,7 @@ class Registry:
         picture: Flow | None = None,
         routed: bool = False,
         tokenwise: bool = False,
+        straight_through: bool = False,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -170,6 +174,7 @@ class Registry:
                 picture,
                 routed,
                 tokenwise,
+                straight_through,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config

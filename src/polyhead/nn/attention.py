@@ -21,7 +21,7 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
+from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache, row_bytes
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import place_mask, place_score, place_weight_map
 from polyhead.nn.part_module import PartModule
@@ -401,7 +401,7 @@ class MultiHeadAttention(AttentionModule):
         place("cost", None, dtype)
         dtype = self.projection.query.weight.dtype if dtype is None else dtype
         pairs = 2 * batch * self.heads * length * keys
-        per_token = sum(heads * width for heads, width in self.streams) * dtype.itemsize
+        per_token = row_bytes(self.streams, dtype)
         return Cost(
             parameters=sum(p.numel() for p in self.parameters()),
             projections=batch * (self.projection.flops(length, keys) + self.output.flops(length)),

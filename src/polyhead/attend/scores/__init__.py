@@ -7,6 +7,7 @@ Every one is differentiable, also with respect to the tensors that it holds.
 
 from polyhead.attend.scores.base import Chain, Score, chain
 from polyhead.attend.scores.gathered import GatheredScore
+from polyhead.attend.scores.grid import GridBias, grid_bias
 from polyhead.attend.scores.pointwise import (
     ScoreFunction,
     SoftCap,
@@ -31,6 +32,7 @@ __all__ = [
     "ALiBi",
     "Chain",
     "GatheredScore",
+    "GridBias",
     "Positional",
     "RelativeBias",
     "Score",
@@ -41,6 +43,7 @@ __all__ = [
     "alibi",
     "alibi_slopes",
     "chain",
+    "grid_bias",
     "relative_bias",
     "score_function",
     "soft_cap",

@@ -1,8 +1,19 @@
 """Caches of keys and values for decoding."""
 
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache
+from polyhead.nn.kv_cache.codec import RowCodec, SignBits, row_bytes
 from polyhead.nn.kv_cache.context import ContextCache
 from polyhead.nn.kv_cache.growing import FixedCache, GrowingCache
 from polyhead.nn.kv_cache.window import WindowCache
 
-__all__ = ["ContextCache", "FixedCache", "GrowingCache", "Kept", "KeyValueCache", "WindowCache"]
+__all__ = [
+    "ContextCache",
+    "FixedCache",
+    "GrowingCache",
+    "Kept",
+    "KeyValueCache",
+    "RowCodec",
+    "SignBits",
+    "WindowCache",
+    "row_bytes",
+]

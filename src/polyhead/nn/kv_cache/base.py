@@ -11,10 +11,12 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.checks import given, is_integer_tensor, place, whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.kv_cache.codec import RowCodec
 
 __all__ = ["Kept", "KeyValueCache", "Streams", "TokenRows"]
 
-Streams = tuple[tuple[int, int], ...]
+# (heads, width) of each kind of row, with a codec for one that is held packed
+Streams = tuple[tuple[int, int] | tuple[int, int, RowCodec], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Kept:
 
     Attributes:
         rows: the streams of the cache, each `(B, heads, S, width)`: keys and values, or what a mechanism
-            holds in their place.
+            holds in their place. One with a codec comes as it is held: uint8 where it is packed.
         length: tokens of the sequence so far, T; more than S once a cache has dropped some.
         padding: bool `(B, S)`, True at real tokens; None when every token is real.
         positions: int64 `(S,)`, ascending, where the rows stand in the sequence; None for 0..S-1.
@@ -45,7 +47,13 @@ def _are_streams(streams: object) -> bool:
     return (
         isinstance(streams, tuple | list)
         and len(streams) > 0
-        and all(isinstance(s, tuple | list) and len(s) == 2 and all(map(is_size, s)) for s in streams)
+        and all(
+            isinstance(s, tuple | list)
+            and len(s) in (2, 3)
+            and all(map(is_size, s[:2]))
+            and all(isinstance(codec, RowCodec) for codec in s[2:])
+            for s in streams
+        )
     )
 
 
@@ -67,7 +75,7 @@ class TokenRows:
     Args:
         name: the cache, for messages.
         batch: B.
-        streams: (heads, width) of every stream.
+        streams: (heads, width) of every stream, with a codec if it is held packed.
         room: tokens that there is room for.
         device, dtype: of the streams.
     """
@@ -89,11 +97,19 @@ class TokenRows:
             )
         device, dtype = place(name, device, dtype)
         self.name = name
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.widths = [stream[1] for stream in streams]
+        self.codecs = [stream[2] if len(stream) == 3 else None for stream in streams]
+
+        def empty(heads: int, width: int, codec: RowCodec | None = None) -> Tensor:
+            kind = self.dtype
+            if codec is not None:
+                width, kind = codec.nbytes(width, kind), torch.uint8
+            return torch.empty(batch, heads, room, width, device=device, dtype=kind)
+
         # buffers made in inference mode could not be written to outside of it
         with torch.inference_mode(False):
-            self.streams = [
-                torch.empty(batch, heads, room, width, device=device, dtype=dtype) for heads, width in streams
-            ]
+            self.streams = [empty(*stream) for stream in streams]
         self.padding: Tensor | None = None
         self.positions: Tensor | None = None
 
@@ -131,18 +147,18 @@ class TokenRows:
     def _check(self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None) -> None:
         if len(rows) != len(self.streams):
             raise ShapeError(f"{self.name} holds {len(self.streams)} streams, but append got {len(rows)}")
-        for row, held in zip(rows, self.streams, strict=True):
+        for row, held, width in zip(rows, self.streams, self.widths, strict=True):
             if not isinstance(row, Tensor):
                 raise ShapeError(f"{self.name} holds tensors, but append got {given(row)}")
-            batch, heads, _, width = held.shape
+            batch, heads = held.shape[:2]
             if row.ndim != 4 or (row.shape[0], row.shape[1], row.shape[3]) != (batch, heads, width):
                 raise ShapeError(
                     f"{self.name} holds rows of shape ({batch}, {heads}, L, {width}); got "
                     f"{tuple(row.shape)}; make it with new_cache(batch=...) of the module that it serves"
                 )
-            if row.dtype != held.dtype or row.device != held.device:
+            if row.dtype != self.dtype or row.device != held.device:
                 raise ShapeError(
-                    f"{self.name} holds {held.dtype} on {held.device}, but the rows are {row.dtype} on "
+                    f"{self.name} holds {self.dtype} on {held.device}, but the rows are {row.dtype} on "
                     f"{row.device}; make it with new_cache(..., device=, dtype=) of the computation"
                 )
         shape = (self.batch, rows[0].shape[2])
@@ -188,8 +204,8 @@ class TokenRows:
     ) -> None:
         """Copy the rows of new tokens to the places from `at` on."""
         stop = at + rows[0].shape[2]
-        for held, row in zip(self.streams, rows, strict=True):
-            held[:, :, at:stop] = row
+        for held, row, codec in zip(self.streams, rows, self.codecs, strict=True):
+            held[:, :, at:stop] = row if codec is None or held.dtype != torch.uint8 else codec.pack(row)
         if self.padding is not None:
             self.padding[:, 0, at:stop, 0] = True if padding is None else padding
         if self.positions is not None and positions is not None:
@@ -204,7 +220,16 @@ class TokenRows:
             pieces = [piece for s in keep if (piece := held[:, :, s]).shape[2]]
             return torch.cat([*pieces, new], dim=2) if pieces else new
 
-        self.streams = [joined(held, row) for held, row in zip(self.streams, rows, strict=True)]
+        follow = torch.is_grad_enabled()
+        streams = []
+        for held, row, width, codec in zip(self.streams, rows, self.widths, self.codecs, strict=True):
+            if codec is not None and held.dtype == torch.uint8:
+                if follow and row.requires_grad:  # no gradient would flow through what is packed
+                    held = codec.unpack(held, width, self.dtype)
+                else:
+                    row = codec.pack(row)
+            streams.append(joined(held, row))
+        self.streams = streams
         shape = (self.batch, 1, rows[0].shape[2], 1)
         if self.padding is not None:
             new = self.padding.new_ones(shape) if padding is None else padding.view(shape)
