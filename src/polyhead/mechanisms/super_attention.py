@@ -40,6 +40,7 @@ from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import KeyValueCache
+from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.projections import at_least_one
 from polyhead.nn.sliced_projection import SlicedProjection
 
@@ -65,7 +66,7 @@ class SlicedAttention(MultiHeadAttention):
         return own.key is None and own.key_norm is None and not self.position.turns
 
     @property
-    def streams(self) -> tuple[tuple[int, int], ...]:
+    def streams(self) -> Streams:
         return super().streams[1:] if self._once else super().streams
 
     def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
