@@ -1,0 +1,133 @@
+"""Keys and values of heads that are learned combinations of the heads that are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polyhead.attend.function import attend
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cost import Cost
+from polyhead.nn.projections import FanInLinear, OutputProjection, Projection, at_least_one
+
+__all__ = ["HeadNormOutput", "MixedAttention", "MixedProjection"]
+
+
+class MixedProjection(Projection):
+    """Keys and values of N stored heads, and the matrices that make those of H heads of them.
+
+        k_h = Σ_n M_K[n, h] c_n,   v_h = Σ_n M_V[n, h] u_n
+
+    A position encoding turns all heads alike, so that it may turn the stored ones.
+
+    Args:
+        dim, heads, options: those of `Projection`; `qk_norm` normalises the stored keys.
+        stored_heads: N.
+
+    Attributes:
+        key_mix, value_mix: M_K and M_V `(N, H)`; at the start head h reads stored head ⌊h·N/H⌋.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, stored_heads: int, kv_heads: int | None = None, **options: Any
+    ) -> None:
+        at_least_one("MixedProjection", dim=dim, heads=heads, stored_heads=stored_heads)
+        super().__init__(dim, heads, kv_heads=1, **options)
+        kind: dict[str, Any] = {"device": self.query.weight.device, "dtype": self.query.weight.dtype}
+        bias = self.key.bias is not None
+        self.key = FanInLinear(self.context_dim, stored_heads * self.head_dim, bias=bias, **kind)
+        self.value = FanInLinear(self.context_dim, stored_heads * self.value_dim, bias=bias, **kind)
+        self.stored_heads, self.kv_heads = stored_heads, heads
+        start = torch.zeros(stored_heads, heads, **kind)
+        for h in range(heads):
+            start[h * stored_heads // heads, h] = 1
+        self.key_mix, self.value_mix = nn.Parameter(start), nn.Parameter(start.clone())
+
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        return (1, self.stored_heads * self.head_dim), (1, self.stored_heads * self.value_dim)
+
+    def keys_values(
+        self, context: Float[Tensor, "B S dc"]
+    ) -> tuple[Float[Tensor, "B N S D"], Float[Tensor, "B N S Dv"]]:
+        """The stored heads."""
+        k = self.key(context).unflatten(-1, (self.stored_heads, self.head_dim))
+        v = self.value(context).unflatten(-1, (self.stored_heads, self.value_dim))
+        k = k if self.key_norm is None else self.key_norm(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def flops(self, queries: int, keys: int) -> int:
+        width = self.stored_heads * (self.head_dim + self.value_dim)
+        return 2 * (queries * self.dim * self.heads * self.head_dim + keys * self.context_dim * width)
+
+
+class HeadNormOutput(OutputProjection):
+    """The output projection of heads that are normalised one by one: mean 0 and variance 1 over the width.
+
+    A gain and an offset for each of the H·Dv numbers follow; epsilon 1e-5.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gain = nn.Parameter(torch.ones_like(self.weight[0]))
+        self.offset = nn.Parameter(torch.zeros_like(self.weight[0]))
+
+    def forward(self, heads: Float[Tensor, "B H L Dv"]) -> Float[Tensor, "B L d"]:
+        y = F.layer_norm(heads, heads.shape[-1:]).transpose(1, 2).flatten(2)  # B L HDv
+        return F.linear(y * self.gain.to(y.dtype) + self.offset.to(y.dtype), self.weight, self.bias)
+
+
+class MixedAttention(MultiHeadAttention):
+    """`MultiHeadAttention` over a `MixedProjection`. A cache holds the stored heads side by side.
+
+    Several queries read heads that were mixed for them. A single one reads the stored heads in place,
+    q_h · k_h = Σ_n (M_K[n, h] q_h) · c_n, which takes as many operations and writes no mixed heads.
+    """
+
+    projection: MixedProjection
+
+    def _in_place(self, queries: int) -> bool:
+        return queries == 1 or self.projection.stored_heads == 1
+
+    def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
+        return tuple(z.transpose(1, 2).flatten(2)[:, None] for z in super()._rows(source, places))
+
+    def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        k, v = rows  # B 1 S N·width
+        projection = self.projection
+        if options.get("scale") is None:
+            options["scale"] = self.head_dim**-0.5
+        by_key, by_value = (m.to(k.dtype) for m in (projection.key_mix, projection.value_mix))
+        if not self._in_place(q.shape[2]):
+            k, v = (
+                torch.einsum("bsnd,nh->bhsd", z[:, 0].unflatten(-1, (projection.stored_heads, -1)), m)
+                for z, m in ((k, by_key), (v, by_value))
+            )
+            return attend(q, k, v, **options)
+        q = (q[..., None, :] * by_key.T[:, None, :, None]).flatten(3)  # B H L N·D
+        y = attend(q, k, v, **options).unflatten(-1, (projection.stored_heads, -1))
+        return (y * by_value.T[:, None, :, None].to(y.dtype)).sum(3)
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        found = super().cost(length, batch, context_length, dtype=dtype)
+        keys = length if context_length is None else context_length
+        stored, pairs = self.projection.stored_heads, 2 * batch * self.heads * keys
+        # in place: every product is `stored` times as wide; else each key is mixed once
+        more = length * (stored - 1) if self._in_place(length) else stored
+        return replace(
+            found,
+            scores=found.scores + pairs * more * self.head_dim,
+            values=found.values + pairs * more * self.value_dim,
+        )
