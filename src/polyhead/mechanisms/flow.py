@@ -81,6 +81,7 @@ _OWN = {
     "_queries": "how queries are made",
     "_rows": "what is kept of a token",
     "_attend": "how it attends",
+    "_options": "what it asks of the operator",
     "_mix": "how its heads attend",
     "_join": "what is added to its heads",
 }

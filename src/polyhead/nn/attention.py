@@ -299,7 +299,22 @@ class MultiHeadAttention(AttentionModule):
         Args:
             real: `(B, L)`, which queries are no padding; None where all are, or for a context.
         """
-        queries, keys = q.shape[2], kept.rows[0].shape[2]
+        options = self._options(q.shape[2], kept, mask, first=first, latest=latest)
+        if any(part.reads_weights for part in self.regularizers):
+            self._lose(q, kept, real, **options)
+        if self.training and self.dropout:
+            options["dropout"] = self.dropout
+        y = self._mix(q, kept.rows, **options)
+        return self._join(self._regularized(y) if self.training and self.regularizers else y)
+
+    def _options(
+        self, queries: int, kept: Kept, mask: Mask | None, *, first: int, latest: bool
+    ) -> dict[str, Any]:
+        """The options of `attend`, but dropout, for so many queries that stand at `first` on.
+
+        `latest`: they are the newest tokens of the keys, whatever is left of those before.
+        """
+        keys = kept.rows[0].shape[2]
         shift = first - (keys - queries)
         parts = (None if self.mask is None else self.mask(), mask, kept.mask)
         allowed: Mask | None = None
@@ -322,19 +337,16 @@ class MultiHeadAttention(AttentionModule):
             known = real_keys(kept.padding)
             allowed = known if allowed is None else allowed & known
         # an argument that is not needed is left out: the operator knows its most common call by that
-        options: dict[str, Any] = {} if self.normalizer is None else {"normalizer": self.normalizer()}
+        options: dict[str, Any] = {"mask": allowed, "score": score, "scale": self.scale}
+        if self.normalizer is not None:
+            options["normalizer"] = self.normalizer()
         after = self._weight_map()
         if after is not None:
             moved = shift or kept.positions is not None
             options["weight_map"] = (
                 place_weight_map(after, shift=shift, keys=kept.positions) if moved else after
             )
-        if any(part.reads_weights for part in self.regularizers):
-            self._lose(q, kept, real, mask=allowed, score=score, scale=self.scale, **options)
-        if self.training and self.dropout:
-            options["dropout"] = self.dropout
-        y = self._mix(q, kept.rows, mask=allowed, score=score, scale=self.scale, **options)
-        return self._join(self._regularized(y) if self.training and self.regularizers else y)
+        return options
 
     def _join(self, heads: Tensor) -> Tensor:
         """What `_mix` gives, brought back to `(B, L, d)`."""
