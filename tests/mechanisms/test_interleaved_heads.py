@@ -177,6 +177,23 @@ def test_flat_order_and_plain_calls_run_on_fused_kernels_and_nothing_is_dense() 
         built()(x[:, :200], mask=CAUSAL)
 
 
+def test_losses_of_the_weights_see_pairs_of_tokens() -> None:
+    module = built(
+        order="flat", pseudo=2, regularizers=(ph.nn.attention_diversification(weight=0.1),)
+    ).train()
+    plain = built("mha", regularizers=(ph.nn.attention_diversification(weight=0.1),)).train()
+    module(X, mask=CAUSAL)
+    plain(X, mask=CAUSAL)
+    found, expected = ph.nn.auxiliary_losses(module), ph.nn.auxiliary_losses(plain)
+    assert found.keys() == expected.keys()
+    q, rows = module.projection.queries(X), module.projection.keys_values(X)
+    mask = pseudo_mask(CAUSAL, 2, ordered=True, queries=11)
+    weights = module._weights(q, rows, mask=mask)
+    assert weights.shape == (2, 4, 11, 11)
+    close(weights.sum(-1), torch.ones(2, 4, 11, **F64))
+    close(weights.triu(1), torch.zeros_like(weights))
+
+
 def test_steps_with_a_cache_count_the_mixing_of_what_is_cached() -> None:
     module = built(pseudo=2)
     mixing = 2 * 2 * 16 * 8 * 2  # keys and values, 2·P·H²·D each

@@ -9,8 +9,8 @@ q: (B, H, L, D); k, v: (B, G, S, D), mixed among the G; q̃: (B, H, L·P, D). A 
 P heads with the keys of P heads in one softmax.
 
 Cost: P·(H² + 2·G²) + H·P (or H²·P) parameters more than grouped-query attention; P² times its scores and
-values: windows of about S / (2·P²) tokens cost what causal heads of plain attention do. Memory is O(P·L). The
-cache holds the G heads themselves, 2·G·D numbers a token; each step mixes them again, which `step_cost` counts.
+values: windows of about S / (2·P²) tokens cost what causal heads of plain attention do. Memory is O(P·L).
+The cache holds the G heads themselves, 2·G·D numbers a token; each step mixes them again: see `step_cost`.
 
 A mask is one of tokens. order="token": a token that is seen is seen with all its pseudo-tokens.
 order="flat": a query does not see the later pseudo-tokens of the token that stands where it does; with a

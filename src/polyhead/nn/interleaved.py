@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.attend.function import attend
+from polyhead.attend.function import attend, weights_of
 from polyhead.attend.masks import Mask
 from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
@@ -176,6 +176,13 @@ class InterleavedAttention(MultiHeadAttention):
         k, v = rows
         q, k = self._mixed(self.query_mix, q), self._mixed(self.key_mix, k)
         return self.collapse(attend(q, k, self.value_mix(v), **options))
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        """What the pseudo-queries of a token give to those of another, on average, `(B, H, L, S)`."""
+        q, k = self._mixed(self.query_mix, q), self._mixed(self.key_mix, rows[0])
+        virtual = weights_of(q, k, **options)
+        pairs = virtual.unflatten(-1, (-1, self.pseudo)).sum(-1)
+        return pairs.unflatten(2, (-1, self.pseudo)).mean(3)
 
     def cost(
         self,
