@@ -5,7 +5,6 @@
 
 c, u: (S, N, D) are projected and cached, turned by positions already; M: (N, H), at the start the identity,
 or for N < H head h reads stored head ⌊h·N/H⌋; γ, β: (H, Dv). Without the norm, N = H begins as multi-head
-for N < H head h reads stored head ⌊h·N/H⌋; γ, β: (H, Dv). Without the norm, N = H begins as multi-head
 attention and a divisor N of H as grouped-query attention. `merged` writes M into the projections; `virtual`
 finds the N stored heads that are nearest to the H heads of a trained module.
 
@@ -13,9 +12,8 @@ Cost: 2·N·H + 2·H·Dv parameters more than N key/value heads need; 4·S·N·H
 cache per token. A single query reads the stored heads in place, with N times the products of its scores.
 
 Paper 042: Explicit Multi-head Attention for Inter-head Interaction in Large Language Models, arXiv
-2601.19611.
-Our readings: the norm is a mean-centred GroupNorm with a head for a group, between attention and W_O; how M
-starts; the truncated singular value decomposition of `virtual`; `qk_norm` normalises the stored keys.
+2601.19611. Our readings: the norm is a mean-centred GroupNorm with a head for a group, between attention and
+W_O; how M starts; the truncated singular value decomposition of `virtual`; `qk_norm` normalises stored keys.
 """
 
 from __future__ import annotations
