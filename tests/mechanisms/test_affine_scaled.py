@@ -78,6 +78,17 @@ def test_rows_sum_to_the_average_whatever_the_scale(mask: ph.Mask | None) -> Non
     close(found, module.average.view(4, 1, 1).expand_as(found))
 
 
+def test_weights_that_a_regularizer_reads_are_those_of_the_heads() -> None:
+    module = stirred(kv_heads=2, regularizers=(ph.nn.attention_diversification(),)).train()
+    with torch.no_grad():
+        q, rows = module._queries(X, 0), module._rows(X, 0)
+        weights = module._weights(q, rows, mask=ph.causal(), score=None, scale=None)
+        values = rows[1].repeat_interleave(2, dim=1)
+        close(weights @ values, module._mix(q, rows, mask=ph.causal(), score=None, scale=None))
+    module(X, mask=ph.causal())
+    assert ph.nn.auxiliary_losses(module)
+
+
 def test_a_weight_may_be_negative() -> None:
     """Two keys, P = (0.1, 0.9), α = 0.8 and an average of 0.4 give (-0.12, 0.52)."""
     module = built(heads=1, head_dim=2, dim=2)

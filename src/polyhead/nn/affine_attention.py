@@ -80,6 +80,17 @@ class AffineAttention(MultiHeadAttention):
         missing = self.average.to(y.dtype, copy=True).view(-1, 1, 1) - alpha
         return alpha * y + missing * mean.to(y.dtype)
 
+    def _weights(self, q: _Scaled, rows: tuple[Tensor, ...], **options: Any) -> Tensor:  # type: ignore[override]
+        weights = super()._weights(q.q, rows, **options)
+        alpha = q.alpha.to(weights.dtype)
+        if self.average is None:
+            return alpha * weights
+        keys = rows[0].shape[2]
+        ones = torch.eye(keys, dtype=weights.dtype, device=weights.device).expand(len(alpha), 1, -1, -1)
+        even = visible_mean(ones, q.shape[2], options.get("mask"), self.heads)
+        missing = self.average.to(weights.dtype, copy=True).view(-1, 1, 1) - alpha
+        return alpha * weights + missing * even
+
     def cost(self, length: int, batch: int = 1, *args: Any, **options: Any) -> Cost:
         found = super().cost(length, batch, *args, **options)
         return replace(
