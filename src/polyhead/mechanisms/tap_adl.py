@@ -12,8 +12,8 @@ after; "past", two before, which alone can decode. With `scales=1` it is plain a
 The second half of the paper is a loss that keeps tokens from looking all at the same few:
 `regularizers=ph.nn.attention_diversification()`, here or in any mechanism whose weights can be held.
 
-Cost: 3·d·K + K + 3·K² parameters more than grouped-query attention (9 for 3 and 2·K on a grid), 2·L·3·K·(d + K)
-more FLOPs and O(L·K·d) elementwise; the same keys and values in the cache, besides the latest
+Cost: 3·d·K + K + 3·K² parameters more than grouped-query attention (on a grid 9 for 3, and 2·K),
+6·L·K·(d + K) more FLOPs and O(L·K·d) elementwise; the same keys and values in the cache, besides the latest
 max(2(K - 1), 4) + 16 inputs of a sequence. Of the tokens that a cache holds, the latest 16 can be taken back.
 
 Paper 126: Robustifying Token Attention for Vision Transformers, arXiv 2303.11126. There layers normalise x'

@@ -1,0 +1,137 @@
+"""Attention to several sources at once: languages, an image and a text, two views of one sequence.
+
+    c^k = attend(x W_Q^k, h^k W_K^k, h^k W_V^k),  k = 1..K
+    hierarchical:  y = Σ_k β^k c̃^k W_V' W_O',   β = softmax_k((x W_Q')·(c̃^k W_K') / √D),  c̃^k = c^k W_O^k
+    flat:          one softmax over the tokens of all sources, W_Q^k = W_Q:  y = (Σ_k P(k) c^k) W_O
+    concat:        y = [c^1; ...; c^K] W_c
+
+h^k: (B, S_k, ·). Each source has projections of its own. In the flat one P(k), the weight of a source as a
+whole, is the softmax of the log-sum-exps of the sources' logits: so every source is attended to by itself, by
+whatever backend is fastest, and nothing is copied side by side. `source_shares` gives β or P.
+
+`context` is a tuple of K tensors with `padding` a tuple too, or one tensor that all sources read, or nothing:
+then all read x. A source of which a token sees nothing has no part in it: P(k) = 0, and β is the softmax of
+the others. With one source, flat is multi-head attention.
+
+Cost: K times the keys, values and their cache; flat 2·d² + 2·K·d² parameters with G = H, concat (4·K)·d²,
+hierarchical 4·(K + 1)·d². Flat makes the queries anew for every source.
+
+Paper 140: Attention Strategies for Multi-Source Sequence-to-Sequence Learning, arXiv 1704.06567. It is for
+recurrent decoders with additive scores; here scores are those of multi-head attention. Attending in parallel
+and adding up is concat, its matrix in blocks; one source after the other is a stack of layers. Its sentinel
+is left out. That a source without visible tokens drops out of β is our reading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.attend.normalizers import softmax
+from polyhead.checks import given, several
+from polyhead.errors import ConfigError, unknown_name
+from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.registry import register
+from polyhead.nn.multi_source import (
+    Concatenated,
+    Flat,
+    Hierarchical,
+    MultiSourceAttention,
+    SourceAttention,
+    SourceHeads,
+    SourceOutput,
+)
+from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+
+__all__ = ["MultiSource"]
+
+_MODES = ("hierarchical", "flat", "concat")
+
+
+@register(
+    "multi_source_attention",
+    aliases=("multi_source",),
+    paper="140",
+    title="Attention Strategies for Multi-Source Sequence-to-Sequence Learning",
+    family="sources",
+    summary="several sources, attended to one by one, and their contexts attended to in turn, or as one",
+    equation="c^k = MHA_k(x, h^k);  y = Σ_k β^k c^k W_V' W_O',  β = softmax_k((x W_Q')·(c^k W_K') / √D)",
+    facets=Facets(levels="multi", alignment="scaled_dot", distribution="softmax"),
+)
+class MultiSource(AttentionConfig):
+    """Multi-source attention.
+
+    Attributes:
+        sources: K.
+        mode: "hierarchical", "flat" or "concat".
+        kv_heads: key/value heads G of every source, a divisor of `heads`; default `heads`.
+        context_dims: width of every source; default `context_dim` for all.
+    """
+
+    sources: int = 2
+    mode: str = "hierarchical"
+    kv_heads: int | None = None
+    context_dims: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one("MultiSource", dim=self.dim, heads=self.heads, sources=self.sources)
+        if not isinstance(self.mode, str) or self.mode not in _MODES:
+            raise unknown_name("mode of multi-source attention", self.mode, _MODES)
+        if self.mode == "flat" and (self.normalizer != softmax() or self.weight_map is not None):
+            raise ConfigError(
+                "flat takes one softmax over all sources: leave normalizer and weight_map as they are, or "
+                'take mode="hierarchical"'
+            )
+        dims = self.context_dims
+        if dims is not None and (not several(dims) or len(dims) != self.sources):
+            raise ConfigError(
+                f"context_dims must be {self.sources} widths, one for each source; got {given(dims)}"
+            )
+        object.__setattr__(self, "context_dims", None if dims is None else tuple(dims))
+        object.__setattr__(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
+        super().__post_init__()
+
+    def build(self, *, device: Any = None, dtype: Any = None) -> MultiSourceAttention:
+        """The module."""
+        assert self.kv_heads is not None
+        kind = {"device": device, "dtype": dtype}
+        dims = (self.context_dim,) * self.sources if self.context_dims is None else self.context_dims
+
+        def source(width: int | None) -> SourceAttention:
+            def projection(*sizes: int, **options: Any) -> Projection:
+                return Projection(*sizes, **options | {"context_dim": width})
+
+            def output(*sizes: int, **options: Any) -> Any:
+                return SourceOutput(*sizes, **options) if self.mode == "hierarchical" else SourceHeads()
+
+            return self.assemble(
+                heads=self.heads,
+                kv_heads=self.kv_heads or self.heads,
+                projection=projection,
+                output=output,
+                module=SourceAttention,
+                **kind,
+            )
+
+        sources = [source(width) for width in dims]
+        made = sources[0].projection
+
+        def joined() -> OutputProjection:
+            return OutputProjection(self.dim, made.heads, made.value_dim, bias=self.bias, **kind)
+
+        if self.mode == "flat":
+            for other in sources[1:]:
+                other.projection.query, other.projection.query_norm = made.query, made.query_norm
+            return MultiSourceAttention(sources, Flat(joined()))
+        if self.mode == "concat":
+            return MultiSourceAttention(sources, Concatenated([joined() for _ in sources]))
+        second = Projection(
+            self.dim,
+            self.heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            **kind,
+        )
+        return MultiSourceAttention(sources, Hierarchical(second, joined()))
