@@ -31,6 +31,7 @@ from polyhead.checks import given, several
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
 from polyhead.nn.multi_source import (
     Concatenated,
@@ -45,6 +46,24 @@ from polyhead.nn.projections import OutputProjection, Projection, at_least_one
 
 __all__ = ["MultiSource"]
 
+_PICTURE = Flow(
+    (Step("x", "(L, d)"), Step("projection", "query: H heads, for every source"), Step("position")),
+    (
+        Step("c", "K contexts (S_k, d_k), or one for all, or x"),
+        Step("projection", "key, value: G heads, for every source"),
+        Step("position"),
+        Step("cache", "keys and values of every source"),
+    ),
+    (
+        Step("scores", "q·k / √D: H maps of L × S_k for every source"),
+        Step("mask", "that of the call, padding of every source"),
+        Step("normaliser", "softmax, in every source or over all"),
+        Step("values", "weights · v: K contexts"),
+        Step("sources", "attention to the K contexts; or their sum by their weight; or side by side"),
+        Step("output", "heads → d"),
+        Step("y", "(L, d)"),
+    ),
+)
 _MODES = ("hierarchical", "flat", "concat")
 
 
@@ -57,6 +76,7 @@ _MODES = ("hierarchical", "flat", "concat")
     summary="several sources, attended to one by one, and their contexts attended to in turn, or as one",
     equation="c^k = MHA_k(x, h^k);  y = Σ_k β^k c^k W_V' W_O',  β = softmax_k((x W_Q')·(c^k W_K') / √D)",
     facets=Facets(levels="multi", alignment="scaled_dot", distribution="softmax"),
+    picture=_PICTURE,
 )
 class MultiSource(AttentionConfig):
     """Multi-source attention.
