@@ -181,7 +181,11 @@ def facts(case: Case) -> None:
     if entry.paper is not None:
         assert paper(entry.paper).title == entry.title
     for heads in (1, 2, 3, 6, 9, 16):
-        entry.config(dim=8 * heads, heads=heads)
+        if heads >= entry.least_heads:
+            entry.config(dim=8 * heads, heads=heads)
+            continue
+        with pytest.raises(ConfigError, match=f"heads must be at least {entry.least_heads}"):
+            entry.config(dim=8 * heads, heads=heads)
 
 
 def equals_twin(case: Case) -> None:

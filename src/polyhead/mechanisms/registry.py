@@ -58,6 +58,7 @@ class Entry:
             are no scores and values, and a cache keeps nothing.
         straight_through: whether it has steps, such as signs, whose gradient is by definition that of
             another function: its gradients are then those of its twin, not those of finite differences.
+        least_heads: fewer heads are refused, because the idea has no meaning there.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Entry:
     routed: bool = False
     tokenwise: bool = False
     straight_through: bool = False
+    least_heads: int = 1
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -136,6 +138,7 @@ class Registry:
         routed: bool = False,
         tokenwise: bool = False,
         straight_through: bool = False,
+        least_heads: int = 1,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -175,6 +178,7 @@ class Registry:
                 routed,
                 tokenwise,
                 straight_through,
+                least_heads,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config

@@ -16,8 +16,8 @@ attention layer; with `share_kv` its keys and values once; and N·d parameters o
 Paper 092: BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv
 2408.08274: branches of a seed model, each trained on a domain, become the experts; shared keys and values are
 the means of theirs. Its mixture of the feed-forward layers, beside attention in one block, is not part of
-this. Ours: the router starts at normal numbers of 0.02; with `bias` all experts have one bias of the output; in
-training "z" of `auxiliary_losses` is ζ times the mean of (logsumexp W x)², with ζ 0.001.
+this. Ours: the router starts at normal numbers of 0.02; with `bias` all experts have one bias of the output;
+in training "z" of `auxiliary_losses` is ζ times the mean of (logsumexp W x)², with ζ 0.001.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def soft_mixture(attentions: Sequence[MultiHeadAttention], *, share_kv: bool = F
     told = [name for name, part in by_head.items() if part is not None]
     if told:
         raise ConfigError(
-            f"attentions must have none of {', '.join(by_head)} that may tell heads apart, since those of the "
-            f"mixture are counted anew; got {told[0]}={given(getattr(config, told[0]))}"
+            f"attentions must have none of {', '.join(by_head)} that may tell heads apart, since those of "
+            f"the mixture are counted anew; got {told[0]}={given(getattr(config, told[0]))}"
         )
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(AttentionConfig) if f.init}
     new = SoftMixtureOfAttention(

@@ -1,6 +1,7 @@
 """Parts of an attention module, and the module that puts them in a row."""
 
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.attentive_experts import BlockCoordinates
 from polyhead.nn.auxiliary import AuxiliaryLosses, auxiliary_losses
 from polyhead.nn.broadcast import ContextBroadcast, context_broadcast
 from polyhead.nn.contract import AttentionModule
@@ -50,6 +51,7 @@ __all__ = [
     "AttentionModule",
     "AttentionStack",
     "AuxiliaryLosses",
+    "BlockCoordinates",
     "ContextBroadcast",
     "ContextCache",
     "Cost",
