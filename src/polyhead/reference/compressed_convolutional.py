@@ -26,7 +26,7 @@ def compressed_convolutional(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """q = unit(conv(conv(q0 | k0)) + m), k = unit(conv(conv(q0 | k0)) + mean of m) exp(β), v of x_t and x_t-1.
+    """q = unit(conv(conv(q0 | k0)) + m), k = unit(conv(conv(q0 | k0)) + mean m) exp(β), v of x_t and x_t-1.
 
     Args:
         x: `(B, L, d)`.
