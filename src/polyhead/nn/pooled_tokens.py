@@ -14,6 +14,7 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import ContextCache, KeyValueCache
 from polyhead.nn.kv_cache.recent import RecentInputs
+from polyhead.nn.patterns import never_ahead
 from polyhead.nn.token_pooling import TokenPooling
 
 __all__ = ["PooledTokensAttention"]
@@ -47,7 +48,7 @@ class PooledTokensAttention(MultiHeadAttention):
     ) -> Tensor:
         layout = self.pooling.layout
         if layout != "past" and self.pooling.scales > 1:
-            if cache is not None or (mask is not None and _never_ahead(mask, x.shape[1])):
+            if cache is not None or (mask is not None and never_ahead(mask, 0, x.shape[1], x.shape[1])):
                 raise UnsupportedPattern(
                     f"tap_adl with layout={layout!r} blends tokens with later ones, which neither a causal "
                     'mask nor a cache can know; take layout="past"'
@@ -94,16 +95,6 @@ class PooledTokensAttention(MultiHeadAttention):
             cache_bytes=plain.cache_bytes + batch * state,
             state_bytes=state,
         )
-
-
-def _never_ahead(mask: Mask, length: int) -> bool:
-    """Whether the mask is sure to hide from every token all that come after it, in some head of some item."""
-    if length < 2:
-        return False
-    zero = torch.zeros((), dtype=torch.int64)
-    i = torch.arange(length - 1)
-    some, _ = mask.bounds(zero, zero, i, i, i + 1, torch.full_like(i, length - 1))
-    return not bool(some.any())
 
 
 def _no_context() -> UnsupportedPattern:
