@@ -4,9 +4,9 @@
     y = concat_h(Ã v_g) W_O,   g = h // (H/G)
 
 A_00 is the weight of the first token on the first key. The mass that Ã_0 puts on the other keys is
-(1 - A_00)², in [0, 1]. A first token that looks at itself alone gives zeros, or the bias of W_O, whatever else
-there is: so nothing may be added to y, such as the residual of a block. `first_row` gives A_0, Ã_0 and the
-mass; `edited` gives the output under other weights, such as zeros.
+(1 - A_00)², in [0, 1]. A first token that looks at itself alone gives zeros, or the bias of W_O, whatever
+else there is: so nothing may be added to y, such as the residual of a block. `first_row` gives A_0, Ã_0 and
+the mass; `edited` gives the output under other weights, such as zeros.
 
 Only one row differs: it is attended to by itself, with one more column of values that picks A_00; all others
 take the fastest way that there is. Cost: 2·S·H FLOPs more than grouped-query attention. The first token looks
