@@ -1,0 +1,208 @@
+"""Self-attention over convolved queries, keys and values, with scores of relative positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.attend.masks import Mask
+from polyhead.checks import flag, whole
+from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
+from polyhead.nn.kv_cache.recent import RecentInputs
+from polyhead.nn.positions.base import wide
+
+__all__ = ["PastConvolution", "RelativeConvAttention"]
+
+
+class PastConvolution(nn.Module):
+    """y_t = Σ_s w_s ⊙ z_{t-s} over the latest `kernel` tokens, channel by channel; zeros before the first.
+
+    Args:
+        heads: heads with a kernel of their own, or 1 for one that all share.
+        width: channels of a head.
+        kernel: tokens K; the weight of the present one starts at 1, the others at 0.
+        device, dtype: of the weights `(heads, K, width)`, oldest first.
+    """
+
+    def __init__(self, heads: int, width: int, kernel: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.kernel = kernel
+        weight = torch.zeros(heads, kernel, width, device=device, dtype=dtype)
+        weight[:, -1] = 1.0
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, z: Tensor, earlier: int) -> Tensor:
+        """`(B, H, earlier + L, D)` to `(B, H, L, D)`; `earlier` tokens come before those that are wanted."""
+        z = F.pad(z, (0, 0, self.kernel - 1 - earlier, 0))
+        length = z.shape[2] - self.kernel + 1
+        weight = self.weight.to(z.dtype)
+        made = z[:, :, self.kernel - 1 :] * weight[:, -1, None]
+        for n in range(self.kernel - 1):
+            made = made + z[:, :, n : n + length] * weight[:, n, None]
+        return made
+
+
+class RelativeConvAttention(MultiHeadAttention):
+    """`MultiHeadAttention` whose projections are convolved over time, with Transformer-XL's relative scores.
+
+        S_ij = ((q_i + u)·k_j + (q_i + w)·W_R R_{i-j}) / √D,   R_n = (sin nω, cos nω)
+
+    sin and cos of a difference come apart, so the second term is a dot product of vectors of i and of j, put
+    beside queries and keys when they attend.
+
+    Args:
+        args, options: those of `MultiHeadAttention`.
+        kernel: tokens K that a convolution reads.
+        share_heads: one kernel for all heads.
+        relative_dim: width E of R, even.
+
+    Attributes:
+        query_conv, key_conv, value_conv: the convolutions. Biases of the projections are added behind them.
+        content_bias, position_bias: u and w, `(H, D)`, zeros at the start.
+        relative: W_R, `(H, D, E)`.
+    """
+
+    def __init__(
+        self, *args: Any, kernel: int = 3, share_heads: bool = False, relative_dim: int, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        whole("kernel", kernel, 1)
+        flag("share_heads", share_heads)
+        if self.position.adds:
+            raise ConfigError(
+                f"position must add nothing to inputs that are convolved; got {self.position.position}; "
+                "relative positions are in the scores already"
+            )
+        if whole("relative_dim", relative_dim, 2) % 2:
+            raise ConfigError(f"relative_dim must be even, for sines and cosines; got {relative_dim}")
+        self.kernel, self.relative_dim = kernel, relative_dim
+        self.scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+        weight = self.projection.query.weight
+        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        own = (1, 1) if share_heads else (self.heads, self.kv_heads)
+        self.query_conv = PastConvolution(own[0], self.head_dim, kernel, **kind)
+        self.key_conv = PastConvolution(own[1], self.head_dim, kernel, **kind)
+        self.value_conv = PastConvolution(own[1], self.value_dim, kernel, **kind)
+        self.content_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim, **kind))
+        self.position_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim, **kind))
+        bound = math.sqrt(3 / relative_dim)
+        self.relative = nn.Parameter(torch.empty(self.heads, self.head_dim, relative_dim, **kind))
+        nn.init.uniform_(self.relative, -bound, bound)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
+        cache = call.get("cache")
+        if context is not None or getattr(cache, "holds_context", False):
+            raise _no_context()
+        if isinstance(cache, KeyValueCache) and self.kernel > 1 and not isinstance(cache, RecentInputs):
+            raise ConfigError(
+                "cache must hold the latest inputs besides keys and values: make it with new_cache of this "
+                f"module; got a {type(cache).__name__}"
+            )
+        return super().forward(x, **call)
+
+    def _project(
+        self,
+        x: Tensor,
+        source: Tensor,
+        where: int | Tensor,
+        places: int | Tensor,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        earlier = 0
+        if isinstance(cache, RecentInputs):
+            x, _ = cache.remember(x)
+            earlier = self.kernel - 1
+        p = self.projection
+        q = self._made(p.query, self.query_conv, p.query_norm, x, earlier)
+        k = self._made(p.key, self.key_conv, p.key_norm, x, earlier)
+        v = self._made(p.value, self.value_conv, None, x, earlier)
+        return self.position.turn(q, where), (self.position.turn(k, places), v)
+
+    def _made(
+        self, linear: nn.Linear, conv: PastConvolution, norm: nn.Module | None, x: Tensor, earlier: int
+    ) -> Tensor:
+        width = conv.weight.shape[-1]
+        z = F.linear(x, linear.weight).unflatten(-1, (-1, width)).transpose(1, 2)  # B H L D
+        y = conv(z, earlier)
+        if linear.bias is not None:
+            y = y + linear.bias.to(y.dtype).view(-1, 1, width)
+        return y if norm is None else norm(y)
+
+    def _attend(
+        self,
+        q: Tensor,
+        kept: Kept,
+        mask: Mask | None,
+        *,
+        first: int,
+        latest: bool,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        k, v = kept.rows
+        dtype = k.dtype
+        at = torch.arange(first, first + q.shape[2], device=q.device)
+        keys = torch.arange(k.shape[2], device=k.device) if kept.positions is None else kept.positions
+        (sin_i, cos_i), (sin_j, cos_j) = self._waves(at, dtype), self._waves(keys.to(k.device), dtype)
+        query = q + self.position_bias.to(q.dtype)[:, None]
+        by_sin, by_cos = (query @ self.relative.to(q.dtype)).chunk(2, dim=-1)  # B H L E/2
+        turned = [by_sin * sin_i + by_cos * cos_i, by_cos * sin_i - by_sin * cos_i]
+        q = torch.cat([q + self.content_bias.to(q.dtype)[:, None], *turned], dim=-1)
+        waves = torch.cat([cos_j, sin_j], dim=-1).expand(*k.shape[:3], -1)
+        kept = replace(kept, rows=(torch.cat([k, waves], dim=-1), v))
+        return super()._attend(q, kept, mask, first=first, latest=latest, real=real)
+
+    def _waves(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """sin and cos of position times frequency, `(n, E/2)`."""
+        precise = wide(places.device)
+        steps = torch.arange(0, self.relative_dim, 2, dtype=precise, device=places.device) / self.relative_dim
+        angles = places.to(precise)[:, None] * 10000.0**-steps
+        return angles.sin().to(dtype), angles.cos().to(dtype)
+
+    def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
+        rows = super().new_cache(batch, **options)
+        if self.kernel == 1:
+            return rows
+        held = rows._tokens.streams[0]  # type: ignore[attr-defined]
+        return RecentInputs(
+            rows, batch, self.projection.dim, self.kernel - 1, device=held.device, dtype=held.dtype
+        )
+
+    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
+        raise _no_context()
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        plain = super().cost(length, batch, context_length, dtype=dtype)
+        keys = length if context_length is None else context_length
+        itemsize = (self.projection.key.weight.dtype if dtype is None else dtype).itemsize
+        state = 0
+        if self.kernel > 1:
+            state = RecentInputs.state_bytes(self.projection.dim, self.kernel - 1, itemsize)
+        return replace(
+            plain,
+            projections=plain.projections + 2 * batch * length * self.relative.numel(),
+            scores=plain.scores + 2 * batch * self.heads * length * keys * self.relative_dim,
+            cache_bytes=plain.cache_bytes + batch * state,
+            state_bytes=state,
+        )
+
+
+def _no_context() -> UnsupportedPattern:
+    return UnsupportedPattern(
+        "relative_conv_mha convolves the tokens of one sequence and attends within it; it does not support "
+        "cross: call it without context, and take mha for cross-attention"
+    )
