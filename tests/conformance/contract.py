@@ -585,7 +585,7 @@ def cost(case: Case) -> None:
         counted = counter.get_total_flops()
         most = 1.1 * said.flops if case.entry.routed else said.flops
         assert said.flops <= counted <= most, (said.flops, counted)
-        assert said.projections > 0
+        assert said.projections > 0 or counted == 0  # some have no products of matrices
         of_pairs = (said.scores, said.values, said.kv_bytes_per_token)
         assert max(of_pairs) == 0 if case.entry.tokenwise else min(of_pairs) > 0
 
