@@ -80,6 +80,16 @@ class ForgetsContext(MultiHeadAttention):
         return super().new_context_cache(context, queries=queries)
 
 
+class FattensContext(MultiHeadAttention):
+    """Its projected context takes more than cost says."""
+
+    def new_context_cache(self, *args: Any, **given: Any) -> Any:
+        cache = super().new_context_cache(*args, **given)
+        held = cache.nbytes()
+        cache.nbytes = lambda: 2 * held
+        return cache
+
+
 class IgnoresWindow(MultiHeadAttention):
     """Keeps everything where a window was asked for."""
 
@@ -242,6 +252,7 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     MixesBatch: {"batch_items", "equals_twin"},
     LosesCount: {"decode", "decode_padded", "decode_window", "cache_edits"},
     ForgetsContext: {"decode_cross"},
+    FattensContext: {"decode_cross"},
     IgnoresWindow: {"decode_window"},
     StaleBeams: {"cache_edits"},
     WrongGradient: {"gradients"},

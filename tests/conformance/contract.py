@@ -376,7 +376,7 @@ def decode_window(case: Case) -> None:
 
 
 def decode_cross(case: Case) -> None:
-    """Cross-attention with a context that was projected once equals the full call."""
+    """Cross-attention with a context that was projected once equals the full call, and takes the bytes of cost."""
     for pattern in case.patterns(cross=True):
         module = case.build()
         for keys in (9, 6):
@@ -384,6 +384,9 @@ def decode_cross(case: Case) -> None:
             real = ragged(2, keys, left=False)
             with torch.no_grad():
                 full = c(module, padding=real)
+                held = module.new_context_cache(c.context, queries=9).nbytes()
+                said = module.cost(9, batch=2, context_length=keys).cache_bytes
+                assert held == said, f"{pattern}: a context takes {held} bytes, and cost says {said}"
                 for chunks in ([1] * 9, [4, 5]):
                     cache = module.new_context_cache(c.context, padding=real, queries=9)
                     parts = [module(x, mask=c.mask, cache=cache) for x in c.x.split(chunks, dim=1)]

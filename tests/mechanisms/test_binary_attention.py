@@ -201,6 +201,10 @@ def test_the_cache_holds_bits() -> None:
     with torch.no_grad():
         module(X, mask=ph.causal(), cache=cache)
     assert cache.nbytes() == 2 * 11 * 2 * ((1 + 8) + 8 * 8)  # items, tokens, heads, signs and size, values
+    with torch.no_grad():
+        known = module.new_context_cache(X)
+    assert known.nbytes() == cache.nbytes()
+    assert module.new_context_cache(X).nbytes() > known.nbytes()  # rows that a gradient has to flow through
     half = ph.build("binary_attention", dim=512, heads=8).cost(1, dtype=torch.float16)
     assert half.kv_bytes_per_token == 8 * (64 // 8 + 2 + 64 * 2)
 

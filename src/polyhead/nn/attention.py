@@ -397,7 +397,8 @@ class MultiHeadAttention(AttentionModule):
         if queries is not None:
             whole("queries", queries, 0)
         rows = self._rows(self.position.add(context, 0), 0)
-        return ContextCache(rows, padding, start=0 if queries is None else length - queries)
+        start = 0 if queries is None else length - queries
+        return ContextCache(rows, padding, streams=self.streams, start=start)
 
     def cost(
         self,

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from polyhead.checks import FARTHEST, given, whole
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.nn.kv_cache.base import Kept, KeyValueCache, beams
+from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, beams
+from polyhead.nn.kv_cache.codec import RowCodec
 
 __all__ = ["ContextCache"]
 
@@ -20,6 +21,8 @@ class ContextCache(KeyValueCache):
     Args:
         rows: the streams of the context, each `(B, heads, S, width)`.
         padding: bool `(B, S)`, True at real tokens of the context.
+        streams: (heads, width) of every row; one with a codec is held packed, unless autograd follows it.
+            Default: all are held as they are.
         start: position of the first query. The full call puts L queries at the end of S keys, at S - L.
 
     Attributes:
@@ -28,7 +31,14 @@ class ContextCache(KeyValueCache):
 
     holds_context = True
 
-    def __init__(self, rows: tuple[Tensor, ...], padding: Tensor | None = None, *, start: int = 0) -> None:
+    def __init__(
+        self,
+        rows: tuple[Tensor, ...],
+        padding: Tensor | None = None,
+        *,
+        streams: Streams | None = None,
+        start: int = 0,
+    ) -> None:
         if (
             not isinstance(rows, tuple | list)
             or not rows
@@ -45,6 +55,8 @@ class ContextCache(KeyValueCache):
                 f"ContextCache: padding must be a bool tensor {shape}, True at real tokens; got "
                 f"{given(padding)}"
             )
+        if streams is not None:
+            rows = tuple(_held(row, *codec) for row, (_, _, *codec) in zip(rows, streams, strict=True))
         self._kept = Kept(tuple(rows), shape[1], padding)
         self._first = self.length = whole("ContextCache: start", start, -FARTHEST)
 
@@ -81,3 +93,8 @@ class ContextCache(KeyValueCache):
 
     def reset(self) -> None:
         self.length = self._first
+
+
+def _held(row: Tensor, codec: RowCodec | None = None) -> Tensor:
+    # no gradient would flow through what is packed
+    return row if codec is None or (torch.is_grad_enabled() and row.requires_grad) else codec.pack(row)
