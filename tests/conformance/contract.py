@@ -376,7 +376,7 @@ def decode_window(case: Case) -> None:
 
 
 def decode_cross(case: Case) -> None:
-    """Cross-attention with a context that was projected once equals the full call, and takes the bytes of cost."""
+    """A context that was projected once gives what the full call gives, and takes the bytes of `cost`."""
     for pattern in case.patterns(cross=True):
         module = case.build()
         for keys in (9, 6):
