@@ -27,9 +27,12 @@ class AttentionModule(nn.Module):
 
     Attributes:
         config: the description that a registry built it from; None if it was put together by hand.
+        takes_embeddings: what a stack gives it as `embeddings=`: "inputs", its own inputs; "sequence", what
+            becomes of a fixed sequence up to this layer; None: nothing.
     """
 
     config: Part | None = None
+    takes_embeddings: str | None = None
 
     @property
     def streams(self) -> Streams:

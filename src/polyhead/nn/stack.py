@@ -3,6 +3,11 @@
     x ← x + attention_n(norm(x));   x ← x + W₂ gelu(W₁ norm(x))   where there is an MLP
 
 for n = 1..N: the pre-norm transformer, without embeddings and without a head.
+
+A layer may read embeddings besides (`takes_embeddings`): the inputs x of the stack, or a fixed sequence that
+goes through the same layers beside x, once for the whole batch:
+
+    e ← layer_n(e),  of which layer n reads norm_n(e)
 """
 
 from __future__ import annotations
@@ -19,22 +24,23 @@ from torch import Tensor, nn
 from polyhead.attend.masks import Mask
 from polyhead.checks import given, place, several
 from polyhead.description import Part
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, check_inputs
 
-__all__ = ["NORMS", "AttentionStack", "StackCache"]
+__all__ = ["NORMS", "AttentionStack", "StackCache", "rows_of"]
 
 NORMS = ("rms", "layer")
 
 
 class StackCache:
-    """One cache for every layer of a stack."""
+    """One cache for every layer of a stack, and one for every layer that a fixed sequence goes through."""
 
-    def __init__(self, layers: Sequence[KeyValueCache]) -> None:
+    def __init__(self, layers: Sequence[KeyValueCache], beside: Sequence[KeyValueCache] = ()) -> None:
         self.layers = tuple(layers)
+        self.beside = tuple(beside)
 
     @property
     def length(self) -> int:
@@ -48,7 +54,7 @@ class StackCache:
 
     def nbytes(self) -> int:
         """Bytes of memory of all layers."""
-        return sum(layer.nbytes() for layer in self.layers)
+        return sum(layer.nbytes() for layer in (*self.layers, *self.beside))
 
     def reorder(self, beam_index: Tensor) -> None:
         """Make batch item n go on from what was item `beam_index[n]`."""
@@ -57,13 +63,27 @@ class StackCache:
 
     def crop(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
-        for layer in self.layers:
+        for layer in (*self.layers, *self.beside):
             layer.crop(length)
 
     def reset(self) -> None:
         """Forget every token."""
-        for layer in self.layers:
+        for layer in (*self.layers, *self.beside):
             layer.reset()
+
+
+def rows_of(sequence: Float[Tensor, "n d"], first: int, count: int) -> Float[Tensor, "1 count d"]:
+    """So many tokens of a fixed sequence.
+
+    Raises:
+        ShapeError: it is not that long.
+    """
+    if first + count > len(sequence):
+        raise ShapeError(
+            f"the fixed sequence has {len(sequence)} tokens, and the call reaches {first + count}; build "
+            f"with length={first + count} or more, or give a longer one"
+        )
+    return sequence[None, first : first + count]
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -100,7 +120,18 @@ class _Layer(nn.Module):
         self.mlp_norm = None if mlp is None else make()
         self.mlp = None if mlp is None else _Mlp(dim, mlp, **kind)
 
-    def forward(self, x: Tensor, context: Tensor | None, **call: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        *,
+        inputs: Tensor | None = None,
+        sequence: Tensor | None = None,
+        **call: Any,
+    ) -> Tensor:
+        if (wanted := self.attention.takes_embeddings) is not None:
+            found = inputs if wanted == "inputs" else None if sequence is None else self.norm(sequence)
+            call["embeddings"] = found
         x = x + self.attention(self.norm(x), context, **call)
         if self.mlp is None or self.mlp_norm is None:
             return x
@@ -159,6 +190,24 @@ class AttentionStack(nn.Module):
     def _layers(self) -> tuple[_Layer, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, _Layer))
 
+    @property
+    def _beside(self) -> int:
+        """How many layers a fixed sequence goes through: those before the last that reads it."""
+        reading = [n for n, layer in enumerate(self.attention) if layer.takes_embeddings == "sequence"]
+        return max(reading, default=0)
+
+    def _sequence(self, given: Tensor | None, first: int, count: int) -> Tensor | None:
+        """Those tokens of the fixed sequence, None where no layer reads one."""
+        own = [layer.sequence for layer in self.attention if layer.takes_embeddings == "sequence"]
+        if given is None:
+            return rows_of(own[0], first, count) if own else None  # type: ignore[arg-type]
+        if not own:
+            raise ConfigError("sequence was given, and no layer reads one; leave it out")
+        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != self.dim:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else given
+            raise ShapeError(f"sequence must have shape (n, {self.dim}); got {shape}")
+        return rows_of(given, first, count)
+
     def forward(
         self,
         x: Float[Tensor, "B L d"],
@@ -168,6 +217,7 @@ class AttentionStack(nn.Module):
         padding: Bool[Tensor, "B n"] | None = None,
         positions: Int[Tensor, "*B L"] | None = None,
         cache: StackCache | None = None,
+        sequence: Float[Tensor, "n d"] | None = None,
     ) -> Float[Tensor, "B L d"]:
         """Run the layers one after the other.
 
@@ -177,6 +227,10 @@ class AttentionStack(nn.Module):
             mask: who may look at whom, for all layers or a sequence with one for each.
             padding, positions: see `MultiHeadAttention.forward`; every layer has them.
             cache: from `new_cache` or `new_context_cache`.
+            sequence: what goes through the layers beside x, where one reads a fixed sequence; at least as
+                long as what has been seen with this call. It has no padding, stands at 0, 1, 2, ..., and
+                is looked at under the masks of the call, which must be the same for every batch item then.
+                Default the sequence of the first layer that has one.
         """
         check_inputs("x", x, self.dim)
         masks = list(mask) if isinstance(mask, list | tuple) else [mask] * len(self.layers)
@@ -188,14 +242,23 @@ class AttentionStack(nn.Module):
             raise ConfigError(
                 f"cache must be what new_cache or new_context_cache of this stack gives; got {given(cache)}"
             )
+        call = {"padding": padding, "positions": positions, "inputs": x}
+        past, last = (() if cache is None else cache.beside), self._beside
+        e = beginning = self._sequence(sequence, 0 if cache is None else cache.length, x.shape[1])
         for n, layer in enumerate(self.layers):
             own = None if cache is None else cache.layers[n]
-            x = layer(x, context, mask=masks[n], padding=padding, positions=positions, cache=own)
+            x = layer(x, context, mask=masks[n], cache=own, sequence=e, **call)
+            if e is not None and n < last:
+                own = past[n] if past else None
+                e = layer(e, None, mask=masks[n], cache=own, sequence=e, inputs=beginning)
         return x if self.norm is None else self.norm(x)
 
     def new_cache(self, batch: int = 1, **options: Any) -> StackCache:
         """An empty cache for every layer; the options are those of `AttentionModule.new_cache`."""
-        return StackCache([layer.new_cache(batch, **options) for layer in self.attention])
+        return StackCache(
+            [layer.new_cache(batch, **options) for layer in self.attention],
+            [layer.new_cache(1, **options) for layer in self.attention[: self._beside]],
+        )
 
     def new_context_cache(self, context: Float[Tensor, "B S dc"], **options: Any) -> StackCache:
         """A context projected once for every layer; see `AttentionModule.new_context_cache`."""
@@ -209,11 +272,22 @@ class AttentionStack(nn.Module):
         *,
         dtype: torch.dtype | None = None,
     ) -> Cost:
-        """What one forward pass of all layers costs; the products of MLPs count as projections."""
-        costs = [layer.cost(length, batch, context_length, dtype=dtype) for layer in self.attention]
-        fields = {f.name: sum(getattr(cost, f.name) for cost in costs) for f in dataclasses.fields(Cost)}
-        mlps = [layer.mlp for layer in self._layers if layer.mlp is not None]
-        weights = sum(mlp.up.weight.numel() + mlp.down.weight.numel() for mlp in mlps)
-        fields["projections"] += 2 * batch * length * weights
+        """What one forward pass of all layers costs; the products of MLPs count as projections.
+
+        A fixed sequence that goes through layers beside the inputs is one more batch item there, also of
+        what a cache holds.
+        """
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(Cost)), 0)
+        last = self._beside
+        for n, layer in enumerate(self._layers):
+            costs = [layer.attention.cost(length, batch, context_length, dtype=dtype)]
+            if n < last:
+                beside = layer.attention.cost(length, 1, dtype=dtype)
+                costs.append(dataclasses.replace(beside, kv_bytes_per_token=0, state_bytes=0))
+            if (mlp := layer.mlp) is not None:
+                weights = mlp.up.weight.numel() + mlp.down.weight.numel()
+                fields["projections"] += 2 * (batch + (n < last)) * length * weights
+            for name in fields:
+                fields[name] += sum(getattr(cost, name) for cost in costs)
         fields["parameters"] = sum(p.numel() for p in self.parameters())
         return Cost(**fields)

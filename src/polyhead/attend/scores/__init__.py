@@ -27,12 +27,14 @@ from polyhead.attend.scores.positional import (
     t5_bias,
     t5_bucket,
 )
+from polyhead.attend.scores.taylor import LogTaylor, log_taylor
 
 __all__ = [
     "ALiBi",
     "Chain",
     "GatheredScore",
     "GridBias",
+    "LogTaylor",
     "Positional",
     "RelativeBias",
     "Score",
@@ -44,6 +46,7 @@ __all__ = [
     "alibi_slopes",
     "chain",
     "grid_bias",
+    "log_taylor",
     "relative_bias",
     "score_function",
     "soft_cap",
