@@ -26,6 +26,7 @@ from torch import Tensor
 from polyhead.checks import place, whole
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
 from polyhead.nn.cost import Cost
 from polyhead.nn.projections import FanInLinear, at_least_one
@@ -85,6 +86,16 @@ class TokenMlpModule(TokenwiseModule):
     equation="y_t = (silu(x_t W_gate) ⊙ (x_t W_up)) W_down",
     supports=frozenset({"self", "causal_self"}),
     facets=Facets(positions="local", alignment="other", distribution="other"),
+    picture=Flow(
+        (Step("x", "(L, d)"),),
+        (),
+        (
+            Step("gate, up", "d → m each"),
+            Step("product", "silu(gate) ⊙ up"),
+            Step("down", "m → d"),
+            Step("y", "(L, d)"),
+        ),
+    ),
     tokenwise=True,
 )
 class TokenMlp(MechanismConfig):
