@@ -28,6 +28,7 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import KeyValueCache
+from polyhead.nn.layer_norm import LayerNorm
 from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, check_inputs
 
 __all__ = ["NORMS", "AttentionStack", "StackCache", "rows_of"]
@@ -86,14 +87,6 @@ def rows_of(sequence: Float[Tensor, "n d"], first: int, count: int) -> Float[Ten
     return sequence[None, first : first + count]
 
 
-class _LayerNorm(nn.LayerNorm):
-    """Layer normalisation that gives the dtype that it is given, under autocast too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
 class _Mlp(nn.Module):
     """W₂ gelu(W₁ x + b₁) + b₂."""
 
@@ -113,7 +106,7 @@ class _Layer(nn.Module):
         super().__init__()
 
         def make() -> nn.Module:
-            return HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else _LayerNorm(dim, eps=1e-6, **kind)
+            return HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else LayerNorm(dim, eps=1e-6, **kind)
 
         self.norm = make()
         self.attention = attention
@@ -179,7 +172,7 @@ class AttentionStack(nn.Module):
         self.layers = nn.ModuleList(_Layer(layer, dim, mlp, norm, **kind) for layer in found)
         self.norm: nn.Module | None = None
         if final_norm:
-            self.norm = HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else _LayerNorm(dim, 1e-6, **kind)
+            self.norm = HeadNorm(dim, eps=1e-6, **kind) if norm == "rms" else LayerNorm(dim, 1e-6, **kind)
 
     @property
     def attention(self) -> tuple[AttentionModule, ...]:
