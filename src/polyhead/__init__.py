@@ -28,6 +28,7 @@ from polyhead.attend.plan import Plan, strict
 from polyhead.attend.scores import Score, alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
 from polyhead.attend.tile import Tile
 from polyhead.attend.tiles import Consumer
+from polyhead.attend.top_k import top_k
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.description import find_parts_with, from_json, to_json
 from polyhead.errors import PolyheadError
@@ -111,6 +112,7 @@ __all__ = [
     "tasks",
     "temperature",
     "to_json",
+    "top_k",
     "where",
     "window",
 ]

@@ -110,6 +110,7 @@ def normalizers(heads: int) -> dict[str, tuple[Normalizer, tuple[Tensor, ...]]]:
         "softmax": (ph.softmax(), ()),
         "sink": (ph.softmax(sink=sink), (sink,)),
         "sigmoid": (ph.sigmoid(bias=-1.0), ()),
+        "top_k": (ph.top_k(5), ()),
         "sparsemax": (ph.sparsemax(), ()),
         "entmax": (ph.entmax(alpha), (alpha,)),
     }

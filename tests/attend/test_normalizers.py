@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from polyhead.attend import entmax as rows
 from polyhead.attend import entmax_rows, normalizers
 from polyhead.attend.normalizers import entmax, sigmoid, softmax, sparsemax
+from polyhead.attend.top_k import TopK, top_k
 from polyhead.description import from_json, to_json
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.reference import normalizers as naive
@@ -24,6 +25,8 @@ EVERY = (
     sigmoid(),
     sigmoid(bias=-1.5),
     sigmoid(bias=torch.tensor([0.5, -1.0, 2.0])),
+    top_k(1),
+    top_k(3),
     sparsemax(),
     *(entmax(a) for a in ALPHAS),
     entmax(torch.tensor([1.1, 1.5, 2.0])),
@@ -51,6 +54,8 @@ def twin_rows(normalizer, z):
                 out[b, h, i] = naive.softmax(row, sink=of_head(normalizer.sink))
             case normalizers.Sigmoid():
                 out[b, h, i] = naive.sigmoid(row, bias=of_head(normalizer.bias) or 0.0)
+            case TopK():
+                out[b, h, i] = naive.top_k(row, k=normalizer.k)
             case normalizers.Entmax():
                 out[b, h, i] = naive.entmax(row, alpha=of_head(normalizer.alpha))
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyhead.reference.registry import twin
 
-__all__ = ["entmax", "entmax15", "sigmoid", "softmax", "sparsemax"]
+__all__ = ["entmax", "entmax15", "sigmoid", "softmax", "sparsemax", "top_k"]
 
 
 @twin("softmax")
@@ -36,6 +36,14 @@ def sigmoid(logits: Tensor, *, bias: float = 0.0) -> Tensor:
         t = z + bias
         weights.append(1 / (1 + math.exp(-t)) if t > -700 else 0.0)
     return torch.tensor(weights, dtype=torch.float64)
+
+
+@twin("top_k")
+def top_k(logits: Tensor, *, k: int) -> Tensor:
+    """Softmax over those that are not below the k-th largest; the others weigh 0."""
+    z = logits.double()
+    least = sorted(z.tolist(), reverse=True)[:k][-1]
+    return softmax(torch.where(z >= least, z, -math.inf))
 
 
 @twin("sparsemax")
