@@ -13,7 +13,7 @@ from polyhead.attend.scores import GatheredScore
 from polyhead.nn.chosen_rows import Group
 from polyhead.nn.kv_cache.places import PlacedMask
 
-__all__ = ["attend_one", "of_first", "of_lanes"]
+__all__ = ["attend_one", "of_first", "of_lanes", "of_range"]
 
 Options = dict[str, Any]
 
@@ -48,13 +48,19 @@ def of_lanes(
 
 def of_first(options: Options, heads: int, total: int) -> Options:
     """The options of a call for the first `heads` heads of `total`."""
-    if heads == total:
+    return of_range(options, 0, heads, total)
+
+
+def of_range(options: Options, start: int, stop: int, total: int) -> Options:
+    """The options of a call for the heads `start` to `stop` - 1 of `total`."""
+    if (start, stop) == (0, total):
         return options
-    found = _normalized(options, slice(0, heads), total)
-    if options["mask"] is not None and not _same_for_heads(options["mask"]):
-        found["mask"] = gathered(options["mask"])
+    found = _normalized(options, slice(start, stop), total)
+    mask = options["mask"]
+    if mask is not None and not _same_for_heads(mask):
+        found["mask"] = gathered(mask, heads=torch.arange(start, stop) if start else None)
     if options["score"] is not None:
-        found["score"] = GatheredScore(options["score"], None, 0, total)
+        found["score"] = GatheredScore(options["score"], None, start, total)
     return found
 
 
