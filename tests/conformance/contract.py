@@ -506,8 +506,11 @@ def precision(case: Case) -> None:
                 plain = low(copy.deepcopy(module).bfloat16()).float()
             else:
                 plain = c(module)
+            # a token whose output is larger than most, as products of values are, is off by more
+            size = plain.abs().mean(-1, keepdim=True)
+            size = size.maximum(size.mean())
             with torch.autocast("cpu", torch.bfloat16):
-                close(c(module).float(), plain, 0.1)
+                close(c(module).float() / size, plain / size, 0.1)
 
 
 def round_trips(case: Case) -> None:

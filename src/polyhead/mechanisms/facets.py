@@ -66,7 +66,8 @@ FACETS: dict[str, dict[str, str]] = {
         "other": "none of these",
     },
     "complexity": {
-        "quadratic": "scores and values take O(L²) operations",
+        "superquadratic": "scores and values take more than O(L²) operations, as pairs of tokens do",
+        "quadratic": "O(L²)",
         "subquadratic": "fewer than that, and more than O(L)",
         "linear": "O(L)",
     },
@@ -161,6 +162,8 @@ def _distribution(module: AttentionModule) -> str:
 def _complexity(module: AttentionModule) -> str:
     short, long = module.cost(_LENGTH), module.cost(2 * _LENGTH)
     growth = (long.scores + long.values) / max(1, short.scores + short.values)
+    if growth > 4.5:
+        return "superquadratic"
     return "quadratic" if growth > 3.5 else "linear" if growth < 2.01 else "subquadratic"
 
 
