@@ -1,6 +1,7 @@
 """Looking at heads: measure every head of a pretrained model, in O(length) memory."""
 
 from polyhead.heads import measurements
+from polyhead.heads.amplify import amplified
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
 from polyhead.heads.pictures import Lookups, Pictures
 from polyhead.heads.profile import Profile, profile
@@ -24,6 +25,7 @@ __all__ = [
     "Rows",
     "View",
     "Watcher",
+    "amplified",
     "copy_scores",
     "measure",
     "measurements",
