@@ -87,7 +87,7 @@ def rows_of(sequence: Float[Tensor, "n d"], first: int, count: int) -> Float[Ten
     return sequence[None, first : first + count]
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
     """W₂ gelu(W₁ x + b₁) + b₂."""
 
     def __init__(self, dim: int, width: int, **kind: Any) -> None:
@@ -111,7 +111,7 @@ class _Layer(nn.Module):
         self.norm = make()
         self.attention = attention
         self.mlp_norm = None if mlp is None else make()
-        self.mlp = None if mlp is None else _Mlp(dim, mlp, **kind)
+        self.mlp = None if mlp is None else Mlp(dim, mlp, **kind)
 
     def forward(
         self,
