@@ -102,7 +102,7 @@ def test_every_tensor_goes_through_strict_json(dtype: torch.dtype, shape: tuple[
 
 def test_how_what_is_not_finite_is_spelled() -> None:
     assert to_json(Leaf(-math.inf, torch.tensor([[math.nan, 1.0]]))) == {
-        "part": "Leaf",
+        "part": f"{__name__}:Leaf",
         "value": {"number": "-inf"},
         "table": {"tensor": [["nan", 1.0]], "dtype": "float32"},
     }
@@ -235,6 +235,14 @@ def test_parts_are_frozen() -> None:
         tree().left = Leaf(1.0)  # type: ignore[misc]
 
 
+def test_parts_from_elsewhere_may_be_called_as_those_of_the_library() -> None:
+    mine = type("Window", (Part,), {"__module__": "elsewhere", "__annotations__": {"left": int}})
+    assert to_json(mine(3)) == {"part": "elsewhere:Window", "left": 3}  # type: ignore[call-arg]
+    assert through_json(mine(3)) == mine(3)  # type: ignore[call-arg]
+    assert through_json(ph.window(3)) == ph.window(3)
+    assert mine(3) != ph.window(3)  # type: ignore[call-arg]
+
+
 def test_messages() -> None:
     with pytest.raises(ConfigError, match="cannot be called 'kind'"):
 
@@ -247,7 +255,7 @@ def test_messages() -> None:
             part: Part
 
     with pytest.raises(ConfigError, match="a part called Window in polyhead"):
-        type("Window", (Part,), {"__module__": __name__, "__annotations__": {}})
+        type("Window", (Part,), {"__module__": "polyhead.elsewhere", "__annotations__": {}})
     with pytest.raises(UnknownName, match="did you mean 'Window'"):
         from_json({"part": "Windoww"})
     with pytest.raises(ConfigError, match="define it at the top level of a module"):

@@ -1,6 +1,6 @@
 """Parts as JSON data, and back.
 
-    a part          {"part": class name, field: value, ...}
+    a part          {"part": class name, field: value, ...}; "module:class name" for parts defined elsewhere
     a tensor        {"tensor": nested lists, "dtype": "float32"}, with "shape" where it has no elements and
                     "requires_grad": true where it is learned
     a dtype         {"dtype": "float32"}

@@ -92,9 +92,10 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 class Part:
     """A frozen dataclass that compares by content and round-trips through JSON.
 
-    Subclassing is enough: the subclass becomes a frozen dataclass and is known to `from_json` by its
-    class name. Fields may hold numbers, strings, booleans, None, dtypes, tensors, functions that can be
-    imported, other parts, and tuples of these.
+    Subclassing is enough: the subclass becomes a frozen dataclass and is known to `from_json` by its `kind`,
+    the class name, and before it "module:" where it is defined outside of Polyhead. Fields may hold numbers,
+    strings, booleans, None, dtypes, tensors, functions that can be imported, other parts, and tuples of
+    these.
     """
 
     kind: ClassVar[str]
@@ -108,12 +109,14 @@ class Part:
                 raise ConfigError(
                     f"{cls.__name__}: a field of a part cannot be called {name!r}; choose another name"
                 )
-        cls.kind = cls.__name__
+        module, ours = cls.__module__, __name__.partition(".")[0]
+        # a part from elsewhere may be called as one of ours that is not imported yet
+        cls.kind = cls.__name__ if module.partition(".")[0] == ours else f"{module}:{cls.__name__}"
         known = _KINDS.get(cls.kind)
         if known is not None and known.__module__ != cls.__module__:
             raise ConfigError(
-                f"there is a part called {cls.kind} in {known.__module__} already, and JSON knows parts by "
-                "their class names; choose another name"
+                f"there is a part called {cls.kind} in {known.__module__} already, and JSON knows the parts "
+                "of Polyhead by their class names; choose another name"
             )
         _KINDS[cls.kind] = cls
 
