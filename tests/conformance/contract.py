@@ -680,6 +680,14 @@ def refusals(case: Case) -> None:
     for pattern in PATTERNS - case.entry.supports:
         with pytest.raises(UnsupportedPattern, match=name):
             calls[pattern]()
+    if case.has("context_dim"):
+        wide = {"dim": 32, "heads": 4, "context_dim": 64}
+        if "cross" in case.entry.supports:
+            with pytest.raises(ph.PolyheadError, match=r"context must|64"):
+                config(**wide).build()(x[..., :32].float())
+        else:
+            with pytest.raises(ConfigError, match="context_dim"):
+                config(**wide)
 
 
 CHECKS: tuple[Callable[[Case], None], ...] = (

@@ -295,7 +295,7 @@ def test_refusals() -> None:
         built(rope_dim=3)
     with pytest.raises(ConfigError, match="latent_dim must be an integer, at least 1; got 0"):
         built(latent_dim=0)
-    with pytest.raises(ConfigError, match="rope_dim must be an integer, at least 1"):
+    with pytest.raises(ConfigError, match="rope_dim must be at least 0; got -2"):
         built(rope_dim=-2, position=rope())
     with pytest.raises(ConfigError, match="heads must divide dim when head_dim is not given"):
         built(dim=30)

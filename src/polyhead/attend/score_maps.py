@@ -47,7 +47,8 @@ class _Distances(Stage):
         super().__init__(score, own)
         self.x, self.keys = x, x.frame.keys
         # from the most distant key behind to the most distant one ahead, as columns go
-        distance = torch.arange(self.keys - 1, -x.frame.queries, -1, device=x.frame.device)
+        count = max(self.keys + x.frame.queries - 1, 0)
+        distance = self.keys - 1 - torch.arange(count, device=x.frame.device)
         with torch.set_grad_enabled(bool(self.leaves)):
             values = [one.at(distance).to(x.v.dtype) for one in _positional(score)]
             self.values = torch.stack(torch.broadcast_tensors(*values)).sum(0) if values[1:] else values[0]

@@ -25,11 +25,10 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.bottleneck import BottleneckAttention
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["AttentionBottleneck"]
 
@@ -60,13 +59,7 @@ class AttentionBottleneck(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("AttentionBottleneck", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("AttentionBottleneck", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        kv_heads = key_value_heads("AttentionBottleneck", self.heads, self.kv_heads)
         flag("gate", self.gate)
         object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()

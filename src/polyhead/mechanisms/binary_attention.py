@@ -36,11 +36,11 @@ from polyhead.attend.scores import Score, chain, grid_bias, relative_bias
 from polyhead.attend.weight_maps import weight_chain
 from polyhead.checks import flag, given, several, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.binary_attention import BinaryAttention
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["BinaryQueryKey"]
 
@@ -79,18 +79,12 @@ class BinaryQueryKey(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("BinaryQueryKey", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("BinaryQueryKey", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        kv_heads = key_value_heads("BinaryQueryKey", self.heads, self.kv_heads)
         if not isinstance(self.scope, str) or self.scope not in ("token", "sequence"):
             raise unknown_name("scope of magnitudes", self.scope, ("token", "sequence"))
         for name, allowed in (("qk_bits", (1, 32)), ("pv_bits", (None, 8))):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in allowed:
+            if type(value) not in (int, type(None)) or value not in allowed:
                 raise ConfigError(f"{name} must be {allowed[0]} or {allowed[1]}; got {given(value)}")
         if self.reach is not None:
             whole("reach", self.reach, 0, 1 << 20)

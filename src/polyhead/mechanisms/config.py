@@ -10,6 +10,7 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
 from polyhead.attend.weight_maps import WeightMap
+from polyhead.checks import given
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
@@ -18,7 +19,7 @@ from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one, divisors
 from polyhead.nn.regularizers import Regularizer
 
-__all__ = ["AttentionConfig", "MechanismConfig", "key_value_heads", "largest_divisor"]
+__all__ = ["AttentionConfig", "MechanismConfig", "key_value_heads", "largest_divisor", "without_context"]
 
 M = TypeVar("M", bound=MultiHeadAttention)
 
@@ -134,3 +135,10 @@ def key_value_heads(owner: str, heads: int, kv_heads: int | None) -> int:
             f"kv_heads must divide heads={heads}; got kv_heads={kv_heads}; allowed are {divisors(heads)}"
         )
     return kv_heads
+
+
+def without_context(config: AttentionConfig) -> None:
+    """A `ConfigError` where a mechanism that attends within one sequence is given the width of a context."""
+    width = config.context_dim
+    if width is not None and (type(width) is not int or width != config.dim):
+        raise ConfigError(f"context_dim must be left out: there is no context; got {given(width)}")

@@ -24,11 +24,10 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.composable import ComposableAttention
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["DynamicallyComposable"]
 
@@ -64,14 +63,9 @@ class DynamicallyComposable(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("DynamicallyComposable", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        kv_heads = key_value_heads("DynamicallyComposable", self.heads, self.kv_heads)
         hidden = 4 * self.heads if self.hidden is None else self.hidden
-        at_least_one("DynamicallyComposable", kv_heads=kv_heads, rank=self.rank, hidden=hidden)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        at_least_one("DynamicallyComposable", rank=self.rank, hidden=hidden)
         flag("static", self.static)
         flag("key_wise", self.key_wise)
         object.__setattr__(self, "kv_heads", kv_heads)

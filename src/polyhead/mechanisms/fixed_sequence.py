@@ -33,6 +33,7 @@ from torch import Tensor
 
 from polyhead.checks import given, number
 from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.mechanisms.config import without_context
 from polyhead.mechanisms.registry import register
 from polyhead.mechanisms.static_embeddings import StaticAttention, StaticEmbeddings
 from polyhead.nn.kv_cache import ContextCache, KeyValueCache
@@ -119,8 +120,7 @@ class _FixedMaps(StaticEmbeddings):
         at_least_one(type(self).__name__, length=self.length)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be an integer; got {given(self.seed)}")
-        if self.context_dim not in (None, self.dim):
-            raise ConfigError(f"context_dim must be left out: there is no context; got {self.context_dim}")
+        without_context(self)
         super().__post_init__()
 
     def _drawn(self, count: int, device: Any) -> Tensor:

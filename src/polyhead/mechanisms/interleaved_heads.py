@@ -30,12 +30,12 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, number
-from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.errors import unknown_name
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.interleaved import InterleavedAttention
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["InterleavedHeads"]
 
@@ -75,16 +75,10 @@ class InterleavedHeads(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("InterleavedHeads", dim=self.dim, heads=self.heads)
-        for name in ("pseudo", "kv_heads"):
-            size = self.heads if getattr(self, name) is None else getattr(self, name)
-            at_least_one("InterleavedHeads", **{name: size})
-            object.__setattr__(self, name, size)
-        assert self.kv_heads is not None
-        if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={self.kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        pseudo = self.heads if self.pseudo is None else self.pseudo
+        at_least_one("InterleavedHeads", pseudo=pseudo)
+        object.__setattr__(self, "pseudo", pseudo)
+        object.__setattr__(self, "kv_heads", key_value_heads("InterleavedHeads", self.heads, self.kv_heads))
         for name, kind, allowed in (
             ("order", "order of pseudo-tokens", ("token", "flat")),
             ("collapse", "collapse of pseudo-tokens", ("head", "all")),

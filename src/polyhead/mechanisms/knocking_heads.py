@@ -23,12 +23,12 @@ from typing import Any
 
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.grouped_query import GroupedQuery
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.knocking_projection import KnockingProjection
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["KnockingHeads", "folded"]
 
@@ -57,13 +57,7 @@ class KnockingHeads(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("KnockingHeads", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("KnockingHeads", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        kv_heads = key_value_heads("KnockingHeads", self.heads, self.kv_heads)
         object.__setattr__(self, "kv_heads", kv_heads)
         if isinstance(self.on, list):
             object.__setattr__(self, "on", tuple(self.on))

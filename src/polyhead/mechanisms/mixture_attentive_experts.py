@@ -24,10 +24,10 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attentive_experts import AttentiveExperts, MeanGate
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["MixtureAttentiveExperts"]
 
@@ -61,15 +61,9 @@ class MixtureAttentiveExperts(AttentionConfig):
     def __post_init__(self) -> None:
         name = "MixtureAttentiveExperts"
         at_least_one(name, dim=self.dim, heads=self.heads, hidden=self.hidden)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one(name, kv_heads=kv_heads)
+        kv_heads = key_value_heads(name, self.heads, self.kv_heads)
         if self.heads < 2:
             raise ConfigError(f"heads must be at least 2, since an expert is all but one; got {self.heads}")
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
         if self.inference not in ("soft", "best"):
             raise unknown_name("inference", self.inference, ("soft", "best"))
         object.__setattr__(self, "kv_heads", kv_heads)

@@ -29,7 +29,7 @@ from typing import Any
 from polyhead.attend.normalizers import softmax
 from polyhead.checks import given, several
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
@@ -108,12 +108,13 @@ class MultiSource(AttentionConfig):
                 f"context_dims must be {self.sources} widths, one for each source; got {given(dims)}"
             )
         object.__setattr__(self, "context_dims", None if dims is None else tuple(dims))
-        object.__setattr__(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
+        object.__setattr__(self, "kv_heads", key_value_heads("MultiSource", self.heads, self.kv_heads))
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiSourceAttention:
         """The module."""
-        assert self.kv_heads is not None
+        kv_heads = self.kv_heads
+        assert kv_heads is not None
         kind = {"device": device, "dtype": dtype}
         dims = (self.context_dim,) * self.sources if self.context_dims is None else self.context_dims
 
@@ -126,7 +127,7 @@ class MultiSource(AttentionConfig):
 
             return self.assemble(
                 heads=self.heads,
-                kv_heads=self.kv_heads or self.heads,
+                kv_heads=kv_heads,
                 projection=projection,
                 output=output,
                 module=SourceAttention,

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.projections import at_least_one, head_width
 from polyhead.nn.relative_conv import RelativeConvAttention
@@ -66,6 +66,7 @@ class RelativeConvMha(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("RelativeConvMha", dim=self.dim, heads=self.heads)
+        without_context(self)
         object.__setattr__(self, "kv_heads", key_value_heads("RelativeConvMha", self.heads, self.kv_heads))
         whole("kernel", self.kernel, 1)
         if self.relative_dim is None:

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number, whole
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.pooled_tokens import PooledTokensAttention
 from polyhead.nn.projections import at_least_one
@@ -64,8 +64,9 @@ class TapAdl(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("TapAdl", dim=self.dim, heads=self.heads)
+        without_context(self)
         for name, value in (
-            ("kv_heads", self.heads if self.kv_heads is None else self.kv_heads),
+            ("kv_heads", key_value_heads("TapAdl", self.heads, self.kv_heads)),
             ("scales", whole("scales", self.scales, 1)),
             ("layout", check_layout(self.layout)),
             ("temperature", number("temperature", self.temperature, above=0)),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polyhead.checks import place, whole
+from polyhead.checks import flag, place, whole
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
@@ -114,8 +114,8 @@ class TokenMlp(MechanismConfig):
         at_least_one("TokenMlp", dim=self.dim, heads=self.heads)
         if self.inner is None:
             object.__setattr__(self, "inner", (4 * self.dim + 1) // 3)
-        assert self.inner is not None
         at_least_one("TokenMlp", inner=self.inner)
+        flag("bias", self.bias)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> TokenMlpModule:

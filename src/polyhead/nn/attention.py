@@ -182,6 +182,11 @@ class MultiHeadAttention(AttentionModule):
             return self._from_context(x, context, mask, padding, positions, cache)
         seen = 0 if cache is None else cache.length
         if context is None:
+            if projection.context_dim != projection.dim:
+                raise ShapeError(
+                    f"context must be given, (B, length, {projection.context_dim}): x, which is "
+                    f"{projection.dim} wide, cannot stand for it"
+                )
             own = positions
             if own is None and cache is not None:
                 own = cache.next_positions(queries)

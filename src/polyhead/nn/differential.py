@@ -51,6 +51,7 @@ class DifferentialProjection(Projection):
                     f"heads; got {size}; allowed are {divisors(whole)}"
                 )
         head_dim = head_width(dim, heads, head_dim)
+        at_least_one("DifferentialProjection", head_dim=head_dim)
         value_dim = 2 * head_dim if value_dim is None else value_dim
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, **options)
         kind = {"device": self.key.weight.device, "dtype": self.key.weight.dtype}

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polyhead.checks import place
+from polyhead.checks import place, whole
 from polyhead.errors import ConfigError
 from polyhead.nn.latent_plan import LatentSizes
 from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, divisors
@@ -101,8 +101,7 @@ class LatentProjection(Absorbing, nn.Module):
             dim=dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
             latent_dim=latent_dim, query_latent_dim=inner, context_dim=context_dim,
         )  # fmt: skip
-        if rope_dim:
-            at_least_one("LatentProjection", rope_dim=rope_dim)
+        whole("rope_dim", rope_dim, 0)
         if heads % kv_heads:
             raise ConfigError(
                 f"kv_heads must divide heads={heads}; got kv_heads={kv_heads}; allowed are {divisors(heads)}"

@@ -138,6 +138,8 @@ class RoutedHeads(MultiHeadAttention):
         dim = self.output.out_features
         total = torch.zeros(batch * length, dim, dtype=dtype, device=k.device)
         if not rows.lanes:
+            # nothing is chosen of nothing, and yet a gradient may be asked for
+            total = total + q.choice.gates[..., :0].sum()
             return total.view(batch, length, dim).to(k.dtype)
         queries = self._rows_of_queries(q, rows, first)
         few = max(lane.count for lane in rows.lanes) <= _FEW_ROWS and keys >= _MANY_KEYS
