@@ -76,7 +76,8 @@ class BottleneckAttention(MultiHeadAttention):
         return _Begun(kept.rows, kept.padding, start=made.length)
 
     def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, *, first: int, **options: Any) -> Tensor:
-        if isinstance(mask, Mask) and never_ahead(mask, first, q.shape[2], kept.rows[0].shape[2]):
+        sizes = {"batch": q.shape[0], "heads": self.heads}
+        if isinstance(mask, Mask) and never_ahead(mask, first, q.shape[2], kept.rows[0].shape[2], **sizes):
             raise UnsupportedPattern(
                 "attention_bottleneck does not support causal masks: the first token would see itself alone, "
                 "and let nothing through; leave mask out"

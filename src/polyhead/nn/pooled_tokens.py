@@ -48,7 +48,10 @@ class PooledTokensAttention(MultiHeadAttention):
     ) -> Tensor:
         layout = self.pooling.layout
         if layout != "past" and self.pooling.scales > 1:
-            if cache is not None or (mask is not None and never_ahead(mask, 0, x.shape[1], x.shape[1])):
+            batch, length, sizes = x.shape[0], x.shape[1], {"heads": self.heads}
+            if cache is not None or (
+                mask is not None and never_ahead(mask, 0, length, length, batch=batch, **sizes)
+            ):
                 raise UnsupportedPattern(
                     f"tap_adl with layout={layout!r} blends tokens with later ones, which neither a causal "
                     'mask nor a cache can know; take layout="past"'
