@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # The operator shares its name with the package that it lives in: imported here, the function wins.
 from polyhead.attend.across_heads import head_mix
+from polyhead.attend.across_pairs import pair_convolution
 from polyhead.attend.function import attend, explain, observe
 from polyhead.attend.masks import (
     Mask,
@@ -93,6 +94,7 @@ __all__ = [
     "nn",
     "observe",
     "padding",
+    "pair_convolution",
     "papers",
     "per_head",
     "prefix",

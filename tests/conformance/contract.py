@@ -140,10 +140,12 @@ def call(
 
 
 def _starts_neutral(p: Tensor) -> bool:
-    """Whether all numbers are the same, or every matrix is the identity."""
+    """Whether all numbers are the same, or every matrix is the identity or has a single number."""
     square = p.ndim >= 2 and p.shape[-1] == p.shape[-2]
-    return bool((p == p.flatten()[0]).all()) or (
-        square and torch.equal(p, torch.eye(p.shape[-1], dtype=p.dtype).expand_as(p))
+    return (
+        bool((p == p.flatten()[0]).all())
+        or (square and torch.equal(p, torch.eye(p.shape[-1], dtype=p.dtype).expand_as(p)))
+        or (p.ndim >= 3 and bool(((p != 0).sum((-2, -1)) == 1).all()))
     )
 
 

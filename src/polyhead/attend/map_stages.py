@@ -6,18 +6,19 @@ given itself, and hands on memory that nobody else needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from polyhead.attend.across_heads import AcrossHeads
+from polyhead.attend.across_pairs import PairConvolution, parts_of
 from polyhead.attend.scores import Score
 from polyhead.attend.stream import OwnGradients, trainable
 from polyhead.attend.strip_work import Operands, StripWork
-from polyhead.attend.weight_maps import WeightChain, WeightMap, same_shape
+from polyhead.attend.weight_maps import WeightMap, same_shape
 
-__all__ = ["ClosedForm", "InTurn", "Stage", "weight_stage"]
+__all__ = ["ClosedForm", "Convolved", "InTurn", "Stage", "weight_stage"]
 
 
 class Stage:
@@ -82,6 +83,42 @@ class ClosedForm(Stage):
         return self.closed.vjp(self.raw, grad, work.tile, out, self.totals)
 
 
+class Convolved(Stage):
+    """A convolution over neighbouring pairs; forbidden ones are put to 0, of `weights` behind it, too."""
+
+    may_hide = False
+
+    def __init__(self, part: PairConvolution, own: OwnGradients | None, *, weights: bool) -> None:
+        self.convolution, self.weights = part, weights
+        self.total = None if own is None else own.total(part.kernel)
+
+    def _by_run(self, work: StripWork) -> Iterator[slice]:
+        """The strip's columns, run by run: what stands between two runs is forbidden, so 0."""
+        start = 0
+        for run in work.strip.runs:
+            yield slice(start, start + run.stop - run.start)
+            start += run.stop - run.start
+
+    def _joined(self, pieces: list[Tensor]) -> Tensor:
+        return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def there(self, raw: Tensor, work: StripWork) -> Tensor:
+        self.raw = work.clear(raw)
+        kernel = self.convolution.heads(raw, work.tile)
+        made = self._joined([self.convolution.mapped(raw[..., s], kernel) for s in self._by_run(work)])
+        return work.clear(made) if self.weights else made
+
+    def back(self, grad: Tensor, work: StripWork) -> Tensor:
+        if self.weights:
+            grad = work.clear(grad)
+        kernel, heads = self.convolution.heads(grad, work.tile), work.tile.head_slice
+        if self.total is not None:
+            for s in self._by_run(work):
+                self.total[heads] += self.convolution.kernel_gradient(self.raw[..., s], grad[..., s])
+        runs = [self.convolution.transposed(grad[..., s], kernel) for s in self._by_run(work)]
+        return work.clear(self._joined(runs))
+
+
 class InTurn(Stage):
     """Stages one after another."""
 
@@ -128,9 +165,12 @@ def weight_stage(part: WeightMap | None, x: Operands, own: OwnGradients | None =
     """The weight maps of a call: with `own`, on the way there and back; else only there."""
     if part is None:
         return None
-    maps = part.maps if isinstance(part, WeightChain) else (part,)
-    stages = [
-        ClosedForm(one, own, x, f"weights {n}") if isinstance(one, AcrossHeads) else Stage(one, own)
-        for n, one in enumerate(maps)
-    ]
+    stages: list[Stage] = []
+    for n, one in enumerate(parts_of(part)):
+        if isinstance(one, AcrossHeads):
+            stages.append(ClosedForm(one, own, x, f"weights {n}"))
+        elif isinstance(one, PairConvolution):
+            stages.append(Convolved(one, own, weights=True))
+        else:
+            stages.append(Stage(one, own))
     return _Cleared(stages, part.keeps_zeros)

@@ -25,3 +25,8 @@ class Problem(Part):
     def whole_heads(self) -> bool:
         """Whether a map needs all heads of a batch item at once."""
         return any(part is not None and part.whole_heads for part in (self.score, self.weight_map))
+
+    @property
+    def rows_back(self) -> int:
+        """Queries before a query whose pairs its weights depend on."""
+        return sum(0 if part is None else part.rows_back for part in (self.score, self.weight_map))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.across_heads import AcrossHeads
-from polyhead.attend.map_stages import ClosedForm, InTurn, Stage
+from polyhead.attend.across_pairs import PairConvolution
+from polyhead.attend.map_stages import ClosedForm, Convolved, InTurn, Stage
 from polyhead.attend.scores import Chain, Positional, Score
 from polyhead.attend.scores.base import heads_of
 from polyhead.attend.stream import OwnGradients
@@ -18,6 +19,8 @@ from polyhead.attend.strip_work import Operands, StripWork
 from polyhead.attend.toeplitz import diagonal_sums, expand_diagonals
 
 __all__ = ["score_maps"]
+
+_ALONE = (AcrossHeads, PairConvolution)
 
 
 class _Biases(Stage):
@@ -122,21 +125,26 @@ def score_maps(score: Score | None, x: Operands, own: OwnGradients | None = None
         return _Nothing()
     if isinstance(score, AcrossHeads):
         return ClosedForm(score, own, x, "scores 0")
+    if isinstance(score, PairConvolution):
+        return Convolved(score, own, weights=False)
     if _positional(score):
         return _Distances(score, own, x)
-    if isinstance(score, Chain) and any(isinstance(one, AcrossHeads) for one in score.scores):
+    if isinstance(score, Chain) and any(isinstance(one, _ALONE) for one in score.scores):
         return InTurn(_stages(score, x, own))
     return (_Biases if score.positional else Stage)(score, own)
 
 
 def _stages(score: Chain, x: Operands, own: OwnGradients | None) -> list[Stage]:
-    """Each map across heads by itself, the other maps before, between and behind them together."""
+    """Each map across heads or pairs by itself, the other maps before, between and behind them together."""
     stages: list[Stage] = []
-    for across, run in groupby(score.scores, lambda one: isinstance(one, AcrossHeads)):
+    for alone, run in groupby(score.scores, lambda one: isinstance(one, _ALONE)):
         parts = tuple(run)
-        if across:
-            names = (f"scores {len(stages) + n}" for n in range(len(parts)))
-            stages += [ClosedForm(one, own, x, name) for one, name in zip(parts, names, strict=True)]  # type: ignore[arg-type]
+        if alone:
+            for one in parts:
+                if isinstance(one, PairConvolution):
+                    stages.append(Convolved(one, own, weights=False))
+                else:
+                    stages.append(ClosedForm(one, own, x, f"scores {len(stages)}"))  # type: ignore[arg-type]
         else:
             stages.append(score_maps(parts[0] if len(parts) == 1 else Chain(parts), x, own))
     return stages

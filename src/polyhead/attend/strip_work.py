@@ -170,6 +170,6 @@ class StripWork:
 
 def walk(x: Operands, problem: Problem) -> Iterator[tuple[StripWork, Normalizer]]:
     """The strips under way, each with the normaliser for its heads."""
-    for strip in strips(x.frame, problem.mask, whole_heads=problem.whole_heads):
+    for strip in strips(x.frame, problem.mask, whole_heads=problem.whole_heads, rows_back=problem.rows_back):
         part = StripWork.of(strip, x, problem)
         yield part, of_heads(problem.normalizer, part.tile.head_slice, x.frame.heads)

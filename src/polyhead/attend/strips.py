@@ -53,7 +53,7 @@ class Strip:
 
     `masked` is the part of the strip's columns (indices into the joined runs) in which the mask
     forbids something, None when everything in the runs is allowed; `alive` says that every row is
-    known to see some key.
+    known to see some key. Of the rows, the first `lead` are there only for those behind them to read.
     """
 
     b0: int
@@ -65,6 +65,7 @@ class Strip:
     runs: tuple[Run, ...]
     masked: tuple[int, int] | None
     alive: bool
+    lead: int = 0
 
     @property
     def columns(self) -> int:
@@ -101,13 +102,16 @@ def _masked(runs: tuple[Run, ...], every: list[bool]) -> tuple[tuple[int, int] |
     return (None if first is None else (first, last)), full
 
 
-def strips(frame: Frame, mask: Mask | None, *, whole_heads: bool = False) -> Iterator[Strip]:
+def strips(
+    frame: Frame, mask: Mask | None, *, whole_heads: bool = False, rows_back: int = 0
+) -> Iterator[Strip]:
     """The strips of a call, which together hold every pair that the mask allows, each once.
 
     Args:
         frame: sizes of the call.
         mask: who may look at whom; None allows all.
         whole_heads: whether every strip has to hold all heads: of fewer rows, where they do not fit.
+        rows_back: how many rows before its own a strip holds besides.
     """
     if 0 in (frame.batch, frame.heads, frame.queries, frame.keys):
         return
@@ -116,33 +120,41 @@ def strips(frame: Frame, mask: Mask | None, *, whole_heads: bool = False) -> Ite
         budget *= 2  # fewer rows a head make narrow products: measured best
     together = frame.heads if whole_heads else frame.heads // frame.kv_heads  # query heads kept together
     pieces = frame.heads // together
-    for r0, item, runs, masked, alive in _visible(frame, mask):
+    for r0, item, runs, masked, alive in _visible(frame, mask, rows_back):
         if not runs:
             continue
         lo, hi = (0, frame.batch) if item is None else (item, item + 1)
         columns = sum(run.stop - run.start for run in runs)
         end = min(r0 + _ROWS, frame.queries)
-        rows = min(end - r0, max(1, budget // (together * columns)))
-        fit = max(1, budget // (together * rows * columns))  # KV heads, or batch items, that fit into a strip
+        # rows that are held besides must not be most of the work
+        rows = min(end - r0, max(1, 4 * rows_back, budget // (together * columns)))
+        fit = max(
+            1, budget // (together * (rows + rows_back) * columns)
+        )  # KV heads, or batch items, that fit into a strip
         for start in range(r0, end, rows):
             stop = min(start + rows, end)
+            lead = min(rows_back, start)
+            first = start - lead
             if fit >= pieces:
                 step = max(1, fit // pieces)
                 for b0 in range(lo, hi, step):
                     b1 = min(b0 + step, hi)
-                    yield Strip(b0, b1, 0, frame.kv_heads, start, stop, runs, masked, alive)
+                    yield Strip(b0, b1, 0, frame.kv_heads, first, stop, runs, masked, alive, lead)
             else:
                 for b0 in range(lo, hi):
                     for g0 in range(0, frame.kv_heads, fit):
                         g1 = min(g0 + fit, frame.kv_heads)
-                        yield Strip(b0, b0 + 1, g0, g1, start, stop, runs, masked, alive)
+                        yield Strip(b0, b0 + 1, g0, g1, first, stop, runs, masked, alive, lead)
 
 
 _Seen = tuple[int, int | None, tuple[Run, ...], tuple[int, int] | None, bool]
 
 
-def _visible(frame: Frame, mask: Mask | None) -> Iterator[_Seen]:
-    """For each tile of rows: its first row, the batch item (None: all), the runs, what is masked, alive."""
+def _visible(frame: Frame, mask: Mask | None, rows_back: int) -> Iterator[_Seen]:
+    """For each tile of rows: its first row, the batch item (None: all), the runs, what is masked, alive.
+
+    What is said of a tile holds for the rows before that are held besides, too.
+    """
     if mask is None:
         for r0 in range(0, frame.queries, _ROWS):
             yield r0, None, (Run(0, frame.keys),), None, True
@@ -150,22 +162,31 @@ def _visible(frame: Frame, mask: Mask | None) -> Iterator[_Seen]:
     # the map of tiles is quadratic in the lengths, if 8192 times smaller: a band of it at a time
     across = -(-frame.keys // _COLS) * frame.batch * frame.heads
     band = max(1, _TILES // across) * _ROWS
+    back = -(-rows_back // _ROWS)
     for q0 in range(0, frame.queries, band):
+        early = min(q0 // _ROWS, back)
+        first = q0 - early * _ROWS
         tiles = tile_map(
             mask,
             batch=frame.batch,
             heads=frame.heads,
-            queries=min(band, frame.queries - q0),
+            queries=min(q0 + band, frame.queries) - first,
             keys=frame.keys,
-            offset=frame.offset + q0,
+            offset=frame.offset + first,
             rows=_ROWS,
             cols=_COLS,
             device=frame.device,
         )
         # united over heads: a strip reads what any of its heads may see
         some, every = tiles.some.any(1).cpu(), tiles.every.all(1).cpu()
-        for t in range(some.shape[1]):
+        if back:
+            before = [(some[:, :-n], every[:, :-n]) for n in range(1, min(back, some.shape[1] - 1) + 1)]
+            some, every = some.clone(), every.clone()
+            for n, (seen, full) in enumerate(before, 1):
+                some[:, n:] |= seen
+                every[:, n:] &= full
+        for t in range(early, some.shape[1]):
             for item in range(some.shape[0]):
                 runs = tuple(_runs(some[item, t].tolist(), frame.keys))
                 masked, alive = _masked(runs, every[item, t].tolist())
-                yield q0 + t * _ROWS, item if some.shape[0] > 1 else None, runs, masked, alive
+                yield first + t * _ROWS, item if some.shape[0] > 1 else None, runs, masked, alive

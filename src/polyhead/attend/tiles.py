@@ -66,23 +66,26 @@ def forward(
     maps, after = score_maps(problem.score, x), weight_stage(problem.weight_map, x)
     keep_logits = any(consumer.needs_logits for consumer in consumers)
     for part, normalizer in walk(x, problem):
-        rows = slice(part.strip.r0, part.strip.r1)
+        lead = part.strip.lead
+        rows = slice(part.strip.r0 + lead, part.strip.r1)
         raw = x.scores(part)
         scores = part.hide(maps.there(raw, part))
         if lse is not None:
             assert isinstance(normalizer, Softmax)
-            lse[part.pairs, :, rows] = normalizer.lse(scores).view(lse[part.pairs, :, rows].shape)
+            target = lse[part.pairs, :, rows]
+            target.copy_(normalizer.lse(scores)[:, :, lead:].reshape(target.shape))
         logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
         weights = part.weigh(scores, normalizer, check=maps.may_hide)
         if after is not None:
             weights = after.there(weights, part)
         for consumer in consumers:
-            consumer.visit(part.tile, logits, weights)
+            consumer.visit(*_without_lead(part.tile, lead, logits, weights))
         factors = part.keep(problem, seed)
         if factors is not None:
             weights = weights.mul_(factors)
         target = out[part.pairs, :, rows]
-        target.copy_(torch.bmm(part.flat(weights), part.v).view(target.shape))
+        made = torch.bmm(part.flat(weights), part.v).unflatten(1, (target.shape[1], -1))
+        target.copy_(made[:, :, lead:])
     shape = (frame.batch, frame.heads, frame.queries)
     return out.view(*shape, v.shape[-1]).to(q.dtype), None if lse is None else lse.view(shape)
 
@@ -101,12 +104,12 @@ def backward(
     maps, after = score_maps(problem.score, x, own), weight_stage(problem.weight_map, x, own)
     unseen = None if up_lse is None else torch.ones_like(up_lse)
     for part, normalizer in walk(x, problem):
-        rows = slice(part.strip.r0, part.strip.r1)
+        lead, rows = part.strip.lead, slice(part.strip.r0, part.strip.r1)
         raw = x.scores(part)
         scores = part.hide(maps.there(raw, part))
         weights = part.weigh(scores, normalizer, check=maps.may_hide)
         used = weights if after is None else after.there(weights, part)
-        g = up[part.pairs, :, rows].reshape(part.q.shape[0], -1, v.shape[-1])
+        g = _without(up[part.pairs, :, rows], lead).reshape(part.q.shape[0], -1, v.shape[-1])
         gw = part.product(g, part.v, x.buffer("gradient", part.shape))
         factors = part.keep(problem, seed)
         _add(dv, part, g, used if factors is None else used * factors)
@@ -117,15 +120,15 @@ def backward(
         gs, found = normalizer.vjp(weights, gw)
         if up_lse is not None:
             assert isinstance(normalizer, Softmax)
-            g_lse = up_lse[part.pairs, :, rows].reshape(*part.shape[:3], 1)
+            g_lse = _without(up_lse[part.pairs, :, rows], lead).reshape(*part.shape[:3], 1)
             gs, found = gs.addcmul_(weights, g_lse), normalizer.lse_vjp(weights, g_lse, found)
             assert unseen is not None
-            unseen[part.pairs, :, rows] = 0
+            unseen[part.pairs, :, part.strip.r0 + lead : part.strip.r1] = 0
         for leaf, d in zip(problem.normalizer.tensors(), found, strict=True):
             own.add(leaf, d, part.tile.head_slice)
         gs = maps.back(gs, part)
         target = dq[part.pairs, :, rows]
-        target.copy_(torch.bmm(part.flat(gs), part.k).view(target.shape))
+        target.add_(torch.bmm(part.flat(gs), part.k).view(target.shape))
         _add(dk, part, part.q, gs)
     maps.done()
     if after is not None:
@@ -145,6 +148,25 @@ def backward(
         dv.transpose(1, 2).reshape(v.shape).to(v.dtype),
         own.done(),
     )
+
+
+def _without(x: Tensor, lead: int) -> Tensor:
+    """x (N, rep, r, ·) with 0 at the first `lead` rows, which are another strip's own."""
+    if not lead:
+        return x
+    x = x.clone()
+    x[:, :, :lead] = 0
+    return x
+
+
+def _without_lead(
+    tile: Tile, lead: int, logits: Tensor | None, weights: Tensor
+) -> tuple[Tile, Tensor | None, Tensor]:
+    if not lead:
+        return tile, logits, weights
+    logits = None if logits is None else logits[:, :, lead:].contiguous()
+    own = replace(tile, rows=tile.rows[lead:], row_start=tile.row_start + lead)
+    return own, logits, weights[:, :, lead:].contiguous()
 
 
 def _add(total: Tensor, part: StripWork, rows: Tensor, weights: Tensor) -> None:

@@ -25,10 +25,12 @@ class WeightMap(Part):
 
     Attributes:
         whole_heads: True when the map needs all heads of the call in one tile, not some of them.
+        rows_back: queries before a query whose pairs the map reads.
         keeps_zeros: True when a pair that has weight 0 in all heads still has it afterwards.
     """
 
     whole_heads: ClassVar[bool] = False
+    rows_back: ClassVar[int] = 0
     keeps_zeros: ClassVar[bool] = False
 
     def apply(self, weights: Tensor, tile: Tile) -> Tensor:
@@ -54,6 +56,10 @@ class WeightChain(WeightMap):
     @property
     def whole_heads(self) -> bool:  # type: ignore[override]
         return any(one.whole_heads for one in self.maps)
+
+    @property
+    def rows_back(self) -> int:  # type: ignore[override]
+        return sum(one.rows_back for one in self.maps)
 
     @property
     def keeps_zeros(self) -> bool:  # type: ignore[override]

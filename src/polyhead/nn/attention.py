@@ -115,6 +115,12 @@ class MultiHeadAttention(AttentionModule):
             None if normalizer == _SOFTMAX else PartModule(normalizer, device=device, dtype=dtype)
         )
         after = weight_chain(weight_map)
+        for name, given_map in (("score", maps), ("weight_map", after)):
+            if given_map is not None and given_map.rows_back:
+                raise ConfigError(
+                    f"{name} must not read the pairs of earlier queries, which no cache here remembers; got "
+                    f"{given_map}; multi_token_attention does"
+                )
         self.weight_map = None if after is None else PartModule(after, device=device, dtype=dtype)
         if self.weight_map is not None:
             self.weight_map.acts_on = "weights"
@@ -216,7 +222,9 @@ class MultiHeadAttention(AttentionModule):
             kept = Kept(rows, source.shape[1], padding)
         else:
             kept = cache.append(*rows, padding=padding, positions=own)
-        real = padding if context is None else None
+        real = kept.padding if context is None else None
+        if real is not None:  # rows are kept of the queries' own tokens, and end with them
+            real = real[:, real.shape[1] - queries :]
         return self._attend(q, kept, mask, first=kept.length - queries, latest=True, real=real)
 
     def _inputs(

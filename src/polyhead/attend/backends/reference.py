@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from polyhead.attend.across_pairs import PairConvolution, parts_of
 from polyhead.attend.masks import densify
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
@@ -56,19 +57,29 @@ def dense_weights(request: Request) -> tuple[Tensor, Tensor | None]:
         torch.arange(keys, device=q.device),
         consecutive=True,
     )
-    if problem.score is not None:
-        scores = problem.score.apply(scores, tile)
     allowed = None
     if problem.mask is not None:
         allowed = densify(problem.mask, batch=batch, heads=heads, queries=queries, keys=keys, device=q.device)
+    for one in parts_of(problem.score):
+        if isinstance(one, PairConvolution):
+            scores = one.mapped(_cleared(scores, allowed), one.heads(scores, tile))
+        else:
+            scores = one.apply(scores, tile)
+    if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
     lse = None
     if request.want_lse:
         assert isinstance(problem.normalizer, Softmax)
         lse = problem.normalizer.lse(scores)
     weights = problem.normalizer(scores)
-    if problem.weight_map is not None:
-        weights = same_shape(problem.weight_map, problem.weight_map.apply(weights, tile), weights)
-        if allowed is not None:
-            weights = weights.masked_fill(~allowed, 0.0)
-    return weights, lse
+    for part in parts_of(problem.weight_map):
+        if isinstance(part, PairConvolution):
+            weights = _cleared(weights, allowed)
+            weights = _cleared(part.mapped(weights, part.heads(weights, tile)), allowed)
+        else:
+            weights = same_shape(part, part.apply(weights, tile), weights)
+    return weights if problem.weight_map is None else _cleared(weights, allowed), lse
+
+
+def _cleared(x: Tensor, allowed: Tensor | None) -> Tensor:
+    return x if allowed is None else x.masked_fill(~allowed, 0.0)

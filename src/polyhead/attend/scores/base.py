@@ -24,10 +24,12 @@ class Score(Part):
         positional: True when the map only adds `bias(tile)`, which does not look at the logits: its
             gradient for the logits is then the gradient that comes in.
         whole_heads: True when the map needs all heads of the call in one tile, not some of them.
+        rows_back: queries before a query whose pairs the map reads.
     """
 
     positional: ClassVar[bool] = False
     whole_heads: ClassVar[bool] = False
+    rows_back: ClassVar[int] = 0
 
     def apply(self, scores: Tensor, tile: Tile) -> Tensor:
         """The new logits of `tile`, `(B, H, r, c)`; `scores` itself is left as it was."""
@@ -76,6 +78,10 @@ class Chain(Score):
     @property
     def whole_heads(self) -> bool:  # type: ignore[override]
         return any(score.whole_heads for score in self.scores)
+
+    @property
+    def rows_back(self) -> int:  # type: ignore[override]
+        return sum(score.rows_back for score in self.scores)
 
     def bias(self, tile: Tile, dtype: torch.dtype | None = None) -> Tensor | None:
         if not self.positional or not self.scores:

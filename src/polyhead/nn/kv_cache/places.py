@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.across_heads import AcrossHeads
+from polyhead.attend.across_pairs import PairConvolution
 from polyhead.attend.masks import And, Mask, Window
 from polyhead.attend.masks.algebra import Bounds
-from polyhead.attend.scores import Score
+from polyhead.attend.scores import Chain, Score
 from polyhead.attend.tile import Tile
-from polyhead.attend.weight_maps import WeightMap
+from polyhead.attend.weight_maps import WeightChain, WeightMap
 
 __all__ = [
     "PlacedMask",
@@ -145,13 +146,17 @@ def place_mask(
 
 def place_score(score: Score, *, shift: int, keys: Tensor | None) -> Score:
     """`score` over rows that stand elsewhere."""
-    if isinstance(score, AcrossHeads) or (shift == 0 and keys is None):
+    if isinstance(score, AcrossHeads | PairConvolution) or (shift == 0 and keys is None):
         return score
+    if isinstance(score, Chain) and any(isinstance(one, PairConvolution) for one in score.scores):
+        return Chain(tuple(place_score(one, shift=shift, keys=keys) for one in score.scores))
     return PlacedScore(score, torch.tensor(shift), keys)
 
 
 def place_weight_map(weight_map: WeightMap, *, shift: int, keys: Tensor | None) -> WeightMap:
     """`weight_map` over rows that stand elsewhere."""
-    if isinstance(weight_map, AcrossHeads) or (shift == 0 and keys is None):
+    if isinstance(weight_map, AcrossHeads | PairConvolution) or (shift == 0 and keys is None):
         return weight_map
+    if isinstance(weight_map, WeightChain) and any(isinstance(m, PairConvolution) for m in weight_map.maps):
+        return WeightChain(tuple(place_weight_map(m, shift=shift, keys=keys) for m in weight_map.maps))
     return PlacedWeightMap(weight_map, torch.tensor(shift), keys)

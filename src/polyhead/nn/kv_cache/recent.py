@@ -49,6 +49,10 @@ class RecentInputs(KeyValueCache):
     def length(self) -> int:  # type: ignore[override]
         return self.rows.length
 
+    @property
+    def holds_context(self) -> bool:  # type: ignore[override]
+        return self.rows.holds_context
+
     def remember(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inputs `(B, reach + L, width)` that end with x `(B, L, width)`, and which are real.
 
