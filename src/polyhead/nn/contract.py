@@ -71,6 +71,19 @@ class AttentionModule(nn.Module):
             sinks: first tokens to keep beside the window.
             device, dtype: of the rows; default those of the parameters, or of autocast where it is on.
         """
+        return self._cache_of(self.streams, batch, max_length, window, sinks, device, dtype)
+
+    def _cache_of(
+        self,
+        streams: Streams,
+        batch: int,
+        max_length: int | None,
+        window: int | None,
+        sinks: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> KeyValueCache:
+        """`new_cache` of other streams."""
         device, dtype = place("new_cache", device, dtype)
         weight = next(p for p in self.parameters() if p.is_floating_point())
         device = weight.device if device is None else device
@@ -83,12 +96,12 @@ class AttentionModule(nn.Module):
                     f"window={window} and max_length={max_length} were both given; "
                     "a window has a fixed size already"
                 )
-            return WindowCache(batch, self.streams, window, sinks, device=device, dtype=dtype)
+            return WindowCache(batch, streams, window, sinks, device=device, dtype=dtype)
         if sinks:
             raise ConfigError(f"sinks={sinks} needs window=, the number of recent tokens to keep")
         if max_length is not None:
-            return FixedCache(batch, self.streams, max_length, device=device, dtype=dtype)
-        return GrowingCache(batch, self.streams, device=device, dtype=dtype)
+            return FixedCache(batch, streams, max_length, device=device, dtype=dtype)
+        return GrowingCache(batch, streams, device=device, dtype=dtype)
 
     def new_context_cache(
         self,
