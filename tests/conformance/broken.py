@@ -192,6 +192,13 @@ class AlwaysDrops(MultiHeadAttention):
         return torch.dropout(super().forward(*args, **given), self.dropout, True)
 
 
+class Unregularized(MultiHeadAttention):
+    """Takes regularizers and leaves them out."""
+
+    def __init__(self, *args: Any, regularizers: Any = (), **given: Any) -> None:
+        super().__init__(*args, **given)
+
+
 class Counts(MultiHeadAttention):
     """Changes at every call."""
 
@@ -264,6 +271,7 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     Breaks: {"compiles"},
     Understates: {"cost"},
     AlwaysDrops: {"dropout"},
+    Unregularized: {"regularizers"},
     Counts: {"repeatable", "round_trips"},
     LossNotFinite: {"auxiliary"},
     Careless: {"refusals"},
