@@ -10,8 +10,7 @@ Compared is what both have:
 - a learned sink of each head;
 - top-k: both keep logits that equal the k-th largest;
 - differential attention: x-transformers has none, and the yardstick is written by hand as the equations of
-  the Differential Transformer stand, with the weights of both maps as tensors; ours has as many noise heads as
-  heads.
+  the Differential Transformer stand, with the weights of both maps as tensors.
 
 Besides, without an aim: a key and a value of zeros, which is a sink of 0. There x-transformers can use the
 fused kernel of torch, and the same module around that kernel without any sink is less than twice as fast.
