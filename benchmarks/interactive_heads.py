@@ -28,16 +28,17 @@ def operands(device, length):
 
 
 def dense(causal):
-    """The definition, layer by layer over all pairs."""
+    """The definition over all pairs, with a matrix product for every layer."""
 
     def call(q, k, v, inner, inner_bias, last, joint, joint_bias, across, across_bias):
-        s = torch.einsum("bhid,bgjd->bhgij", q, k) * WIDTH**-0.5
-        z = torch.einsum("hug,bhgij->bhuij", inner, s).add_(inner_bias[..., None, None]).relu_()
-        u = torch.einsum("hu,bhuij->bhij", joint, z).add_(joint_bias[:, None, None])
-        z = torch.einsum("mh,bhij->bmij", across, u).add_(across_bias[:, None, None]).relu_()
-        logits = torch.einsum("hm,bmij->bhij", last, z)
+        length = q.shape[2]
+        s = (q[0][:, None] * WIDTH**-0.5) @ k[0][None].mT  # H G L L
+        z = torch.baddbmm(inner_bias[..., None], inner, s.flatten(2)).relu()  # H h L·L
+        u = torch.baddbmm(joint_bias[:, None, None], joint[:, None], z)[:, 0]
+        z = torch.addmm(across_bias[:, None], across, u).relu()
+        logits = (last @ z).view(1, HEADS, length, length)
         if causal:
-            i = torch.arange(q.shape[2], device=q.device)
+            i = torch.arange(length, device=q.device)
             logits = logits.masked_fill_(i > i[:, None], float("-inf"))
         return logits.softmax(-1) @ v
 
