@@ -23,7 +23,7 @@ from polyhead.nn.projections import Projection
 from polyhead.nn.routed_output import Mixed, RoutedOutput
 from polyhead.nn.routing import Choice, Router
 
-__all__ = ["RoutedHeads"]
+__all__ = ["RoutedHeads", "keys_of"]
 
 # So few rows read their keys where they lie: putting those of several heads together would cost more.
 _FEW_ROWS, _MANY_KEYS = 8, 256
@@ -149,7 +149,7 @@ class RoutedHeads(MultiHeadAttention):
             own = queries.index_select(0, group.index.flatten()).unflatten(0, (1, *group.index.shape))
             positions = rows.token[group.index] + keys - length
             own_options = of_lanes(options, group, positions, first, self.heads, keys - group.rows)
-            blocks.append(attend(own, *self._keys_of(group, k, v, first), **own_options)[0])
+            blocks.append(attend(own, *keys_of(group, k, v, first, self.heads), **own_options)[0])
         heads = rows.packed(groups, blocks)
         gate = q.choice.gates.flatten(0, 1)[rows.place, rows.head + first]
         heads = heads * gate[:, None].to(heads.dtype)
@@ -201,20 +201,6 @@ class RoutedHeads(MultiHeadAttention):
         norm = self.projection.query_norm
         return queries if norm is None else norm(queries)
 
-    def _keys_of(self, group: Group, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `(1, lanes, S, ·)` of the lanes of a group: a view where they lie in a row."""
-        repeat = self.heads // self.kv_heads
-        reads = [lane.item * self.kv_heads + (first + lane.head) // repeat for lane in group.lanes]
-        if len(reads) == 1:
-            one = divmod(reads[0], self.kv_heads)
-            return k[one][None, None], v[one][None, None]
-        if reads == list(range(reads[0], reads[0] + len(reads))):
-            end = slice(reads[0], reads[-1] + 1)
-            return k.flatten(0, 1)[None, end], v.flatten(0, 1)[None, end]
-        index = torch.tensor(reads, device=k.device)
-        many = index // self.kv_heads, index % self.kv_heads
-        return k[many][None], v[many][None]
-
     def cost(
         self,
         length: int,
@@ -245,6 +231,27 @@ class RoutedHeads(MultiHeadAttention):
 def _linear(module: nn.Linear, outputs: slice, x: Tensor) -> Tensor:
     """Some outputs of a linear map."""
     return F.linear(x, module.weight[outputs], None if module.bias is None else module.bias[outputs])
+
+
+def keys_of(group: Group, k: Tensor, v: Tensor, first: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `(1, lanes, S, ·)` of the lanes of a group: a view where they lie in a row.
+
+    Args:
+        group: the lanes, which count heads from `first` on.
+        k, v: those of the whole call `(B, G, S, ·)`.
+        heads: query heads of the whole call.
+    """
+    kv_heads = k.shape[1]
+    reads = [lane.item * kv_heads + (first + lane.head) // (heads // kv_heads) for lane in group.lanes]
+    if len(reads) == 1:
+        one = divmod(reads[0], kv_heads)
+        return k[one][None, None], v[one][None, None]
+    if reads == list(range(reads[0], reads[0] + len(reads))):
+        end = slice(reads[0], reads[-1] + 1)
+        return k.flatten(0, 1)[None, end], v.flatten(0, 1)[None, end]
+    index = torch.tensor(reads, device=k.device)
+    many = index // kv_heads, index % kv_heads
+    return k[many][None], v[many][None]
 
 
 def _where_of(where: int | Tensor, item: int) -> tuple[int | Tensor, int | None]:

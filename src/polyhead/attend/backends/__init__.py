@@ -5,6 +5,7 @@ from polyhead.attend.backends.flex import Flex
 from polyhead.attend.backends.reference import Reference
 from polyhead.attend.backends.sdpa import Sdpa
 from polyhead.attend.backends.signs import Signs
+from polyhead.attend.backends.staircase import Staircase
 from polyhead.attend.backends.tiles import Tiles
 from polyhead.attend.plan import Backend
 
@@ -12,4 +13,4 @@ __all__ = ["BACKENDS", "STREAMING"]
 
 # those with a forward and a backward of their own: one step of a graph each
 STREAMING: tuple[Backend, ...] = (Banded(), Tiles())
-BACKENDS: tuple[Backend, ...] = (Sdpa(), *STREAMING, Flex(), Signs(), Reference())
+BACKENDS: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
