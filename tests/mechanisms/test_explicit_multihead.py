@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import polyhead as ph
 from mechanisms.variants import broken_rules
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, UnknownName
 from polyhead.mechanisms.explicit_multihead import merged, virtual
 from polyhead.nn.mixed_projection import HeadNormOutput
 
@@ -37,7 +37,7 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
 @pytest.mark.parametrize("stored", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 11])
 def test_without_norm_it_starts_as_grouped_query_attention(stored: int, length: int) -> None:
-    mixed, plain = built(stored_heads=stored, norm=False), built("gqa", kv_heads=stored)
+    mixed, plain = built(stored_heads=stored, norm_at=None), built("gqa", kv_heads=stored)
     plain.load_state_dict({k: v for k, v in mixed.state_dict().items() if "_mix" not in k})
     close(mixed(X[:, -length:], X, mask=ph.causal()), plain(X[:, -length:], X, mask=ph.causal()))
 
@@ -50,7 +50,9 @@ def test_mixing_commutes_with_positions() -> None:
     close(torch.einsum("bnsd,nh->bhsd", turned, by), mixed.position.turn(later, 5))
 
 
-@pytest.mark.parametrize("options", [{}, {"stored_heads": 3, "bias": True, "value_dim": 5}, {"norm": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stored_heads": 3, "bias": True, "value_dim": 5}, {"norm_at": None}]
+)
 def test_merged_it_is_multi_head_attention_that_gives_the_same(options: dict[str, object]) -> None:
     mixed = stirred(position=ph.nn.rope(), score=ph.alibi(4), **options)
     plain = merged(mixed)
@@ -96,7 +98,7 @@ def test_virtual_heads_lose_the_singular_values_that_are_cut_off(bias: bool) -> 
         nn.init.normal_(plain.projection.value.bias)
     close(virtual(plain, 4)(X, mask=ph.causal()), plain(X, mask=ph.causal()), atol=1e-10)
     lean = virtual(plain, 2)
-    assert lean.config == built(stored_heads=2, norm=False, bias=bias, position=ph.nn.rope()).config
+    assert lean.config == built(stored_heads=2, norm_at=None, bias=bias, position=ph.nn.rope()).config
     assert lean.cost(9).kv_bytes_per_token == plain.cost(9).kv_bytes_per_token // 2
     back = merged(lean).projection
 
@@ -118,16 +120,42 @@ def test_cost_counts_stored_heads_and_what_mixing_adds() -> None:
     assert (step.scores, step.values) == (2 * other.scores, 2 * other.values)
 
 
-@pytest.mark.parametrize("options", [{"stored_heads": 3, "norm": False}, {"stored_heads": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"stored_heads": 3, "norm_at": None}, {"stored_heads": 1}], ids=str)
 def test_every_variant_keeps_the_contract(options: dict[str, object]) -> None:
     assert broken_rules("explicit_multihead", **options) == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{"norm_at": "kv"}, {"norm_at": "kv", "stored_heads": 2, "position": ph.nn.rope()}], ids=str
+)
+def test_normalised_keys_and_values_keep_the_contract(options: dict[str, object]) -> None:
+    without = "equals_twin equals_twin_masked" if "position" in options else ""
+    assert broken_rules("explicit_multihead", without=without, **options) == {}
+
+
+def test_keys_and_values_are_normalised_whatever_their_size() -> None:
+    module = built(norm_at="kv", stored_heads=3)
+    k, v = module.projection.keys_values(X)
+    for z in (k, v):
+        torch.testing.assert_close(z.mean(-1), torch.zeros_like(z[..., 0]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(z.var(-1, correction=0), torch.ones_like(z[..., 0]), rtol=0, atol=1e-2)
+    before = module(X)
+    with torch.no_grad():
+        module.projection.key.weight.mul_(1000)
+    once = module(X)
+    with torch.no_grad():
+        module.projection.key.weight.mul_(1000)
+    torch.testing.assert_close(module(X), once, rtol=0, atol=1e-6)
+    assert before.shape == once.shape
 
 
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="stored_heads must be an integer, at least 1; got 0"):
         built(stored_heads=0)
-    with pytest.raises(ConfigError, match="norm must be True or False; got 1"):
-        built(norm=1)
+    with pytest.raises(UnknownName, match="norm_at"):
+        built(norm_at="key")
+    with pytest.raises(ConfigError, match="norm_at"):
+        merged(built(norm_at="kv"))
     with pytest.raises(ConfigError, match="attention must be explicit multi-head attention"):
         merged(built("mha"))
     with pytest.raises(ConfigError, match="they cannot be merged"):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import polyhead as ph
 from mechanisms.variants import broken_rules
+from polyhead.attend.perturbed import PerturbedWeights
+from polyhead.attend.tile import Tile
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.mechanisms.key_driven_gqa import allocation, key_driven
 
@@ -184,7 +186,7 @@ def test_training_gives_gradients_under_the_compiler_too() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "perturbed"])
 def test_every_form_keeps_the_contract(form: str) -> None:
     assert broken_rules("key_driven_gqa", compiled=form == "key", kv_heads=2, form=form) == {}
 
@@ -205,3 +207,67 @@ def test_refusals() -> None:
             built(kv_heads=3).allocate(counts)
     with pytest.raises(ConfigError, match="attention must be mha, built by name"):
         key_driven(built("grouped_query", kv_heads=3), 1)
+
+
+def perturbed(group: int = 2, strength: float = 0.5, seed: int = 3) -> PerturbedWeights:
+    return PerturbedWeights(group, strength, torch.tensor(seed))
+
+
+def test_noise_is_in_training_only_and_for_heads_that_share_a_key() -> None:
+    module, plain = built(kv_heads=3, form="perturbed"), built("grouped_query", kv_heads=3)
+    module.load_state_dict(module.state_dict() | plain_state(plain))
+    close(module.eval()(X, mask=ph.causal()), plain.eval()(X, mask=ph.causal()))
+    first, second = (module.train()(X, mask=ph.causal()) for _ in range(2))
+    assert (first - second).abs().max() > 1e-6
+    torch.manual_seed(1)
+    once = module(X)
+    torch.manual_seed(1)
+    assert torch.equal(module(X), once)
+    assert module.allocation == (2, 2, 2)
+    alone = built(kv_heads=6, form="perturbed").train()
+    close(alone(X), alone.eval()(X))
+    silent = built(kv_heads=3, form="perturbed", noise=0).train()
+    close(silent(X), silent.eval()(X))
+
+
+def test_the_noise_spares_the_diagonal_and_what_is_hidden_and_follows_the_likeness() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 9, 8, **F64), torch.randn(1, 2, 9, 8, **F64)
+    q[:, 1] = q[:, 0]  # alike; the others are not
+    weights = ph.attend(q, k, torch.eye(9, **F64).expand(1, 2, 9, 9), mask=ph.causal())
+    noisy = ph.attend(q, k, torch.eye(9, **F64).expand(1, 2, 9, 9), mask=ph.causal(), weight_map=perturbed())
+    apart = weights - noisy
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu()  # the diagonal is spared too
+    assert (apart[..., hidden] == 0).all()
+    assert (apart[..., ~hidden] != 0).all()
+    likeness = perturbed().likeness(weights)
+    close(likeness[:, :2], torch.ones_like(likeness[:, :2]))
+    cosine = torch.nn.functional.cosine_similarity(weights[:, 2], weights[:, 3], dim=-1)
+    close(likeness[:, 2:], cosine[:, None].expand(-1, 2, -1))
+    counts = torch.arange(1, 10, **F64)[:, None]
+    z = apart * counts / (0.5 * likeness[..., None])
+    assert (z[:, 0] - z[:, 1])[..., ~hidden].abs().min() > 1e-6  # every head has noise of its own
+
+
+def test_the_noise_is_standard_normal_and_the_same_whatever_the_tiles() -> None:
+    rows, cols = torch.arange(64), torch.arange(80)
+    whole = perturbed().noise(Tile(2, 3, rows, cols))
+    part = Tile(1, 2, rows[8:24], cols[::2], batch_start=1, head_start=1, total_heads=3)
+    assert torch.equal(perturbed().noise(part), whole[1:, 1:, 8:24, ::2])
+    assert abs(whole.mean()) < 0.03
+    assert abs(whole.std() - 1) < 0.03
+    for other in (whole.roll(1, -1), whole.roll(1, -2), whole.roll(1, 1), perturbed(seed=4).noise(part)):
+        pair = whole if other.shape == whole.shape else whole[1:, 1:, 8:24, ::2]
+        assert abs((pair * other).mean()) < 0.05
+    assert abs((whole.square() * whole.roll(1, -1).square()).mean() - 1) < 0.1
+
+
+def test_padding_does_not_decide_who_reads_what() -> None:
+    module, other = (built(kv_heads=3, bias=True).train() for _ in range(2))
+    with torch.no_grad():
+        for one in (module, other):
+            one.projection.key.bias[:8] = 30.0  # the norm of a key of zeros
+    padded = torch.cat([X[:1], torch.full((1, 40, 48), torch.nan, **F64)], dim=1)
+    real = torch.arange(51)[None] < 11
+    close(module(padded, padding=real)[:, :11], other(X[:1]))
+    close(module.norms, other.norms)

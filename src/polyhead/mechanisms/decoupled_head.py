@@ -54,6 +54,10 @@ class DecoupledHeadAttention(MultiHeadAttention):
             return y.reshape(*q.shape[:3], v.shape[-1])
         return super()._mix(q, self.projection.gathered(k, v), **options)
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        k, v = rows
+        return super()._weights(q, self.projection.gathered(k, v), **options)
+
 
 @register(
     "decoupled_head",

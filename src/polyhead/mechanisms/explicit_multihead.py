@@ -12,8 +12,10 @@ Cost: 2·N·H + 2·H·Dv parameters more than N key/value heads need; 4·S·N·H
 cache per token. A single query reads the stored heads in place, with N times the products of its scores.
 
 Paper 042: Explicit Multi-head Attention for Inter-head Interaction in Large Language Models, arXiv
-2601.19611. Our readings: the norm is a mean-centred GroupNorm with a head for a group, between attention and
-W_O; how M starts; the truncated singular value decomposition of `virtual`; `qk_norm` normalises stored keys.
+2601.19611. Our readings: the norm is a mean-centred GroupNorm with a head for a group; the paper says that it
+evens out the mixed heads, not where: it stands between attention and W_O, or with `norm_at="kv"` behind the
+mixing, before positions turn the keys, so that H normalised heads are cached; how M starts; the truncated
+singular value decomposition of `virtual`; `qk_norm` normalises stored keys.
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.checks import flag, given
-from polyhead.errors import ConfigError
+from polyhead.checks import given
+from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.mixed_projection import HeadNormOutput, MixedAttention, MixedProjection
+from polyhead.nn.mixed_projection import (
+    HeadNormOutput,
+    MixedAttention,
+    MixedProjection,
+    NormedMixedProjection,
+)
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+
+_NORMS = ("out", "kv")
 
 __all__ = ["ExplicitMultihead", "merged", "virtual"]
 
@@ -54,21 +63,22 @@ class ExplicitMultihead(AttentionConfig):
 
     Attributes:
         stored_heads: heads N that are projected and cached; default `heads`.
-        norm: whether the outputs of the heads are normalised.
+        norm_at: "out", the outputs of the heads are normalised; "kv", their keys and values; or None.
     """
 
     stored_heads: int | None = None
-    norm: bool = True
+    norm_at: str | None = "out"
 
     def __post_init__(self) -> None:
         at_least_one("ExplicitMultihead", dim=self.dim, heads=self.heads)
         stored = self.heads if self.stored_heads is None else self.stored_heads
         at_least_one("ExplicitMultihead", stored_heads=stored)
-        flag("norm", self.norm)
+        if self.norm_at is not None and (not isinstance(self.norm_at, str) or self.norm_at not in _NORMS):
+            raise unknown_name("norm_at", self.norm_at, _NORMS)
         object.__setattr__(self, "stored_heads", stored)
         super().__post_init__()
 
-    def build(self, *, device: Any = None, dtype: Any = None) -> MixedAttention:
+    def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
         assert self.stored_heads is not None
         return self.assemble(
@@ -76,20 +86,26 @@ class ExplicitMultihead(AttentionConfig):
             kv_heads=self.heads,
             device=device,
             dtype=dtype,
-            projection=partial(MixedProjection, stored_heads=self.stored_heads),
-            output=HeadNormOutput if self.norm else OutputProjection,
-            module=MixedAttention,
+            projection=partial(
+                NormedMixedProjection if self.norm_at == "kv" else MixedProjection,
+                stored_heads=self.stored_heads,
+            ),
+            output=HeadNormOutput if self.norm_at == "out" else OutputProjection,
+            module=MultiHeadAttention if self.norm_at == "kv" else MixedAttention,
         )
 
 
 def merged(attention: MultiHeadAttention) -> MultiHeadAttention:
     """Explicit multi-head attention with the combinations written out, as many key/value heads as queries.
 
-    It has the output projection of the old module, with its norm. Not for `qk_norm`, which is not linear.
+    It has the output projection of the old module, with its norm. Not for `qk_norm` and `norm_at="kv"`, which
+    are not linear.
     """
     mixed = getattr(attention, "projection", None)
     if not isinstance(mixed, MixedProjection):
         raise ConfigError(f"attention must be explicit multi-head attention; got {given(attention)}")
+    if isinstance(mixed, NormedMixedProjection):
+        raise ConfigError('norm_at="kv" is no linear map of the stored heads: they cannot be merged')
     if mixed.key_norm is not None:
         raise ConfigError("qk_norm stands between the stored keys and their mixing: they cannot be merged")
     found = Projection(
@@ -143,9 +159,10 @@ def virtual(attention: MultiHeadAttention, stored_heads: int) -> MixedAttention:
         raise ConfigError("qk_norm normalises every key head by itself: combinations would not be those")
     fields = (f.name for f in dataclasses.fields(AttentionConfig) if f.init)
     shared = {name: getattr(config, name) for name in fields}
-    new = ExplicitMultihead(**shared, stored_heads=stored_heads, norm=False)
+    new = ExplicitMultihead(**shared, stored_heads=stored_heads, norm_at=None)
     weight = old.key.weight
     found = new.build(device=weight.device, dtype=weight.dtype)
+    assert isinstance(found, MixedAttention)
     state = {k: v for k, v in attention.state_dict().items() if k in found.state_dict()}
     for name in ("key", "value"):
         linear = getattr(old, name)

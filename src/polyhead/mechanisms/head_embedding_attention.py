@@ -49,6 +49,9 @@ class HeadEmbeddingAttention(MultiHeadAttention):
         k, v = rows
         return self.projection.outputs(super()._mix(q, (k, v.expand(-1, k.shape[1], -1, -1)), **options))
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return super()._weights(q, rows, **options)  # embeddings of values have no part in them
+
     def cost(self, length: int, *args: Any, **options: Any) -> Cost:
         cost = super().cost(length, *args, **options)
         (keys, values), width = self.projection.extra, self.head_dim

@@ -19,7 +19,8 @@ hierarchical 4·(K + 1)·d². Flat makes the queries anew for every source.
 Paper 140: Attention Strategies for Multi-Source Sequence-to-Sequence Learning, arXiv 1704.06567. It is for
 recurrent decoders with additive scores; here scores are those of multi-head attention. Attending in parallel
 and adding up is concat, its matrix in blocks; one source after the other is a stack of layers. Its sentinel
-is left out. That a source without visible tokens drops out of β is our reading.
+is left out. That a source without visible tokens drops out of β is our reading. Losses of weights, such as
+`attention_diversification`, are of every source by itself, in flat of all tokens together.
 """
 
 from __future__ import annotations

@@ -75,6 +75,9 @@ class SlicedAttention(MultiHeadAttention):
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         return super()._mix(q, (rows[0], rows[-1]), **options)
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return super()._weights(q, rows, **options)  # keys stand first in either case
+
 
 class SuperAttentionModule(SlicedAttention):
     """Sliced attention with a kernel W_A over positions.

@@ -128,7 +128,8 @@ class MultiHeadAttention(AttentionModule):
         self.scale = scale
         self.dropout = dropout
         self.regularizers = check_regularizers(regularizers)
-        if any(part.reads_weights for part in self.regularizers):
+        self.loses = any(part.reads_weights for part in self.regularizers)
+        if self.loses:
             own, plain = type(self), MultiHeadAttention
             if own._mix is not plain._mix and own._weights is plain._weights:
                 raise ConfigError(
@@ -266,7 +267,12 @@ class MultiHeadAttention(AttentionModule):
         return self.position.turn(self.projection.queries(x), where)
 
     def _account(self, q: Tensor, real: Tensor | None) -> None:
-        """Look at the queries of a call, `real` `(B, L)` where they are no padding: for auxiliary losses."""
+        """Look at the queries of a call, `real` `(B, L)` where they are no padding: for auxiliary losses.
+
+        Those of the call before are forgotten here.
+        """
+        if self.loses and self.auxiliary.latest:
+            self.auxiliary.latest.clear()
 
     def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
         """What is kept of tokens that stand at `places`, and attended to: one tensor for every stream."""
@@ -313,7 +319,7 @@ class MultiHeadAttention(AttentionModule):
             real: `(B, L)`, which queries are no padding; None where all are, or for a context.
         """
         options = self._options(q.shape[2], kept, mask, first=first, latest=latest)
-        if any(part.reads_weights for part in self.regularizers):
+        if self.loses:
             self._lose(q, kept, real, **options)
         if self.training and self.dropout:
             options["dropout"] = self.dropout
@@ -371,8 +377,6 @@ class MultiHeadAttention(AttentionModule):
 
     def _lose(self, q: Tensor, kept: Kept, real: Tensor | None, **options: Any) -> None:
         """Leave what the regularizers lose by the weights, in training."""
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
         if self.training:
             weights = self._weights(q, kept.rows, **options)
             for part in self.regularizers:

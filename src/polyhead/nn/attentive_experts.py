@@ -105,6 +105,9 @@ class AttentiveExperts(MultiHeadAttention):
         y = super()._mix(q, (k, v), **options)
         return y * self.factors(g).transpose(1, 2)[..., None].to(y.dtype)
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return super()._weights(q, rows[:2], **options)
+
     def _mean(self, rows: Tensor, queries: int, mask: Any) -> Tensor:
         """The mean over what every query sees `(B, L, n)`, 0 where that is nothing."""
         keys, dtype = rows.shape[2], wide(rows.dtype)

@@ -142,6 +142,17 @@ class ComposableAttention(MultiHeadAttention):
         return (k, v) if self.key_mixes is None else (k, v, self.key_mixes(source).to(k.dtype))
 
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        q, options = self._composed(q, rows, options)
+        return super()._mix(q, rows[:2], **options)
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        q, options = self._composed(q, rows, options)
+        return super()._weights(q, rows[:2], **options)
+
+    def _composed(
+        self, q: Tensor, rows: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Queries without what their tokens say of the mix, and the options with what is said."""
         q, said = q.split([self.head_dim, self.query_mixes.width], dim=-1)
         queries = self.query_mixes.parts(said)
         keys = (None, None) if self.key_mixes is None else self.key_mixes.parts(rows[2])
@@ -150,7 +161,7 @@ class ComposableAttention(MultiHeadAttention):
         score, weight_map = options.pop("score", None), options.pop("weight_map", None)
         options["score"] = before if score is None else chain((score, before))
         options["weight_map"] = after if weight_map is None else weight_chain((weight_map, after))
-        return super()._mix(q, rows[:2], **options)
+        return q, options
 
     def cost(
         self,

@@ -130,6 +130,9 @@ class GatedHeads(MultiHeadAttention):
         y = super()._mix(q.queries, rows, **options)
         return y * self.gate.factors(q.scores).transpose(1, 2)[..., None].to(y.dtype)
 
+    def _weights(self, q: _Gated, rows: tuple[Tensor, ...], **options: Any) -> Tensor:  # type: ignore[override]
+        return super()._weights(q.queries, rows, **options)
+
     def cost(
         self,
         length: int,

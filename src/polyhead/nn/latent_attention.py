@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.across_heads import mixing_flops
-from polyhead.attend.function import attend
+from polyhead.attend.function import attend, weights_of
 from polyhead.checks import given, place, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.nn.attention import MultiHeadAttention
@@ -83,6 +83,12 @@ class LatentAttention(MultiHeadAttention):
             q = torch.cat([q, turned], dim=-1) if projection.turned_dim else q
         mixed = attend(q, held, held[..., : projection.latent_dim], **options)
         return projection.absorb_value(mixed)
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        (held,) = rows
+        if self.scheme in ("absorbed_reuse", "absorbed_recompute"):
+            return weights_of(q, held, **options)  # the queries are for latents already
+        return weights_of(q, self.projection.expand(held)[0], **options)
 
     def _chosen(self, queries: int, keys: int) -> str:
         return self.projection.sizes.cheaper(queries, keys) if self.scheme == "auto" else self.scheme

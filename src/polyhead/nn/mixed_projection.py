@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polyhead.attend.function import attend
+from polyhead.attend.function import attend, weights_of
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cost import Cost
 from polyhead.nn.projections import FanInLinear, OutputProjection, Projection, at_least_one
 
-__all__ = ["HeadNormOutput", "MixedAttention", "MixedProjection"]
+__all__ = ["HeadNormOutput", "MixedAttention", "MixedProjection", "NormedMixedProjection"]
 
 
 class MixedProjection(Projection):
@@ -66,6 +66,46 @@ class MixedProjection(Projection):
         return 2 * (queries * self.dim * self.heads * self.head_dim + keys * self.context_dim * width)
 
 
+class NormedMixedProjection(MixedProjection):
+    """A `MixedProjection` whose mixed heads are normalised one by one, before positions turn them.
+
+        k_h = γ_h ⊙ norm(Σ_n M_K[n, h] c_n) + β_h,   v_h likewise,   norm(z) = (z - mean z) / √(var z + 1e-5)
+
+    What has been normalised is no sum of stored heads: these are the H heads that attend, and are cached.
+
+    Attributes:
+        key_gain, key_offset, value_gain, value_offset: γ and β, `(H, D)` and `(H, Dv)`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        weight = self.key.weight
+        for name, width in (("key", self.head_dim), ("value", self.value_dim)):
+            one = torch.ones(self.heads, width, device=weight.device, dtype=weight.dtype)
+            setattr(self, f"{name}_gain", nn.Parameter(one))
+            setattr(self, f"{name}_offset", nn.Parameter(torch.zeros_like(one)))
+
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        return (self.heads, self.head_dim), (self.heads, self.value_dim)
+
+    def keys_values(
+        self, context: Float[Tensor, "B S dc"]
+    ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S Dv"]]:
+        """The heads."""
+        made = []
+        for name, stored in zip(("key", "value"), super().keys_values(context), strict=True):
+            by = getattr(self, f"{name}_mix").to(stored.dtype)
+            mixed = F.layer_norm(torch.einsum("bnsd,nh->bhsd", stored, by), stored.shape[-1:])
+            gain, offset = getattr(self, f"{name}_gain"), getattr(self, f"{name}_offset")
+            made.append(mixed * gain[:, None].to(mixed.dtype) + offset[:, None].to(mixed.dtype))
+        return made[0], made[1]
+
+    def flops(self, queries: int, keys: int) -> int:
+        mixing = 2 * keys * self.stored_heads * self.heads * (self.head_dim + self.value_dim)
+        return super().flops(queries, keys) + mixing
+
+
 class HeadNormOutput(OutputProjection):
     """The output projection of heads that are normalised one by one: mean 0 and variance 1 over the width.
 
@@ -104,14 +144,18 @@ class MixedAttention(MultiHeadAttention):
             options["scale"] = self.head_dim**-0.5
         by_key, by_value = (m.to(k.dtype) for m in (projection.key_mix, projection.value_mix))
         if not self._in_place(q.shape[2]):
-            k, v = (
-                torch.einsum("bsnd,nh->bhsd", z[:, 0].unflatten(-1, (projection.stored_heads, -1)), m)
-                for z, m in ((k, by_key), (v, by_value))
-            )
-            return attend(q, k, v, **options)
+            return attend(q, self._mixed(k, by_key), self._mixed(v, by_value), **options)
         q = (q[..., None, :] * by_key.T[:, None, :, None]).flatten(3)  # B H L N·D
         y = attend(q, k, v, **options).unflatten(-1, (projection.stored_heads, -1))
         return (y * by_value.T[:, None, :, None].to(y.dtype)).sum(3)
+
+    def _mixed(self, rows: Tensor, by: Tensor) -> Tensor:
+        """The heads `(B, H, S, width)` of rows that are stored side by side."""
+        stored = rows[:, 0].unflatten(-1, (self.projection.stored_heads, -1))
+        return torch.einsum("bsnd,nh->bhsd", stored, by.to(rows.dtype))
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return weights_of(q, self._mixed(rows[0], self.projection.key_mix), **options)
 
     def cost(
         self,

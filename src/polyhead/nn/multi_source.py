@@ -17,7 +17,7 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.projections import OutputProjection, Projection
 from polyhead.nn.stack import StackCache
@@ -54,6 +54,22 @@ class SourceAttention(MultiHeadAttention):
     """
 
     always = False
+    _seen: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return super()._weights(q, rows, **options)
+
+    def _lose(self, q: Tensor, kept: Kept, real: Tensor | None, **options: Any) -> None:
+        if not self.always:
+            super()._lose(q, kept, real, **options)
+        elif self.training:  # a part of rows that go over all sources
+            self._seen = self._weights(q, kept.rows, **options), real, kept.padding
+
+    def seen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The weights of the call just made, and which queries and keys are real; they are not held on to."""
+        assert self._seen is not None
+        found, self._seen = self._seen, None
+        return found
 
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Sourced:  # type: ignore[override]
         k, v = rows
@@ -228,10 +244,26 @@ class MultiSourceAttention(AttentionModule):
 
     def forward(self, x: Tensor, context: Any = None, **call: Any) -> Tensor:
         found = self._found(x, context, **call)
+        if self.training and self.sources[0].loses and isinstance(self.combine, Flat):
+            self._lose(self.combine.shares(x, found))
         padding = call.get("padding")
         if context is None and isinstance(padding, Tensor):
             x = x.masked_fill(~padding[..., None], 0.0)
         return self.combine(x, found)
+
+    def _lose(self, shares: Tensor) -> None:
+        """Leave with the first source what the regularizers lose by the weights of all sources together."""
+        seen = [source.seen() for source in self.sources]
+        parts = [one[0] * share[..., None] for one, share in zip(seen, shares.unbind(-1), strict=True)]
+        weights, keys = torch.cat(parts, dim=-1), None
+        if any(one[2] is not None for one in seen):
+            every = (one[0].new_ones(len(one[0]), one[0].shape[-1], dtype=torch.bool) for one in seen)
+            pairs = zip(seen, every, strict=True)
+            keys = torch.cat([whole if one[2] is None else one[2] for one, whole in pairs], dim=1)
+        first = self.sources[0]
+        for part in first.regularizers:
+            for name, loss in part.losses(weights, queries=seen[0][1], keys=keys).items():
+                first.auxiliary.record(name, loss)
 
     def source_shares(self, x: Tensor, context: Any = None, **call: Any) -> Tensor:
         """How much every head of every token takes from each source, `(B, H, L, K)`, for a call as `forward`.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyhead.attend.function import attend
+from polyhead.attend.function import attend, weights_of
 from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError
@@ -109,6 +109,15 @@ class RoutedHeads(MultiHeadAttention):
             add = self._step if length == 1 and batch <= _FEW_ITEMS else self._chosen
             chosen = add(q, k, v, always, **options)
         return Mixed(self._always(q, k, v, always, **options) if always else None, chosen)
+
+    def _weights(self, q: _Chosen, rows: tuple[Tensor, ...], **options: Any) -> Tensor:  # type: ignore[override]
+        """Zeros for heads that a token did not choose; the others times H / chosen, so that the mean over all
+        heads is that of the chosen ones. The queries of all heads are made for this.
+        """
+        queries = self.projection.queries(q.x) if q.queries is None else q.queries
+        weights = weights_of(self.position.turn(queries, q.where), rows[0], **options)
+        active = q.choice.active.transpose(1, 2)[..., None].to(weights.dtype)  # B H L 1
+        return weights * (active * (self.heads / active.sum(1, keepdim=True).clamp(min=1)))
 
     def _regularized(self, heads: Mixed) -> Mixed:  # type: ignore[override]
         return heads  # they have acted on the gates, as heads of width 1: what scales a head scales its gate

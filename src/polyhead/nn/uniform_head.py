@@ -63,6 +63,10 @@ class UniformHeadAttention(MultiHeadAttention):
         mean = visible_mean(inputs, q.shape[2], options.get("mask"))
         return _Beside(super()._mix(q, tuple(rows_of_heads), **options), mean[:, 0])
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        """Those of the other heads."""
+        return super()._weights(q, rows[:2], **options)
+
     def _regularized(self, heads: _Beside) -> _Beside:  # type: ignore[override]
         return heads._replace(heads=super()._regularized(heads.heads))
 

@@ -22,7 +22,7 @@ def explicit_multihead(
     parameters: Mapping[str, Tensor],
     heads: int,
     stored_heads: int,
-    norm: bool,
+    norm_at: str | None,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
@@ -34,7 +34,8 @@ def explicit_multihead(
         context: `(B, S, d)`; default x.
         parameters: the module's state.
         heads, stored_heads: H and N.
-        norm: whether there is norm(z) = (z - mean z) / √(var z + 1e-5), with γ and β.
+        norm_at: where norm(z) = (z - mean z) / √(var z + 1e-5) stands, with γ and β: "out", as above, or
+            "kv", on k_h and v_h in the place of head_h.
         mask, padding: bool; see `reference`.
     """
     source = real(x if context is None else context, padding)
@@ -48,12 +49,17 @@ def explicit_multihead(
         stored = heads_of(source, parameters, name, stored_heads)
         by = parameters[f"projection.{name}_mix"].double()
         of_heads = [sum(by[n, h] * stored[:, n] for n in range(stored_heads)) for h in range(heads)]
-        mixed.append(torch.stack([torch.as_tensor(one) for one in of_heads], dim=1))
+        z = torch.stack([torch.as_tensor(one) for one in of_heads], dim=1)
+        mixed.append(_normed(z, parameters, f"projection.{name}_") if norm_at == "kv" else z)
     y = attend(q, *mixed, mask=mask)
-    if norm:
-        gain, offset = (
-            parameters[f"output.{name}"].double().view(heads, 1, -1) for name in ("gain", "offset")
-        )
-        mean = y.mean(-1, keepdim=True)
-        y = (y - mean) / ((y - mean).square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain + offset
+    y = _normed(y, parameters, "output.") if norm_at == "out" else y
     return joined(y, parameters)
+
+
+def _normed(z: Tensor, parameters: Mapping[str, Tensor], prefix: str) -> Tensor:
+    gain, offset = (parameters[f"{prefix}{name}"].double() for name in ("gain", "offset"))
+    apart = z - z.mean(-1, keepdim=True)
+    shape = (z.shape[1], 1, z.shape[-1])
+    return apart / (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain.view(shape) + offset.view(
+        shape
+    )
