@@ -222,7 +222,7 @@ def equals_twin_masked(case: Case) -> None:
         ids[[0, 5]] = -1  # these look at nothing
         lonely = ph.documents(ids) if c.mask is None else c.mask & ph.documents(ids)
         local = ph.window(3, 2) if c.mask is None else c.mask & (ph.window(3) | ph.sink(2))
-        for mask in (c.mask, lonely, local):
+        for mask in (c.mask, lonely, local) if case.entry.any_mask else (c.mask,):
             for padding in (None, ragged(3, 11, left=True), ragged(3, 11, left=False)):
                 with torch.no_grad():
                     found = c(module, mask=mask, padding=padding)
@@ -322,12 +322,9 @@ def decode(case: Case) -> None:
     c = call(module, "causal_self", length=13)
     with torch.no_grad():
         full = c(module)
+        kinds = [{}, {"max_length": 13}, *([{"window": 13}] if case.entry.any_mask else [])]
         for chunks in CHUNKS:
-            for cache in (
-                module.new_cache(2),
-                module.new_cache(2, max_length=13),
-                module.new_cache(2, window=13),
-            ):
+            for cache in [module.new_cache(2, **kind) for kind in kinds]:
                 parts = [c(module, x=x, cache=cache) for x in c.x.split(chunks, dim=1)]
                 close(torch.cat(parts, dim=1), full)
                 assert cache.length == 13
@@ -363,7 +360,7 @@ def decode_padded(case: Case) -> None:
 
 def decode_window(case: Case) -> None:
     """A cache of recent tokens and sinks gives the full forward pass under that mask."""
-    if "causal_self" not in case.entry.supports:
+    if "causal_self" not in case.entry.supports or not case.entry.any_mask:
         return
     module = case.build()
     c = call(module, "causal_self", length=60)
@@ -475,6 +472,7 @@ def gradients_finite(case: Case) -> None:
         c = call(module, pattern, batch=2, length=9, dtype=torch.float32)
         ids = torch.tensor([-1, *[0] * 8])
         mask = ph.documents(ids) if c.mask is None else c.mask & ph.documents(ids)
+        mask = mask if case.entry.any_mask else c.mask
         c(module, mask=mask, padding=ragged(2, 9, left=True)).square().sum().backward()
         for name, p in module.named_parameters():
             assert p.grad is not None, f"{pattern}: no gradient reaches {name}"
@@ -690,6 +688,15 @@ def refusals(case: Case) -> None:
         else:
             with pytest.raises(ConfigError, match="context_dim"):
                 config(**wide)
+    if not case.entry.any_mask:
+        for mask in (ph.window(3), ph.causal() & ph.documents(torch.zeros(6, dtype=torch.int64))):
+            with pytest.raises(UnsupportedPattern, match=rf"{name} does not support a mask other than"):
+                module(x, mask=mask)
+        if "causal_self" in case.entry.supports:
+            with pytest.raises(
+                UnsupportedPattern, match=rf"{name} does not support a cache of recent tokens"
+            ):
+                module.new_cache(2, window=4)
 
 
 CHECKS: tuple[Callable[[Case], None], ...] = (

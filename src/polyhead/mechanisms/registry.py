@@ -59,6 +59,8 @@ class Entry:
         straight_through: whether it has steps, such as signs, whose gradient is by definition that of
             another function: its gradients are then those of its twin, not those of finite differences.
         least_heads: fewer heads are refused, because the idea has no meaning there.
+        any_mask: whether it takes any mask; else `causal()` alone or none, because tokens share weights in
+            groups that a mask would cut, and a cache that forgets tokens is refused.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Entry:
     tokenwise: bool = False
     straight_through: bool = False
     least_heads: int = 1
+    any_mask: bool = True
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -139,6 +142,7 @@ class Registry:
         tokenwise: bool = False,
         straight_through: bool = False,
         least_heads: int = 1,
+        any_mask: bool = True,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -179,6 +183,7 @@ class Registry:
                 tokenwise,
                 straight_through,
                 least_heads,
+                any_mask,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config
