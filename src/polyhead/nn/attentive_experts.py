@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polyhead.attend.function import attend
-from polyhead.attend.masks import causal
 from polyhead.attend.precision import wide
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, unknown_name
@@ -22,10 +20,9 @@ from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.projections import FanInLinear, OutputProjection, Projection
 from polyhead.nn.routing import RouterLinear
+from polyhead.nn.visible_mean import visible_mean
 
 __all__ = ["AttentiveExperts", "BlockCoordinates", "MeanGate"]
-
-_CAUSAL = causal()
 
 
 class MeanGate(nn.Module):
@@ -110,16 +107,9 @@ class AttentiveExperts(MultiHeadAttention):
 
     def _mean(self, rows: Tensor, queries: int, mask: Any) -> Tensor:
         """The mean over what every query sees `(B, L, n)`, 0 where that is nothing."""
-        keys, dtype = rows.shape[2], wide(rows.dtype)
-        if mask is None and keys:
-            return rows.mean(2, dtype=dtype).expand(-1, queries, -1)
-        if mask == _CAUSAL and queries == keys:
-            counts = torch.arange(1, keys + 1, device=rows.device)
-            return rows[:, 0].cumsum(1, dtype=dtype) / counts[:, None]
-        # attention whose weights are all the same, whatever the mask is
-        same = rows.new_zeros(len(rows), 1, queries, rows.shape[3])
-        own = of_first({"mask": mask, "score": None}, 1, self.heads)
-        return attend(same, torch.zeros_like(rows), rows, **own)[:, 0].to(dtype)
+        own = of_first({"mask": mask, "score": None}, 1, self.heads)["mask"]
+        mean = visible_mean(rows.to(wide(rows.dtype)), queries, own)
+        return mean[:, 0].expand(-1, queries, -1)
 
     def factors(self, g: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
         """The factors of the heads: of the mixture, or in training perhaps of an expert that is drawn."""
