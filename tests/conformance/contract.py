@@ -682,9 +682,10 @@ def refusals(case: Case) -> None:
             calls[pattern]()
     if case.has("context_dim"):
         wide = {"dim": 32, "heads": 4, "context_dim": 64}
-        if "cross" in case.entry.supports:
+        if case.patterns(cross=True):
+            mask = None if "cross" in case.entry.supports else ph.causal()
             with pytest.raises(ph.PolyheadError, match=r"context must|64"):
-                config(**wide).build()(x[..., :32].float())
+                config(**wide).build()(x[..., :32].float(), mask=mask)
         else:
             with pytest.raises(ConfigError, match="context_dim"):
                 config(**wide)
