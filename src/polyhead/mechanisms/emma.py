@@ -56,7 +56,7 @@ _PICTURE = Flow(
         Step("mask", "that of the call, padding: sources that are passed over"),
         Step("stopping", "p = σ((f_q·f_k / √D + b) / τ)"),
         Step("alignment", "α: where each target stops, having stopped for those before"),
-        Step("looking back", "β: softmax of e over what was read, expected over α"),
+        Step("normaliser", "β: softmax of e over what was read, expected over α"),
         Step("values", "β · v"),
         Step("output", "heads → d"),
         Step("y", "(L, d)"),
