@@ -115,3 +115,12 @@ def test_refusals() -> None:
 
 def test_groups_keep_the_contract() -> None:
     assert broken_rules("attention_bottleneck", kv_heads=2, without="cache_edits") == {}
+
+
+def test_an_edit_projects_once_and_is_that_of_evaluation() -> None:
+    module, seen = built(dropout=0.5), []
+    module.projection.query.register_forward_hook(lambda *_: seen.append(1))
+    weights = torch.zeros(7, **F64)
+    quiet = module.eval().edited(X, weights=weights)
+    assert len(seen) == 1
+    close(module.train().edited(X, weights=weights), quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from mechanisms.variants import broken_rules
@@ -153,3 +154,12 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("mode", ["flat", "concat"])
 def test_every_mode_keeps_the_contract(mode: str) -> None:
     assert broken_rules("multi_source_attention", mode=mode, sources=3, kv_heads=2) == {}
+
+
+def test_a_mask_costs_a_hierarchical_call_no_more_products() -> None:
+    module = built(sources=2)
+    x = torch.zeros(2, 16, 32, **F64)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module(x, (x, x), mask=ph.window(20, 20))
+    assert counter.get_total_flops() <= module.cost(16, batch=2).flops

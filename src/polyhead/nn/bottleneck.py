@@ -119,13 +119,12 @@ class BottleneckAttention(MultiHeadAttention):
         weights: Float[Tensor, "*B H S"],
         padding: Bool[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B L d"]:
-        """The output with other weights for the first token: zeros let nothing through.
+        """The output with other weights for the first token, as in evaluation: zeros let nothing through.
 
         Args:
             weights: in the place of `FirstRow.effective`; broadcasts to `(B, H, S)`.
         """
-        out = self(x, context, padding=padding)
-        _, (_, v), _ = self._prepared(x, context, padding)
+        q, (k, v), options = self._prepared(x, context, padding)
         shape = (v.shape[0], self.heads, v.shape[2])
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             raise ShapeError(f"weights must be a floating-point tensor {shape}; got {given(weights)}")
@@ -133,9 +132,9 @@ class BottleneckAttention(MultiHeadAttention):
             weights = weights.to(v.dtype).expand(shape)
         except RuntimeError:
             raise ShapeError(f"weights must broadcast to {shape}; got {tuple(weights.shape)}") from None
+        heads = self._mix(q, (k, v), **options)
         v = v.repeat_interleave(self.heads // v.shape[1], dim=1)
-        first = self.output(weights[:, :, None] @ v)
-        return torch.cat([first, out[:, 1:]], dim=1)
+        return self._join(torch.cat([weights[:, :, None] @ v, heads[:, :, 1:]], dim=2))
 
     def _prepared(
         self, x: Tensor, context: Tensor | None, padding: Tensor | None

@@ -52,8 +52,7 @@ class CompressedAttention(MultiHeadAttention):
         own = self.projection
         if not own.reach:
             return rows
-        held = rows._tokens.streams[0]  # type: ignore[attr-defined]
-        return RecentInputs(rows, batch, own.dim, own.reach, device=held.device, dtype=held.dtype)
+        return RecentInputs(rows, batch, own.dim, own.reach)
 
     def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
         raise _no_context()

@@ -77,7 +77,7 @@ class SourceAttention(MultiHeadAttention):
         sees = mask is None or (mask == causal() and k.shape[2] >= q.shape[2])
         if sees and k.shape[2] and not self.always:
             return attend(q, k, v, **options), None
-        if self.always:
+        if self.always or "normalizer" not in options:
             return attend(q, k, v, **options, return_lse=True)
         # whether a row sees a key does not hang on how its logits become weights
         alone = {"mask": mask, "return_lse": True}
@@ -295,7 +295,11 @@ class MultiSourceAttention(AttentionModule):
         *,
         dtype: torch.dtype | None = None,
     ) -> Cost:
-        """With all sources `context_length` tokens long; one that is shorter costs less by its share."""
+        """With all sources `context_length` tokens long; one that is shorter costs less by its share.
+
+        Hierarchical with a normaliser of its own asks besides, under a mask, which tokens see anything of a
+        source, by scores of width 1: that is not counted.
+        """
         each = [source.cost(length, batch, context_length, dtype=dtype) for source in self.sources]
         own = self.combine.flops(length, batch, len(each))
         return replace(

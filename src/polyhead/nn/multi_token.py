@@ -259,11 +259,8 @@ class MultiTokenAttention(MultiHeadAttention):
             size = whole("new_cache: window", window, 1) + self.reach + self.margin
             seen = _within(window, whole("new_cache: sinks", sinks, 0))
         rows = super().new_cache(batch, window=size, sinks=sinks, **options)
-        held = rows._tokens.streams[0]  # type: ignore[attr-defined]
         heads, width = self._query_shape
-        return RecentQueries(
-            rows, batch, heads, width, self.reach, mask=seen, device=held.device, dtype=held.dtype
-        )
+        return RecentQueries(rows, batch, heads, width, self.reach, mask=seen)
 
     def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
         cache = super().new_context_cache(context, **options)

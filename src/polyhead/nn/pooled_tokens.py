@@ -71,10 +71,7 @@ class PooledTokensAttention(MultiHeadAttention):
         rows = super().new_cache(batch, **options)
         if not self.pooling.reach or self.pooling.layout != "past":
             return rows
-        held = rows._tokens.streams[0]  # type: ignore[attr-defined]
-        return RecentInputs(
-            rows, batch, self.pooling.dim, self.pooling.reach, device=held.device, dtype=held.dtype
-        )
+        return RecentInputs(rows, batch, self.pooling.dim, self.pooling.reach)
 
     def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
         raise _no_context()

@@ -170,10 +170,7 @@ class RelativeConvAttention(MultiHeadAttention):
         rows = super().new_cache(batch, **options)
         if self.kernel == 1:
             return rows
-        held = rows._tokens.streams[0]  # type: ignore[attr-defined]
-        return RecentInputs(
-            rows, batch, self.projection.dim, self.kernel - 1, device=held.device, dtype=held.dtype
-        )
+        return RecentInputs(rows, batch, self.projection.dim, self.kernel - 1)
 
     def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
         raise _no_context()

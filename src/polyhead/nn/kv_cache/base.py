@@ -121,6 +121,10 @@ class TokenRows:
     def batch(self) -> int:
         return self.streams[0].shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.streams[0].device
+
     def tensors(self) -> list[Tensor]:
         return [t for t in (*self.streams, self.padding, self.positions) if t is not None]
 
@@ -267,6 +271,16 @@ class KeyValueCache:
 
     length: int = 0
     holds_context = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that it takes."""
+        raise NotImplementedError
 
     def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
         """Take the rows of new tokens, one `(B, heads, L, width)` for every stream, and say what is kept.

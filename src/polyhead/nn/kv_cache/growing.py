@@ -38,6 +38,14 @@ class GrowingCache(KeyValueCache):
         self.length = 0
         self._tokens = TokenRows(type(self).__name__, batch, streams, capacity, device, dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self._tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tokens.dtype
+
     def _enlarge(self, length: int) -> int:
         """The room to make so that `length` tokens fit."""
         return max(length, 2 * self._tokens.room)

@@ -24,7 +24,7 @@ class RecentInputs(KeyValueCache):
         width: of an input.
         reach: inputs before a token that its rows depend on.
         slack: tokens that may be taken back.
-        device, dtype: of the inputs.
+        device, dtype: of the inputs; default those of the rows.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class RecentInputs(KeyValueCache):
         self.rows = rows
         self.reach = whole("RecentInputs: reach", reach, 0)
         room = self.reach + whole("RecentInputs: slack", slack, 0)
+        device = rows.device if device is None else device
+        dtype = rows.dtype if dtype is None else dtype
         self._inputs = torch.zeros(batch, room, width, device=device, dtype=dtype)
         self._real = torch.zeros(batch, room, dtype=torch.bool, device=device)
         self._known = room  # of these inputs, the latest that are what they were
@@ -48,6 +50,14 @@ class RecentInputs(KeyValueCache):
     @property
     def length(self) -> int:  # type: ignore[override]
         return self.rows.length
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
 
     @property
     def holds_context(self) -> bool:  # type: ignore[override]

@@ -57,6 +57,14 @@ class WindowCache(KeyValueCache):
         recent = max(self._start + sinks, self._stop - (self.size - 1))
         return [slice(self._start, self._start + sinks), slice(recent, self._stop)]
 
+    @property
+    def device(self) -> torch.device:
+        return self._tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tokens.dtype
+
     def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
         tokens = self._tokens
         differentiate = tokens.accept(rows, padding, positions)
