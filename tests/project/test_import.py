@@ -15,6 +15,7 @@ HEAVY = (
     "gguf",
     "scipy",
     "torch._dynamo",
+    "triton",
 )
 
 

@@ -7,10 +7,11 @@ from polyhead.attend.backends.sdpa import Sdpa
 from polyhead.attend.backends.signs import Signs
 from polyhead.attend.backends.staircase import Staircase
 from polyhead.attend.backends.tiles import Tiles
+from polyhead.attend.backends.triton_heads import TritonHeads
 from polyhead.attend.plan import Backend
 
 __all__ = ["BACKENDS", "STREAMING"]
 
 # those with a forward and a backward of their own: one step of a graph each
-STREAMING: tuple[Backend, ...] = (Banded(), Tiles())
+STREAMING: tuple[Backend, ...] = (Banded(), TritonHeads(), Tiles())
 BACKENDS: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
