@@ -92,6 +92,11 @@ REFUSED = {
     "narrow": (call(width=8), BOTH, "head widths of 16 to 128; q and k have 8"),
     "wide": (call(v_width=256), BOTH, "head widths of 16 to 128; v have 256"),
     "many heads": (call(32, 8), {"score": ph.head_mix(torch.eye(32))}, "at most 16 .* the call has 8 x 4"),
+    "one key head": (
+        call(8, 1),
+        {"score": ph.head_mix(torch.eye(8))},
+        "at most 4 query heads .* the call has 8",
+    ),
     "odd groups": (call(9, 3), {"score": ph.head_mix(torch.eye(9))}, ""),
     "odd groups, too many": (call(15, 3), {"score": ph.head_mix(torch.eye(15))}, "the call has 3 x 5"),
 }

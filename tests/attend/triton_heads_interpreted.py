@@ -91,7 +91,9 @@ def test_masks(mask: str) -> None:
     check(operands(), mask=MASKS[mask])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (12, 4), (16, 16), (16, 1), (8, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (12, 4), (16, 16), (16, 4), (4, 1), (8, 8)]
+)
 def test_heads(heads: int, kv_heads: int) -> None:
     check(operands(heads, kv_heads, 33, 33), mask=ph.causal())
 

@@ -13,7 +13,7 @@ from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 from polyhead.attend.problem import Problem
 from polyhead.attend.stream import stream
-from polyhead.attend.triton_heads.sizes import FEWEST, MOST_HEADS, WIDTHS, near, padded
+from polyhead.attend.triton_heads.sizes import FEWEST, MOST_HEADS, MOST_REPEAT, WIDTHS, near, padded
 
 __all__ = ["TritonHeads"]
 
@@ -69,6 +69,11 @@ class TritonHeads:
                 f"a program holds all heads of a tile, at most {MOST_HEADS} once the numbers of key/value "
                 "heads and of query heads for each are padded to powers of two; "
                 f"the call has {kv_heads} x {heads // kv_heads}"
+            )
+        if heads // kv_heads > MOST_REPEAT:
+            return (
+                f"it runs at most {MOST_REPEAT} query heads for each key/value head; "
+                f"the call has {heads // kv_heads}"
             )
         for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if not WIDTHS[0] <= width <= WIDTHS[1]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from polyhead.attend.masks import And, Mask, Padding, span
 
-__all__ = ["FEWEST", "MOST_HEADS", "WIDTHS", "Near", "Sizes", "near", "padded"]
+__all__ = ["FEWEST", "MOST_HEADS", "MOST_REPEAT", "WIDTHS", "Near", "Sizes", "near", "padded"]
 
 MOST_HEADS = 16
+MOST_REPEAT = 4
 WIDTHS = (16, 128)
 FEWEST = 16
 
@@ -54,7 +55,8 @@ class Sizes:
         repeat, full = heads // kv_heads, dtype == torch.float32
         p_kv, p_repeat = padded(kv_heads), padded(repeat)
         together = p_kv * p_repeat
-        rows, cols = 16 if together > 8 else 32, 16
+        # more than 64 rows of heads that share keys are more than the compiler keeps in registers
+        rows, cols = 32 if together <= 8 and p_repeat <= 2 else 16, 16
         return cls(
             kv_heads=kv_heads,
             repeat=repeat,
