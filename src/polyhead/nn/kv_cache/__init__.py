@@ -1,7 +1,7 @@
 """Caches of keys and values for decoding."""
 
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache
-from polyhead.nn.kv_cache.codec import RowCodec, SignBits, row_bytes
+from polyhead.nn.kv_cache.codec import FlagBits, RowCodec, SignBits, row_bytes
 from polyhead.nn.kv_cache.context import ContextCache
 from polyhead.nn.kv_cache.growing import FixedCache, GrowingCache
 from polyhead.nn.kv_cache.window import WindowCache
@@ -9,6 +9,7 @@ from polyhead.nn.kv_cache.window import WindowCache
 __all__ = [
     "ContextCache",
     "FixedCache",
+    "FlagBits",
     "GrowingCache",
     "Kept",
     "KeyValueCache",

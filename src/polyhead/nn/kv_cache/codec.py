@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["RowCodec", "SignBits", "row_bytes"]
+__all__ = ["FlagBits", "RowCodec", "SignBits", "row_bytes"]
 
 
 @runtime_checkable
@@ -46,9 +46,7 @@ class SignBits:
         return -(-width // 8) + dtype.itemsize
 
     def pack(self, rows: Tensor) -> Tensor:
-        bits = F.pad(rows >= 0, (0, -rows.shape[-1] % 8)).unflatten(-1, (-1, 8))
-        powers = (1 << torch.arange(8, device=rows.device)).to(torch.uint8)
-        signs = (bits.to(torch.uint8) * powers).sum(-1, dtype=torch.uint8)
+        signs = _bytes_of(rows >= 0)
         size = rows.detach()[..., :1].abs().contiguous().view(torch.uint8)
         return torch.cat([signs, size], dim=-1)
 
@@ -59,3 +57,24 @@ class SignBits:
         rows = F.embedding(signs.int(), table).flatten(-2)[..., :width]
         # a copy, since a view as another dtype has to begin where one of its numbers may
         return rows * size.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+class FlagBits:
+    """Rows of zeros and ones, ⌈width / 8⌉ bytes: bit c of byte n is set where channel 8 n + c is not zero."""
+
+    def nbytes(self, width: int, dtype: torch.dtype) -> int:
+        return -(-width // 8)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        return _bytes_of(rows != 0)
+
+    def unpack(self, held: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        bits = held[..., None] >> torch.arange(8, dtype=torch.uint8, device=held.device) & 1
+        return bits.flatten(-2)[..., :width].to(dtype)
+
+
+def _bytes_of(flags: Tensor) -> Tensor:
+    """Bool `(..., width)` as uint8 `(..., ⌈width / 8⌉)`."""
+    bits = F.pad(flags, (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = (1 << torch.arange(8, device=flags.device)).to(torch.uint8)
+    return (bits.to(torch.uint8) * powers).sum(-1, dtype=torch.uint8)
