@@ -4,13 +4,15 @@
     scores = duo.gates(model, samples, steps=60)
     cache = per_head(model, full=scores.top(0.5), sink=4, window=256)
 
-A gate mixes full attention with what a head sees that keeps sinks and a recent window only,
+A gate mixes full attention with what a head sees that keeps sinks and a recent window only
+(`polyhead.cache.gating`),
 
     o_h = α_h · Full_h + (1 - α_h) · Short_h,    Short_h sees j <= i iff j < sink or i - j < window,
 
 and all gates together are trained to leave the model's last hidden states as they were, at the tokens
 whose answer lies far back, while Σ α is kept small. The model's own weights are frozen. A second forward
-pass without gates gives Full_h and the hidden states to keep, as in the published code.
+pass without gates gives Full_h and the hidden states to keep, as in the published code. `gate_gradients` does
+without training: it asks what the first step would be, and of the answers themselves.
 
 Paper: DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads,
 arXiv 2410.10819.
@@ -19,20 +21,18 @@ arXiv 2410.10819.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from polyhead.attend.masks import sink as first_tokens
-from polyhead.attend.masks import window as recent_tokens
-from polyhead.errors import ConfigError, UnsupportedModel
+from polyhead.cache.gate_gradients import Questions, gate_gradients
+from polyhead.cache.gating import Gates, decoder, frozen
+from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
 from polyhead.hf import Attachment, Call, attach
-from polyhead.hf.layers import pretrained_parts
 
-__all__ = ["Sample", "gates", "passkeys"]
+__all__ = ["Questions", "Sample", "gate_gradients", "gates", "passkeys"]
 
 _WORDS = (
     "amber anchor basket candle copper desert ember fabric garden hammer island jacket kernel ladder marble "
@@ -172,13 +172,9 @@ def gates(
             "gates needs steps >= 1, sink >= 0, window >= 1, lr > 0, penalty >= 0 and initial in [0, 1]; got "
             f"{steps}, {sink}, {window}, {lr}, {penalty} and {initial}"
         )
-    whole = pretrained_parts(model)[0]
-    if getattr(whole.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"gates are for decoders that read one sequence; {type(whole).__name__} reads two"
-        )
+    whole = decoder(model, "gates")
     device = next(model.parameters()).device
-    with _frozen(model), attach(model) as attachment:
+    with frozen(model), attach(model) as attachment:
         two = _TwoWays(whole.base_model, attachment, sink, window, initial, device)
         optimizer = torch.optim.AdamW(two.alphas.values(), lr=lr, weight_decay=0.0)
         ramp = max(1, steps // 5)
@@ -201,14 +197,7 @@ def gates(
                     alpha.clamp_(0.0, 1.0)
             if progress is not None:
                 progress(step + 1, steps, distance.item(), mean.item())
-        values = tuple(
-            two.alphas.get(layer.index, torch.full((layer.kv_heads,), torch.nan))
-            .detach()
-            .double()
-            .cpu()
-            .numpy()
-            for layer in attachment.layers
-        )
+        values = two.gates.by_layer(two.alphas)
     return HeadScores(
         values,
         name="duo_gate",
@@ -230,17 +219,10 @@ class _TwoWays:
         initial: float,
         device: torch.device,
     ) -> None:
-        layers = [layer for layer in attachment.layers if layer.kind == "decoder"]
-        if not layers:
-            raise UnsupportedModel(
-                f"{type(body).__name__} has no causal self-attention, so that nothing is gated"
-            )
         self.body, self.attachment = body, attachment
-        self.short = recent_tokens(window - 1) | first_tokens(sink) if sink else recent_tokens(window - 1)
-        self.alphas = {
-            layer.index: torch.full((layer.kv_heads,), initial, device=device, requires_grad=True)
-            for layer in layers
-        }
+        like = torch.zeros((), device=device)
+        self.gates = Gates(attachment, sink, window, initial, like, type(body).__name__)
+        self.alphas = self.gates.alphas
         self.outputs: dict[int, Tensor] = {}
 
     def full(self, call: Call) -> Tensor:
@@ -252,14 +234,9 @@ class _TwoWays:
 
     def mixed(self, call: Call) -> Tensor:
         """Handler: what was remembered, mixed with attention to sinks and the window."""
-        alpha = self.alphas.get(call.layer.index)
-        if alpha is None:
+        if call.layer.index not in self.alphas:
             return call.proceed()
-        mask = self.short if call.mask is None else call.mask & self.short
-        short = call.replace(mask=mask).proceed()
-        alpha = alpha.clamp(0.0, 1.0).repeat_interleave(call.layer.heads // call.layer.kv_heads)
-        alpha = alpha.view(1, -1, 1, 1).to(short.dtype)
-        return alpha * self.outputs.pop(call.layer.index) + (1 - alpha) * short
+        return self.gates.mix(call, self.outputs.pop(call.layer.index))
 
     def hidden(self, ids: Tensor, handler: Callable[[Call], Tensor]) -> Tensor:
         """The last hidden states `(B, S, d)`."""
@@ -278,19 +255,3 @@ class _TwoWays:
         with torch.enable_grad():
             found = self.hidden(ids, self.mixed)[counted].float()
         return (found - expected).square().mean()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients for the weights, and everything given back."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in wanted:
-            parameter.requires_grad_(grad)
