@@ -1,7 +1,7 @@
 """Time of the main job: `polyhead report smollm2` from start to end, against 5 minutes on 2 cores.
 
 The report is written to a temporary folder; what it found is printed as a table. `--keep FOLDER` also writes
-the table and the plots there. Wall time depends on what else the machine does, processor time hardly.
+the table and the plots there; what else was written there by hand stays, and is linked. Wall time depends on what else the machine does, processor time hardly.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def keep(folder: Path, report: Path, data: ReportData, times: list[str]) -> None:
-    """The findings and the plots of a report, without the page."""
+    """The findings and the plots of a report, without the page; links to the other pages of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = sorted(report.glob("*.svg"))
     for plot in plots:
@@ -61,8 +61,17 @@ def keep(folder: Path, report: Path, data: ReportData, times: list[str]) -> None
     told = replace(data, run=replace(data.run, command=command))
     images = "\n\n".join(f"![{plot.stem}]({plot.name})" for plot in plots)
     block = "\n".join(f"    {line}" for line in times)
-    text = f"{markdown(told)}\n\n{images}\n\n## How long it took\n\n{block}\n"
+    others = sorted(page for page in folder.glob("*.md") if page.name != "README.md")
+    links = "".join(f"- [{title(page)}]({page.name})\n" for page in others)
+    further = f"\n## Further\n\n{links}" if links else ""
+    text = f"{markdown(told)}\n\n{images}\n\n## How long it took\n\n{block}\n{further}"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def title(page: Path) -> str:
+    """The first heading of a page."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), page.stem)
 
 
 if __name__ == "__main__":

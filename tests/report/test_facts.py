@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from polyhead.cache.duo import gate_gradients
 from polyhead.errors import ConfigError
-from polyhead.report.facts import STOCK, Asked, Hidden, answered, hide
+from polyhead.report.facts import CHOOSING, STOCK, Asked, Hidden, answered, hide, questions
 from polyhead.tasks import NAMES, held_out_text, needle, sample_text
 from report import small_models
 
@@ -53,10 +54,36 @@ def test_the_same_seed_gives_the_same_facts_and_another_one_others(pair):
 def test_what_chooses_heads_and_what_caches_are_tried_on_have_nothing_in_common(pair):
     _, tokenizer = pair
     assert not set(NAMES) & set(STOCK.names)
+    assert not set(CHOOSING.names) & set(STOCK.names)
+    assert not _nouns(CHOOSING) & _nouns(STOCK)
     case = needle(sample_text(), tokenizer, lengths=(300,), depths=(0.5,))[0]
     fact = tokenizer.decode(case.ids[slice(*case.needle)])
     assert not any(kind.begin.split(" {name}")[0] in fact for kind in STOCK.kinds)
     assert not set(sample_text().split("\n\n")) & set(held_out_text().split("\n\n"))
+
+
+COMMON = "the of in is have with near for has was to which how many what does do did"
+
+
+def _nouns(stock):
+    """What the facts are about: their words, without those that all sentences have."""
+    told = (
+        f"{kind.begin} {kind.end} {kind.question}".replace("{name}", "").replace("?", "")
+        for kind in stock.kinds
+    )
+    return {word for text in told for word in text.lower().split()} - set(COMMON.split())
+
+
+def test_facts_as_questions_say_what_the_answers_are(pair):
+    model, tokenizer = pair
+    made = hidden(tokenizer)
+    text, tails, answer = questions(made)
+    assert text.tolist() == list(made.text)
+    for row, where, one in zip(tails, answer, made.asked, strict=True):
+        assert tuple(row[: len(one.tail)].tolist()) == one.tail
+        assert row[where].tolist() == list(one.tail[-one.answer :])
+    scores = gate_gradients(model, [questions(made)], window=100)
+    assert abs(scores.flat).max() > 0
 
 
 def test_too_little_room_is_said(pair):

@@ -62,19 +62,23 @@ def test_a_folder_of_ones_own(llama, tmp_path):
     assert data.model.architecture == "LlamaForCausalLM"
     assert (data.model.heads, data.model.kv_heads) == ((4, 4), (2, 2))
     assert len(data.text.tokens) == 300
-    assert {"sink", "entropy", "retrieval"} <= {m.name for m in data.measurements}
+    assert {"sink", "entropy", "retrieval", "gate_gradient"} <= {m.name for m in data.measurements}
+    # told for every query head that reads the KV head
+    for row in data.measurement("gate_gradient").values:
+        assert row[0] == row[1] != row[2] == row[3]
     # a random model finds nothing: that is said, and nothing is recommended
     assert data.recommendation is None
     assert "With its whole cache the model finds 0 of 4 hidden facts" in data.notes[0]
     assert "too few to see what a smaller cache loses" in " ".join(said.split())
     # four KV heads: shares that come to the same number of heads are tried once
-    *points, drawn = data.savings.points
+    *points, alone, drawn = data.savings.points
+    assert (alone.policy, alone.heads_kept, alone.needles) == ("retrieval alone", 1, 4)
     assert (drawn.policy, drawn.heads_kept, len(drawn.heads)) == ("random", 1, 1)
     assert [(p.policy, p.heads_kept) for p in points] == [
-        ("retrieval", 4),
-        ("retrieval", 2),
-        ("retrieval", 1),
-        ("retrieval", 0),
+        ("both scores", 4),
+        ("both scores", 2),
+        ("both scores", 1),
+        ("both scores", 0),
     ]
     for point in points:
         assert point.needles == 4
@@ -116,6 +120,7 @@ def test_without_savings_and_with_a_text_of_ones_own(llama, tmp_path):
     said = report(llama, "--out", tmp_path / "r", "--text", text, "--length", 128, "--no-savings")
     data = read(tmp_path / "r")
     assert data.savings is None
+    assert data.measurement("gate_gradient") is None  # asked only to choose heads for caches
     assert data.text.name == "own.txt"
     assert "reading the first 128 of" in said
     assert (
@@ -309,7 +314,7 @@ def test_sizes_for_few_heads():
 ASKED = 40
 
 
-def outcome(heads, answers, perplexity=10.0, whole=(True,) * ASKED, policy="retrieval"):
+def outcome(heads, answers, perplexity=10.0, whole=(True,) * ASKED, policy="both scores"):
     """What came of so many of 10 heads; `answers` as they are, or how many of the first are right."""
     if isinstance(answers, int):
         answers = (True,) * answers + (False,) * (ASKED - answers)
@@ -368,7 +373,7 @@ class Parts:
     def outcomes(self, choices, part):
         whole, *smaller = choices
         assert whole.heads is None
-        self.asked.append((part, [len(c.heads) for c in smaller if c.policy == "retrieval"]))
+        self.asked.append((part, [len(c.heads) for c in smaller if c.policy == "both scores"]))
         perplexity = self.told_perplexity if part == "told" else None
         found = []
         for one in smaller:

@@ -29,8 +29,9 @@ def assemble(
     text: str | os.PathLike[str] | None,
     measured: curve.Curve | None = None,
     notes: Sequence[str] = (),
+    extra: Sequence[Any] = (),
 ) -> d.ReportData:
-    """All that the page shows, but for when and where it was measured."""
+    """All that the page shows, but for when and where it was measured; `extra` are scores of KV heads."""
     causal = not profile.is_encoder
     heads = sum(layer.heads for layer in profile.layers)
     pictures = profile.pictures(picture_side(heads, causal=causal, tokens=len(ids)))
@@ -49,7 +50,10 @@ def assemble(
         ),
         text=_text(tokenizer, profile, ids, text),
         run=d.Run("", "", "", ""),
-        measurements=tuple(_measurement(s) for s in profile.values()),
+        measurements=(
+            *(_measurement(s) for s in profile.values()),
+            *(_of_readers(s, profile.layers) for s in extra),
+        ),
         roles=_roles(profile),
         pictures=pack_pictures(pictures.mass, causal=causal),
         lookups=pack_lookups(queries, looks.positions, looks.weights),
@@ -82,6 +86,16 @@ def _measurement(scores: Any) -> d.Measurement:
     title = known.title if known is not None else scores.name
     title = title[:1].upper() + title[1:]
     values = tuple(tuple(float(v) for v in layer) for layer in scores.values)
+    return d.Measurement(scores.name, title, scores.meaning, scores.unit, scores.direction, values)
+
+
+def _of_readers(scores: Any, layers: Sequence[Any]) -> d.Measurement:
+    """A score of KV heads, told for every query head that reads them."""
+    values = tuple(
+        tuple(float(v) for v in row for _ in range(layer.heads // layer.kv_heads))
+        for row, layer in zip(scores.values, layers, strict=True)
+    )
+    title = scores.name.replace("_", " ").capitalize() + " of its KV head"
     return d.Measurement(scores.name, title, scores.meaning, scores.unit, scores.direction, values)
 
 

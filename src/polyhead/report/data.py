@@ -255,7 +255,8 @@ class Point:
     """One way to choose KV heads, one size, and what came of it.
 
     Attributes:
-        policy: `full` (all heads), `retrieval`, `random`, or the name of another way to choose.
+        policy: `full` (the untouched model), `random`, or the name of another way to choose, such as `both
+            scores`.
         kv_fraction: share of KV heads that keep the full context, 0 to 1.
         heads_kept: their number.
         seed: for policies that draw; None otherwise.

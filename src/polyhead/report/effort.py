@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from polyhead.errors import ConfigError
 
-__all__ = ["FRACTIONS", "QUICK", "Effort", "sizes", "steps"]
+__all__ = ["FRACTIONS", "QUICK", "Effort", "shares", "sizes", "steps"]
 
 FRACTIONS = (0.9, 0.75, 0.5, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 """Shares of KV heads that are tried, besides all of them."""
@@ -18,11 +19,13 @@ class Effort:
 
     Attributes:
         fractions: shares of KV heads that keep the whole context.
+        alone_fractions: those of them at which heads chosen by retrieval alone are tried too.
         random_fractions: those of them at which random choices are tried too.
         seeds: seeds of the random choices; the first one also draws facts.
         sink, window: what the other heads keep.
         length: tokens of a text with hidden facts.
         facts: facts in one text.
+        choosing_texts: texts, with facts of their own, that heads are chosen by.
         texts: texts of the curve.
         confirm_texts: texts that the recommendation is confirmed on, and as many again that it is told by.
         random_texts: how many of these texts random choices are tried on, the first ones.
@@ -35,12 +38,14 @@ class Effort:
     """
 
     fractions: tuple[float, ...] = FRACTIONS
+    alone_fractions: tuple[float, ...] = (0.5, 0.33, 0.2)
     random_fractions: tuple[float, ...] = (0.5, 0.1)
     seeds: tuple[int, ...] = (0, 1, 2)
     sink: int = 4
     window: int = 256
     length: int = 2048
     facts: int = 8
+    choosing_texts: int = 3
     texts: int = 4
     confirm_texts: int = 6
     random_texts: int = 1
@@ -82,10 +87,12 @@ class Effort:
 
 QUICK = Effort(
     fractions=(0.5, 0.2, 0.0),
+    alone_fractions=(0.2,),
     random_fractions=(0.2,),
     seeds=(0,),
     length=640,
     facts=4,
+    choosing_texts=1,
     texts=1,
     confirm_texts=1,
     scored=384,
@@ -100,10 +107,16 @@ def sizes(effort: Effort, total: int) -> list[int]:
     return sorted({round(f * total) for f in effort.fractions} - {total}, reverse=True)
 
 
+def shares(fractions: Iterable[float], total: int) -> list[int]:
+    """The numbers of KV heads that other choices are tried at, from many to few; neither all nor none."""
+    return sorted({round(f * total) for f in fractions} - {0, total}, reverse=True)
+
+
 def steps(effort: Effort, total: int) -> int:
     """How often `advance` is called at most, for a progress bar."""
     tried = len(sizes(effort, total))
+    alone = len(shares(effort.alone_fractions, total))
     drawn, seeds = len(effort.random_fractions) * len(effort.seeds), len(effort.seeds)
-    curve = (tried + 1) * (effort.texts + 1) + drawn * (effort.random_texts + 1)
+    curve = (tried + alone + 1) * (effort.texts + 1) + drawn * (effort.random_texts + 1)
     confirm = (tried + 3) * effort.confirm_texts + 2 + seeds * effort.random_texts
     return curve + confirm + (tried + 2) * effort.decode_rounds

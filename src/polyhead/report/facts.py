@@ -6,8 +6,8 @@ long, is thus read once (`read`) for all its facts (`ask`). The answer is compar
 the model would say greedily: all its tokens are fed at once, and each must be the likeliest one after those
 before it, which is the case if and only if greedy decoding from there gives just this answer.
 
-`STOCK` has no name and no kind in common with the needles that heads are chosen by (`polyhead.tasks.NAMES`,
-"the secret number of").
+Caches are tried on facts of `STOCK`. It has no name and no kind in common with what heads are chosen by:
+facts of `CHOOSING`, and the needles of a profile (`polyhead.tasks.NAMES`, "the secret number of").
 """
 
 from __future__ import annotations
@@ -21,9 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyhead.cache.duo import Questions
 from polyhead.errors import ConfigError
+from polyhead.tasks import NAMES
 
-__all__ = ["STOCK", "Asked", "Hidden", "Kind", "Stock", "answered", "ask", "hide", "read"]
+__all__ = [
+    "CHOOSING",
+    "STOCK",
+    "Asked",
+    "Hidden",
+    "Kind",
+    "Stock",
+    "answered",
+    "ask",
+    "hide",
+    "questions",
+    "read",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,22 @@ STOCK = Stock(
     ),
     tuple(_CITIES.split()),
 )
+"""What caches are tried on."""
+
+CHOOSING = Stock(
+    (
+        Kind("The choir of {name} has sung", " songs", "How many songs has the choir of {name} sung?"),
+        Kind("The locker of {name} opens with", "", "What does the locker of {name} open with?"),
+        Kind("The tower of {name} has", " steps", "How many steps does the tower of {name} have?"),
+        Kind("The year in which {name} was founded is", "", "In which year was {name} founded?"),
+        Kind("The account of {name} holds", " dollars", "How many dollars does the account of {name} hold?"),
+        Kind("The farm of {name} sold", " apples", "How many apples did the farm of {name} sell?"),
+        Kind("The license plate of {name} reads", "", "What does the license plate of {name} read?"),
+        Kind("The distance to {name} is", " miles", "How many miles is the distance to {name}?"),
+    ),
+    NAMES,
+)
+"""What heads are chosen by."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +247,15 @@ def ask(model: Any, hidden: Hidden, cache: Any) -> list[bool]:
         all(int(said[k, column[p]]) == one.tail[p + 1] for p in at)
         for k, (one, at) in enumerate(zip(hidden.asked, wanted, strict=True))
     ]
+
+
+def questions(hidden: Hidden) -> Questions:
+    """The text and its facts as `polyhead.cache.duo.gate_gradients` takes them."""
+    rows, wanted = _rows(hidden, "cpu")
+    answer = torch.zeros_like(rows, dtype=torch.bool)
+    for k, at in enumerate(wanted):
+        answer[k, [p + 1 for p in at]] = True
+    return Questions(torch.tensor(hidden.text), rows, answer)
 
 
 def _body(model: Any) -> Any:

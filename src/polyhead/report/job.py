@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from polyhead.report import choosing, summary, words
 from polyhead.report import data as d
 from polyhead.report import savings as curve
-from polyhead.report import summary, words
 from polyhead.report.assemble import assemble, machine
 from polyhead.report.effort import Effort, steps
 from polyhead.report.given import effort_of, read_text, tokens_of, usable_folder
@@ -95,7 +95,8 @@ def run(
         if savings and not profile.is_encoder:
             measured, notes = _savings(loaded, tokenizer, profile, effort, held_out, model, stages)
         with stages.stage("drawing"):
-            report = assemble(model, loaded, tokenizer, profile, ids, text, measured, notes)
+            extra = () if measured is None else (measured.gradients,)
+            report = assemble(model, loaded, tokenizer, profile, ids, text, measured, notes, extra)
             report = replace(report, run=_about(command, effort, stages))
             written = write_report(report, folder)
     _tell(report, written, console)
@@ -143,9 +144,11 @@ def _savings(
     if why:
         return None, [why]
     trial = Trial(model, tokenizer, effort, held_out)
+    with stages.stage("asking which heads answers need", trial.effort.choosing_texts) as advance:
+        gradients = choosing.gradients(model, tokenizer, trial.effort, lambda done: advance("texts"))
     with stages.stage("trying smaller caches", steps(trial.effort, len(trial.all_heads))) as advance:
         trial.report_to(advance)
-        found = curve.measure(trial, profile["retrieval"], name)
+        found = curve.measure(trial, profile["retrieval"], gradients, name)
     return found, list(found.notes)
 
 

@@ -1,8 +1,8 @@
 """What a smaller cache costs: KV heads kept in full from all of them down to none, and what comes of it.
 
-Heads are chosen by a score, such as the profile's `retrieval`: attention to needles in the sample text. Every
-choice is tried on the same facts, of other kinds, with other names, in other texts, and on the perplexity of
-a text of its own. Which cache is recommended is decided by these facts and by fresh ones, and told by a third
+Heads are chosen by two scores that are measured on the sample text (`polyhead.report.choosing`). Every choice
+is tried on the same facts, of other kinds, with other names, in other texts, and on the perplexity of a text
+of its own. Which cache is recommended is decided by these facts and by fresh ones, and told by a third
 part of the facts, which decided nothing.
 """
 
@@ -15,13 +15,12 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
 from polyhead.cache.per_head import per_head
 from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
+from polyhead.report.choosing import by_both, by_one
 from polyhead.report.data import Recommendation, Savings
-from polyhead.report.effort import Effort, sizes
+from polyhead.report.effort import Effort, shares, sizes
 from polyhead.report.summary import python_lines, ranked_lines, reason, verdict
 from polyhead.report.trying import Choice, Outcome, Trial
 from polyhead.report.words import plural
@@ -30,15 +29,17 @@ from polyhead.tasks.reading import context_length
 __all__ = ["Curve", "Decision", "holds", "keeps", "measure", "why_not"]
 
 WHOLE = Choice("full", None)
+BOTH, ALONE = "both scores", "retrieval alone"  # how heads are chosen, besides at random
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve, what is recommended (None: nothing), and what there is to say about them."""
+    """The curve, what is recommended (None: nothing), what there is to say, and a score that chose heads."""
 
     savings: Savings
     recommendation: Recommendation | None
     notes: tuple[str, ...]
+    gradients: HeadScores
 
 
 def why_not(model: Any, tokenizer: Any, effort: Effort) -> str:
@@ -61,21 +62,23 @@ def why_not(model: Any, tokenizer: Any, effort: Effort) -> str:
     return ""
 
 
-def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
+def measure(trial: Trial, retrieval: HeadScores, gradients: HeadScores, source: str) -> Curve:
     """The whole curve and the recommendation.
 
     Args:
         trial: the model, and what its caches are tried on.
-        scores: what heads are chosen by; a KV head counts as the highest of the query heads that read it.
+        retrieval, gradients: the two scores that heads are chosen by (`choosing.by_both`). Choices by the
+            first one alone are tried beside them.
         source: how the user named the model.
     """
     e, total = trial.effort, len(trial.all_heads)
-    order = _order(scores, trial.all_heads)
-    tried = [Choice("retrieval", order[:count]) for count in sizes(e, total)]
-    shares = sorted({round(f * total) for f in e.random_fractions} - {0, total}, reverse=True)
-    random_ones = [one for count in shares for one in _at_random(trial, count)]
-    whole, *rest = trial.outcomes([WHOLE, *tried, *random_ones])
-    chosen, drawn = rest[: len(tried)], rest[len(tried) :]
+    order = by_both(retrieval, gradients, trial.all_heads)
+    tried = [Choice(BOTH, order[:count]) for count in sizes(e, total)]
+    other = by_one(retrieval, trial.all_heads)
+    beside = [Choice(ALONE, other[:count]) for count in shares(e.alone_fractions, total)]
+    beside += [one for count in shares(e.random_fractions, total) for one in _at_random(trial, count)]
+    whole, *rest = trial.outcomes([WHOLE, *tried, *beside])
+    chosen, compared = rest[: len(tried)], rest[len(tried) :]
 
     capable = sum(whole.answers) >= len(whole.answers) / 2
     decision = _decide(trial, whole, chosen) if capable else Decision()
@@ -84,7 +87,7 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     baseline = replace(whole.point, decode_tokens_per_second=timed[0])
     full = replace(
         whole.point,
-        policy="retrieval",
+        policy=BOTH,
         decode_tokens_per_second=timed[1],
         cache_bytes=tuple((n, trial.bytes(partial(trial.small, order), n)) for n in e.lengths),
         heads=tuple(sorted(order)),
@@ -94,7 +97,7 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
     ]
     savings = Savings(
         baseline,
-        (*points, *(o.point for o in drawn)),
+        (*points, *(o.point for o in compared)),
         *_hows(trial),
         verdict=decision.verdict,
         python=ranked_lines(source, order, _preferred(chosen), e.sink, e.window) if capable else "",
@@ -112,13 +115,7 @@ def measure(trial: Trial, scores: HeadScores, source: str) -> Curve:
             how=_confirm_how(trial, decision.rejected),
             chance=tuple(one.point for one in decision.chance),
         )
-    return Curve(savings, advice, () if capable else (_incapable(whole),))
-
-
-def _order(scores: HeadScores, heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """KV heads with a cache, those with the highest scores first."""
-    by_kv = scores.by_kv_head("max")
-    return tuple(sorted(heads, key=lambda pair: (-np.nan_to_num(by_kv[pair], nan=-1.0), pair)))
+    return Curve(savings, advice, () if capable else (_incapable(whole),), gradients)
 
 
 def keeps(effort: Effort, after: Outcome) -> bool:
@@ -166,7 +163,7 @@ def _decide(trial: Trial, whole: Outcome, chosen: Sequence[Outcome]) -> Decision
     candidates = list(takewhile(lambda one: holds(e, whole, one), chosen))
     if not candidates:
         return Decision(verdict=verdict(e, whole.point, chosen[0].point, "the largest cache tried"))
-    choices = [Choice("retrieval", one.point.heads) for one in candidates]
+    choices = [Choice(BOTH, one.point.heads) for one in candidates]
     fresh, *again = trial.outcomes([WHOLE, *choices], "fresh")
     held = [
         choice for choice, _ in takewhile(lambda pair: keeps(e, pair[1]), zip(choices, again, strict=True))
@@ -212,14 +209,17 @@ def _hows(trial: Trial) -> tuple[str, str, str]:
         f"Hidden facts: {per_text}{drawn}, before the last {e.window} tokens; an answer counts as found "
         "when greedy decoding gives exactly the number. Kept: of the facts that the whole cache finds, those "
         "found with this cache too, and the 95 % interval of their share. A text is read with whole "
-        "attention (prefill='dense'); question and answer see what the cache then holds. Heads are chosen by "
-        "their retrieval score, measured on other texts with facts of another kind and other names.",
+        "attention (prefill='dense'); question and answer see what the cache then holds. Both scores, by "
+        "which heads are chosen: a head's place is the better one of its ranks by retrieval (attention to a "
+        f"needle) and by gate gradient (what the answers to {e.facts * e.choosing_texts} facts in "
+        f"{plural(e.choosing_texts, 'text')} lose, to first order, when it gives up the context). They are "
+        "measured on other texts, with facts of other kinds and other names.",
         f"Perplexity: {e.scored:,} tokens of {trial.prose_name}, each predicted from what its cache would "
         "hold if tokens came one by one.",
         f"Decoding: median of single tokens at {e.decode_length:,} tokens of context, caches in turn for "
         f"{e.decode_rounds} rounds, filled with random numbers (their content does not change the time). "
-        "The whole cache is transformers' DynamicCache with the model's own attention. Random choices "
-        "were not timed.",
+        "The whole cache is transformers' DynamicCache with the model's own attention. Only choices by "
+        "both scores were timed.",
     )
 
 

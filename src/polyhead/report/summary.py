@@ -26,7 +26,7 @@ def python_lines(source: str, heads: Sequence[tuple[int, int]], total: int, sink
 
 def ranked_lines(source: str, order: Sequence[tuple[int, int]], count: int, sink: int, window: int) -> str:
     """The same for a size of the user's own choice, with all heads in the order in which they are chosen."""
-    named = "ranked = [  # all KV heads, (layer, KV head), by retrieval score"
+    named = "ranked = [  # all KV heads, (layer, KV head), by retrieval and gate gradient: the better rank"
     cut = (
         f"full = ranked[:{count}]  # how many keep the whole context: a row of the table, or any other number"
     )
