@@ -1,7 +1,8 @@
 """Time of the main job: `polyhead report smollm2` from start to end, against 5 minutes on 2 cores.
 
 The report is written to a temporary folder; what it found is printed as a table. `--keep FOLDER` also writes
-the table and the plots there; what else was written there by hand stays, and is linked. Wall time depends on what else the machine does, processor time hardly.
+the table and the plots there; pages that were written there by hand stay, and are linked. Wall time depends
+on what else the machine does, processor time hardly.
 """
 
 from __future__ import annotations
