@@ -52,6 +52,22 @@ def test_heads_of_smollm2(smollm2):
     assert (18, 6) in {(layer, head) for _, layer, head in sorted(flat, reverse=True)[:8]}
 
 
+def test_which_heads_answers_of_smollm2_need(smollm2):
+    """Heads that fetch facts are among them, and so are early ones that do not."""
+    data, _ = smollm2
+    rows = data.measurement("gate_gradient").values
+    assert all(row[h] == row[h - h % 3] for row in rows for h in range(9))  # three readers a KV head
+    by_kv = sorted(((row[3 * g], layer, g) for layer, row in enumerate(rows) for g in range(3)), reverse=True)
+    first = {(layer, group) for _, layer, group in by_kv[:15]}
+    assert (18, 2) in first
+    assert (6, 1) in first
+    assert max(data.measurement("retrieval").values[6][3:6]) < 0.1
+    alone = [p.heads for p in data.savings.points if p.policy == "retrieval alone"]
+    assert [(6, 1) in heads for heads in alone] == [False]
+    both = {p.heads_kept: p.heads for p in data.savings.points if p.policy == "both scores"}
+    assert (6, 1) in both[18]
+
+
 @pytest.fixture(scope="module")
 def trial():
     """What the report above tried its caches on, and the model anew."""
@@ -110,7 +126,7 @@ def test_a_cache_with_all_heads_says_what_transformers_alone_says(trial, said_by
 
 def test_what_the_cache_of_smollm2_can_lose(smollm2):
     data, told = smollm2
-    points = {p.heads_kept: p for p in data.savings.points if p.policy == "retrieval"}
+    points = {p.heads_kept: p for p in data.savings.points if p.policy == "both scores"}
     whole = data.savings.baseline
     assert points[45].needle_accuracy * points[45].needles >= whole.needle_accuracy * whole.needles - 1
     assert points[0].needle_accuracy == 0
