@@ -12,8 +12,8 @@ its window. Gates stand on the tokens of question and answer only, which read th
 text: what a cache does that forgets after the text was read. So a text costs one reading without gradients,
 and all questions about it one forward and one backward pass over their few tokens.
 
-Attention to a fact finds the heads that fetch it; this score also finds earlier ones, which hardly look at
-the fact and without which the others do not find it.
+Attention to a fact finds the heads that fetch it; this score can also find earlier ones, which hardly look at
+the fact and on which its answer depends. It says nothing of what several heads do together.
 
 It is a first step of the training of gates in DuoAttention: Efficient Long-Context LLM Inference with
 Retrieval and Streaming Heads, arXiv 2410.10819, with the answer's log-probability in place of the distance of

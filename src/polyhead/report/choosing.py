@@ -4,7 +4,7 @@ Two scores, both measured on the sample text, with kinds and names of facts that
 
 - `retrieval`, of the profile: attention to a needle while it is told. It finds the heads that fetch facts.
 - `gate_gradient` (`polyhead.cache.duo.gate_gradients`): what the answers to hidden facts lose, to first
-  order, when a KV head gives up the whole context. It also finds heads that prepare what others fetch.
+  order, when a KV head gives up the whole context. It can also find heads that hardly look at a fact.
 
 A head's place is the better one of its two ranks; of equals, the one with more retrieval goes first.
 """
