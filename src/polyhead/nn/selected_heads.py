@@ -158,7 +158,8 @@ class SelectedHeads(MultiHeadAttention):
         held = _FLAGS.unpack(flags, slices, torch.bool) if flags.dtype == torch.uint8 else flags != 0
         held, active = held[:, 0], q.choice.active  # B S N and B L N
         own = ChosenRows(active if q.real is None else active & q.real[..., None])
-        all_keys = ChosenRows(held if q.real_keys is None else held & q.real_keys[..., None])
+        wanted = held & active.any(1, keepdim=True)  # of slices without a query no key is looked for
+        all_keys = ChosenRows(wanted if q.real_keys is None else wanted & q.real_keys[..., None])
         where_q, where_k = ranks(active), ranks(held)
         queries = q.queries.unflatten(1, (self.router.k, self.router.heads))
         alone = options["score"] is not None or "normalizer" in options
@@ -168,7 +169,7 @@ class SelectedHeads(MultiHeadAttention):
             taken = queries[item, where_q[item, token, head], :, token].transpose(1, 2)  # lanes R n D
             item, at, head = (t[key.index] for t in (all_keys.item, all_keys.token, all_keys.head))
             rank = where_k[item, at, head]
-            pair = (t[item, rank, at][:, None] for t in (k, v))
+            pair = (_rows_at(t, item, rank, at)[:, None] for t in (k, v))
             out = attend(taken, *pair, **self._of_lanes(options, row, key, token + keys - length, at))
             groups.append(row)
             blocks.append(out.transpose(1, 2).flatten(2))
@@ -255,6 +256,20 @@ def _of_slice(linear: nn.Linear, index: int, slices: int, x: Tensor) -> Tensor:
     """What a linear map makes for one of the slices."""
     bias = None if linear.bias is None else linear.bias.chunk(slices)[index]
     return F.linear(x, linear.weight.chunk(slices)[index], bias)
+
+
+def _rows_at(rows: Tensor, item: Tensor, rank: Tensor, at: Tensor) -> Tensor:
+    """`rows[item, rank, at]`, where rows `(B, k, S, D)` may be part of a buffer with room for more."""
+    width = rows.shape[-1]
+    strides = rows.stride()
+    if torch.is_grad_enabled() or not width or strides[3] != 1 or any(s % width for s in strides[:3]):
+        return rows[item, rank, at]
+    # rows copied as wholes take less time than number by number
+    steps = [s // width for s in strides[:3]]
+    last = sum((n - 1) * step for n, step in zip(rows.shape[:3], steps, strict=True))
+    lines = rows.as_strided((last + 1, width), (width, 1))
+    index = item * steps[0] + rank * steps[1] + at * steps[2]
+    return lines.index_select(0, index.flatten()).view(*index.shape, width)
 
 
 def _keeps_order(mask: Any, row: Group, key: Group) -> bool:
