@@ -11,6 +11,7 @@ import polyhead as ph
 from conformance.contract import Case
 from polyhead.errors import UnsupportedPattern
 from polyhead.mechanisms import PATTERNS, AttentionConfig, Registry
+from polyhead.mechanisms.config import without_context
 from polyhead.nn import Cost, GrowingCache, MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses
 
@@ -199,6 +200,13 @@ class Unregularized(MultiHeadAttention):
         super().__init__(*args, **given)
 
 
+class NeedsAToken(MultiHeadAttention):
+    """Looks at the first query."""
+
+    def forward(self, x: Tensor, *args: Any, **given: Any) -> Tensor:
+        return super().forward(x, *args, **given) + 0 * x[:, 0, None]
+
+
 class Counts(MultiHeadAttention):
     """Changes at every call."""
 
@@ -271,6 +279,7 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     Breaks: {"compiles"},
     Understates: {"cost"},
     AlwaysDrops: {"dropout"},
+    NeedsAToken: {"no_queries"},
     Unregularized: {"regularizers"},
     Counts: {"repeatable", "round_trips"},
     LossNotFinite: {"auxiliary"},
@@ -283,6 +292,11 @@ class ScratchConfig(AttentionConfig):
     """A mechanism for the tests."""
 
     made_of: str = "Sound"
+
+    def __post_init__(self) -> None:
+        if self.made_of == "SelfOnly":
+            without_context(self)
+        super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> nn.Module:
         made = self.assemble(heads=self.heads, kv_heads=self.heads, device=device, dtype=dtype)

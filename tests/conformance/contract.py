@@ -311,6 +311,18 @@ def batch_items(case: Case) -> None:
             assert none(module).shape == (0, 10, module.config.dim)
 
 
+def no_queries(case: Case) -> None:
+    """A call without tokens, or with a context that nobody looks at, gives no outputs; gradients are 0."""
+    for pattern in case.patterns():
+        module = case.build()
+        c = call(module, pattern, length=0, keys=5 if pattern == "cross" else None)
+        y = c(module)
+        assert y.shape == (2, 0, module.config.dim)
+        y.sum().backward()
+        for p in module.parameters():
+            assert p.grad is None or not bool(p.grad.any())
+
+
 CHUNKS = ([1] * 13, [5, 1, 1, 6], [13], [2, 11], [12, 1])
 
 
@@ -708,6 +720,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     causal_gradient,
     padding,
     batch_items,
+    no_queries,
     decode,
     decode_padded,
     decode_window,

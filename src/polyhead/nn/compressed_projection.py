@@ -90,9 +90,12 @@ class CompressedProjection(nn.Module):
         Args:
             x: `(B, L, d)`; where it has `begun`, `(B, reach + L, d)` with the tokens before.
         """
+        before = self.reach if begun else 0
+        if x.shape[1] == before:  # no token: that of one made up, which is cut off
+            q, k, v = self.forward(F.pad(x, (0, 0, 0, 1)), begun)
+            return q[:, :, :0], k[:, :, :0], v[:, :, :0]
         q, k = self.query(x), self.key(x)
         z, v = torch.cat([q, k], dim=-1), self.value(x)
-        before = self.reach if begun else 0
         if self.previous is not None:
             late = self.previous(x)
             first = late[:, :0] if begun else self._nothing(late, 1, self.previous)

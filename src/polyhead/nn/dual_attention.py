@@ -141,7 +141,7 @@ class DualAttention(MultiHeadAttention):
         """What relational heads give `(B, Hr, L, Dv)`, from their weighted values."""
         made = self.projection
         means, symbols = y.split([y.shape[-1] - made.value_dim, made.value_dim], dim=-1)
-        if receiver.shape[1] > 1:
+        if receiver.shape[1] != 1:
             means = means.unflatten(-1, (made.relations, made.relation_dim))
             means = (means * receiver[:, None]).sum(-1) * made.relation_dim**-0.5
         return self.relation_map(means) + symbols

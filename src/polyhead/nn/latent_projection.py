@@ -48,13 +48,13 @@ class Absorbing:
         """q_h W_UK^h: queries for the rows themselves."""
         groups = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) Dn
         wide = torch.einsum("bgnd,gdc->bgnc", groups, self.maps("key"))
-        return wide.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        return wide.unflatten(2, (q.shape[1] // self.kv_heads, q.shape[2])).flatten(1, 2)
 
     def absorb_value(self, mixed: Float[Tensor, "B H L dc"]) -> Float[Tensor, "B H L Dv"]:
         """W_UV^h behind the mixing of rows: the outputs of the heads."""
         groups = mixed.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # B G (H/G · L) dc
         out = torch.einsum("bgnc,gvc->bgnv", groups, self.maps("value"))
-        return out.unflatten(2, (-1, mixed.shape[2])).flatten(1, 2)
+        return out.unflatten(2, (mixed.shape[1] // self.kv_heads, mixed.shape[2])).flatten(1, 2)
 
 
 class LatentProjection(Absorbing, nn.Module):
