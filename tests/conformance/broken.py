@@ -258,6 +258,41 @@ class SilentlySelfOnly(SelfOnly):
     refuses = False
 
 
+class Centred(MultiHeadAttention):
+    """Does not move when all channels of a token do, and does by most changes: as steps are."""
+
+    in_steps = True
+
+    def forward(self, x: Tensor, context: Any = None, **given: Any) -> Tensor:
+        context = None if context is None else context - context.mean(-1, keepdim=True)
+        return super().forward(x - x.mean(-1, keepdim=True), context, **given)
+
+
+class StandsStill(MultiHeadAttention):
+    """Says that it moves in steps, and does not move."""
+
+    in_steps = True
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        return torch.ones_like(super().forward(*args, **given))
+
+
+class StepsAhead(LooksAhead):
+    """Moves in steps, and looks ahead."""
+
+    in_steps = True
+
+
+class StepsAnywhere(MultiHeadAttention):
+    """Moves in steps, and anywhere in half precision."""
+
+    in_steps = True
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        y = super().forward(*args, **given)
+        return y if y.dtype in (torch.float32, torch.float64) else y.roll(1, -1)
+
+
 # what is broken, and the checks of which each must fail (others may)
 BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     LooksAhead: {"causal", "causal_gradient", "equals_twin", "decode", "padding"},
@@ -285,6 +320,9 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     LossNotFinite: {"auxiliary"},
     Careless: {"refusals"},
     SilentlySelfOnly: {"refusals"},
+    StandsStill: {"causal", "equals_twin"},
+    StepsAhead: {"causal", "causal_gradient"},
+    StepsAnywhere: {"precision"},
 }
 
 
@@ -328,6 +366,7 @@ def case(kind: type[MultiHeadAttention]) -> Case:
             summary=str(kind.__doc__),
             equation="-",
             graph_breaks=int(kind is BreaksAsDeclared),
+            piecewise_constant=getattr(kind, "in_steps", False),
             supports=frozenset({"self"}) if issubclass(kind, SelfOnly) else PATTERNS,
         )(config)
     return Case(SCRATCH.entry(name), twin_name="mha")

@@ -33,6 +33,7 @@ from polyhead.papers import paper
 # relative to the size of the output, against float64 from the same (rounded) parameters and inputs
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 EXACT = 1e-10
+STEPS_OFF = 0.3  # of outputs that move in steps alone, in half precision: relative, in the mean square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +159,13 @@ def close(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
         assert error <= tolerance * size, f"off by {error:.3g}, {error / size:.3g} of the mean size"
 
 
+def close_on_average(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert bool(torch.isfinite(found).all()), "not finite"
+    off = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert off <= tolerance, f"off by {off:.3g} in the mean square"
+
+
 def ragged(batch: int, length: int, left: bool) -> Tensor:
     """Padding with items of different lengths, the first complete, none empty."""
     real = torch.tensor([max(1, length - 2 * n) for n in range(batch)])
@@ -230,17 +238,21 @@ def equals_twin_masked(case: Case) -> None:
 
 
 def causal(case: Case) -> None:
-    """Changing a token moves nothing before it, and does move what comes from it on."""
+    """Changing a token moves nothing before it, and does move what comes from it on.
+
+    Where outputs move in steps alone, one of several changes has to move them.
+    """
     for pattern in case.patterns(causal=True):
         module, length = case.build(), 12
         c = call(module, pattern, batch=1, length=length)
-        changed = c.source.expand(length, -1, -1).clone()
-        items = torch.arange(length)
-        changed[items, items] += 3.0  # item n has another token n
-        many = Call(c.x.expand(length, -1, -1), None if c.context is None else changed, c.mask)
-        many = many if c.context is not None else Call(changed, None, c.mask)
-        with torch.no_grad():
-            moved = (many(module) - c(module)).abs().amax(-1)
+        items, moved = torch.arange(length), torch.zeros(length, length, dtype=torch.float64)
+        for nudge in _nudges(c.source, 32 if case.entry.piecewise_constant else 1):
+            changed = c.source.expand(length, -1, -1).clone()
+            changed[items, items] += nudge  # item n has another token n
+            many = Call(c.x.expand(length, -1, -1), None if c.context is None else changed, c.mask)
+            many = many if c.context is not None else Call(changed, None, c.mask)
+            with torch.no_grad():
+                moved = moved.maximum((many(module) - c(module)).abs().amax(-1))
         before = torch.ones(length, length, dtype=torch.bool).tril(-1)  # of item n: the rows before n
         assert moved[before].max().item() <= 1e-12, f"{pattern}: a later token moved an earlier output"
         assert moved[items, items].min().item() > 1e-6, f"{pattern}: a token does not move its own output"
@@ -250,6 +262,13 @@ def causal(case: Case) -> None:
             assert moved[-1 - items[: length // 2], -1].min().item() > 1e-9, (
                 f"{pattern}: the last row sees no others"
             )
+
+
+def _nudges(source: Tensor, count: int) -> list[Tensor]:
+    """Changes of a token: all channels by 3, then normally drawn ones of that size."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randn(count - 1, source.shape[-1], generator=generator, dtype=source.dtype)
+    return [torch.full_like(source[0, 0], 3.0), *(3.0 * drawn)]
 
 
 def causal_gradient(case: Case) -> None:
@@ -495,7 +514,8 @@ def gradients_finite(case: Case) -> None:
 def precision(case: Case) -> None:
     """float32, bfloat16 and float16 are as near to float64 as the tolerance table says; autocast runs.
 
-    Where rounding the inputs makes a step jump, as a sign does, autocast gives what its dtype gives.
+    Where rounding the inputs makes a step jump, as a sign does, autocast gives what its dtype gives. Where
+    outputs move in steps alone, single ones may then be off by steps, and their mean square is what is held.
     """
     for pattern in case.patterns():
         for dtype, tolerance in TOLERANCE.items():
@@ -509,7 +529,10 @@ def precision(case: Case) -> None:
                 )
             assert found.dtype == dtype
             size = expected.square().mean().sqrt()
-            close(found.double() / size, expected / size, tolerance * 8)
+            if case.entry.piecewise_constant and dtype != torch.float32:
+                close_on_average(found, expected, STEPS_OFF)
+            else:
+                close(found.double() / size, expected / size, tolerance * 8)
         module = case.build(head_dim=16, dtype=torch.float32)
         c = call(module, pattern, length=33, dtype=torch.float32)
         with torch.no_grad():
@@ -522,7 +545,11 @@ def precision(case: Case) -> None:
             size = plain.abs().mean(-1, keepdim=True)
             size = size.maximum(size.mean())
             with torch.autocast("cpu", torch.bfloat16):
-                close(c(module).float() / size, plain / size, 0.1)
+                found = c(module).float()
+            if case.entry.piecewise_constant:
+                close_on_average(found, plain, STEPS_OFF)
+            else:
+                close(found / size, plain / size, 0.1)
 
 
 def round_trips(case: Case) -> None:

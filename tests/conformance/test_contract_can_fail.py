@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 import polyhead as ph
-from conformance.broken import BROKEN, BreaksAsDeclared, SelfOnly, Sound, case
-from conformance.contract import CHECKS, Case, failing
+from conformance.broken import BROKEN, BreaksAsDeclared, Centred, SelfOnly, Sound, case
+from conformance.contract import CHECKS, Case, causal, failing
 from polyhead.mechanisms import AttentionConfig, Registry
 from polyhead.nn import MultiHeadAttention
 
@@ -23,6 +24,13 @@ def test_a_broken_mechanism_is_caught(kind: type[MultiHeadAttention]) -> None:
     expected = BROKEN[kind]
     checks: list[Callable[[Case], None]] = [check for check in CHECKS if check.__name__ in expected]
     assert set(failing(case(kind), checks)) == expected
+
+
+def test_only_what_moves_in_steps_may_stand_still_at_a_change() -> None:
+    stepping = case(Centred)
+    assert failing(stepping, [causal]) == {}
+    plain = Case(dataclasses.replace(stepping.entry, piecewise_constant=False), twin_name="mha")
+    assert "does not move its own output" in failing(plain, [causal])["causal"]
 
 
 def test_every_check_catches_something() -> None:

@@ -1,4 +1,4 @@
-"""Weights in few bits."""
+"""Weights in few bits, or in one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,34 @@ from polyhead.attend.tile import Tile
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.checks import whole
 
-__all__ = ["RoundedWeights", "rounded_weights"]
+__all__ = ["BinaryWeights", "RoundedWeights", "rounded_weights"]
+
+
+class BinaryWeights(WeightMap):
+    """clamp(round(w / step), 0, 1), which is 1 where w > step / 2; `step` times it passes w's gradient on.
+
+    With y = step · map(w): ∂y/∂w = 1 where 0 ≤ w ≤ step, ∂y/∂step = 1 beyond, and round(w / step) - w / step
+    there.
+
+    Attributes:
+        steps: step of every row, `(B, H, L, 1)`, with 1 for a size in which they are all the same.
+    """
+
+    steps: Tensor
+
+    keeps_zeros: ClassVar[bool] = True
+
+    def apply(self, weights: Tensor, tile: Tile) -> Tensor:
+        steps = self.steps
+        for dim, own in enumerate((tile.batch_slice, tile.head_slice, tile.row_slice)):
+            if steps.shape[dim] > 1:
+                steps = steps.narrow(dim, own.start, own.stop - own.start)
+        ratio = weights / steps.to(weights.dtype)
+        value = ratio.detach().round().clamp_(0, 1)
+        if not ratio.requires_grad:
+            return value
+        path = ratio.clamp(0, 1)
+        return value + (path - path.detach())
 
 
 class RoundedWeights(WeightMap):

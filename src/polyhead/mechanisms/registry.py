@@ -58,6 +58,8 @@ class Entry:
             are no scores and values, and a cache keeps nothing.
         straight_through: whether it has steps, such as signs, whose gradient is by definition that of
             another function: its gradients are then those of its twin, not those of finite differences.
+        piecewise_constant: whether its output moves in steps alone, as that of signs of everything does: a
+            token moves it by some changes and not by others, and rounding inputs may move it by a step.
         least_heads: fewer heads are refused, because the idea has no meaning there.
         any_mask: whether it takes any mask; else `causal()` alone or none, because tokens share weights in
             groups that a mask would cut, and a cache that forgets tokens is refused.
@@ -79,6 +81,7 @@ class Entry:
     routed: bool = False
     tokenwise: bool = False
     straight_through: bool = False
+    piecewise_constant: bool = False
     least_heads: int = 1
     any_mask: bool = True
 
@@ -141,6 +144,7 @@ class Registry:
         routed: bool = False,
         tokenwise: bool = False,
         straight_through: bool = False,
+        piecewise_constant: bool = False,
         least_heads: int = 1,
         any_mask: bool = True,
     ) -> Callable[[C], C]:
@@ -182,6 +186,7 @@ class Registry:
                 routed,
                 tokenwise,
                 straight_through,
+                piecewise_constant,
                 least_heads,
                 any_mask,
             )

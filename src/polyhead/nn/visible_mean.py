@@ -1,4 +1,4 @@
-"""The mean of the values that a query sees: attention with uniform weights."""
+"""What a query sees: how many keys, and the mean of their values, attention with uniform weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyhead.attend.function import attend
 from polyhead.attend.masks import And, Mask, Padding, Window
 from polyhead.attend.precision import exact, wide
 
-__all__ = ["visible_mean"]
+__all__ = ["visible_count", "visible_mean"]
 
 
 def visible_mean(
@@ -40,6 +40,39 @@ def visible_mean(
             return _sums(v, queries, causal, real).to(v.dtype)
     q = v.new_zeros(batch, groups if heads is None else heads, queries, 1)
     return attend(q, v.new_zeros(batch, groups, keys, 1), v, mask=mask)
+
+
+def visible_count(like: Tensor, queries: int, keys: int, mask: Mask | None) -> Float[Tensor, "b h l 1"]:
+    """The number of keys that every query sees, of the dtype that `like` is computed in.
+
+    Costs as `visible_mean` does: counts and running counts, or under other masks attention one channel wide.
+
+    Args:
+        like: `(B, H, n, D)`, of the batch, the heads and the device of the call.
+        queries: L; they are the last positions, as in `attend`.
+        keys: S.
+        mask: who may look at whom.
+
+    Returns:
+        `(B, H, L, 1)`, with 1 for a size in which the counts are all the same.
+    """
+    dtype = wide(like.dtype)
+    terms = mask.terms if isinstance(mask, And) else () if mask is None else (mask,)
+    if not all(_is_causal(term) or isinstance(term, Padding) for term in terms):
+        q = like.new_zeros(*like.shape[:2], queries, 1, dtype=dtype)
+        k = like.new_zeros(like.shape[0], 1, keys, 1, dtype=dtype)
+        return attend(q, k, k, mask=mask, return_lse=True)[1].exp().round()[..., None]
+    seen = torch.ones(1, keys, dtype=torch.bool, device=like.device)
+    for term in terms:
+        if isinstance(term, Padding):
+            seen = seen & term.mask.to(like.device)
+    counts = seen.to(dtype)[:, None, :, None]
+    if not any(map(_is_causal, terms)):
+        return counts.sum(2, keepdim=True)
+    counts = counts.cumsum(2)
+    if queries <= keys:
+        return counts[:, :, keys - queries :]
+    return torch.nn.functional.pad(counts, (0, 0, queries - keys, 0))
 
 
 def _is_causal(mask: Mask) -> bool:

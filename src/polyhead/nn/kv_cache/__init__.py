@@ -1,12 +1,13 @@
 """Caches of keys and values for decoding."""
 
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache
-from polyhead.nn.kv_cache.codec import FlagBits, RowCodec, SignBits, row_bytes
+from polyhead.nn.kv_cache.codec import BareSigns, FlagBits, RowCodec, SignBits, row_bytes
 from polyhead.nn.kv_cache.context import ContextCache
 from polyhead.nn.kv_cache.growing import FixedCache, GrowingCache
 from polyhead.nn.kv_cache.window import WindowCache
 
 __all__ = [
+    "BareSigns",
     "ContextCache",
     "FixedCache",
     "FlagBits",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FlagBits", "RowCodec", "SignBits", "row_bytes"]
+__all__ = ["BareSigns", "FlagBits", "RowCodec", "SignBits", "row_bytes"]
 
 
 @runtime_checkable
@@ -71,6 +71,16 @@ class FlagBits:
     def unpack(self, held: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         bits = held[..., None] >> torch.arange(8, dtype=torch.uint8, device=held.device) & 1
         return bits.flatten(-2)[..., :width].to(dtype)
+
+
+class BareSigns(FlagBits):
+    """Rows of -1 and +1, ⌈width / 8⌉ bytes: bit c of byte n is set where channel 8 n + c is +1."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        return super().pack(rows > 0)
+
+    def unpack(self, held: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        return super().unpack(held, width, dtype) * 2 - 1
 
 
 def _bytes_of(flags: Tensor) -> Tensor:
