@@ -236,6 +236,8 @@ cli.app(["bench", "forever", "--save", "kept"], prog_name="polyhead")
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a job in the background is born with the signal ignored, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while "begun" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.higher_order import HigherOrderAttention
 from polyhead.nn.projections import at_least_one
@@ -55,6 +55,7 @@ class NexusHigherOrder(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("NexusHigherOrder", dim=self.dim)
+        without_context(self)
         object.__setattr__(self, "kv_heads", key_value_heads("NexusHigherOrder", self.heads, self.kv_heads))
         object.__setattr__(self, "order", whole("order", self.order, 1, 64))
         flag("gated", self.gated)

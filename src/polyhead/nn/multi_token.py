@@ -291,7 +291,7 @@ class MultiTokenAttention(MultiHeadAttention):
         ]
         kind = self.projection.query.weight.dtype if dtype is None else dtype
         state = 0
-        if self.reach or self.margin:
+        if self.reach or (self.margin and context_length is None):  # a context has no rows to come
             state = RecentQueries.state_bytes(math.prod(self._query_shape), self.reach, kind.itemsize)
         return dataclasses.replace(
             found,
