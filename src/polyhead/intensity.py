@@ -8,7 +8,8 @@ Everything is counted from `cost` and `step_cost` of the module, nothing is run.
 moves M bytes takes at least max(F / peak, M / bandwidth) seconds. M is what has to move at the least: all
 parameters once, inputs and outputs once, and every row of the cache once, written if it is new and read
 otherwise. What a kernel does beyond that (keys read again for every block of queries, weights of attention
-written out) is left out, so times are bounds from below.
+written out) is left out, so times are bounds from below; except where tokens choose heads or experts, and few
+tokens read the weights of those alone.
 
 The attention core, scores and values over the rows of the cache, has an intensity of its own. With t new
 tokens, s bytes a number, H query heads and G key/value heads it is

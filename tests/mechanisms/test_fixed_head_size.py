@@ -129,3 +129,5 @@ def test_the_default_width_and_refusals() -> None:
         built(head_dim=None)
     with pytest.raises(ConfigError, match="kv_heads must divide heads=4"):
         built(kv_heads=3)
+    with pytest.raises(ConfigError, match="kv_heads must divide heads=4; got kv_heads=8"):
+        built(kv_heads=8)

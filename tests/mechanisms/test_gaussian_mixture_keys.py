@@ -9,6 +9,7 @@ from torch import nn
 import polyhead as ph
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
+from polyhead.nn.mixture_keys import MixtureKeys
 
 F64 = {"dtype": torch.float64}
 X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64)
@@ -134,3 +135,6 @@ def test_refusals() -> None:
         built(components=0)
     with pytest.raises(UnknownName, match="shifted"):
         built(keys="shift")
+    module = built()
+    with pytest.raises(ConfigError, match="scale must be None where keys are mixtures"):
+        MixtureKeys(module.projection, module.output, variances=(1.0, 2.0), scale=2.0)

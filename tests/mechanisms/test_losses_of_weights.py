@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from polyhead.errors import ConfigError
 from polyhead.nn.regularizers import Regularizer
 from polyhead.reference.attend import attend
 from polyhead.reference.projection import heads_of
@@ -46,8 +47,8 @@ def shown(module: Any, *call: Any, **options: Any) -> Tensor:
     return SEEN[-1][0]
 
 
-# refused: sums over pairs of keys have no weights of pairs
-_WITHOUT = {"tensor_attention"}
+# refused: sums over pairs of keys have no weights of pairs; heads that see tokens of their own have none of all
+_WITHOUT = {"tensor_attention", "selective_mha_uoe"}
 NAMES = [
     e.name for e in ph.catalog() if "regularizers" in e.config.__dataclass_fields__ and e.name not in _WITHOUT
 ]
@@ -57,8 +58,9 @@ NAMES = [
 def test_every_mechanism_with_weights_can_be_trained_by_them(name: str) -> None:
     entry = ph.entry(name)
     module = built(name, heads=max(4, entry.least_heads))
-    mask = ph.causal() if "causal_self" in entry.supports else None
-    module(X, mask=mask)
+    mask = ph.causal() if {"causal_self", "causal_cross"} & entry.supports else None
+    call = (X,) if entry.supports & {"self", "causal_self"} else (X, X)
+    module(*call, mask=mask)
     losses = ph.auxiliary_losses(module)
     watched = [loss for path, loss in losses.items() if path.endswith("watch")]
     assert watched
@@ -70,8 +72,14 @@ def test_every_mechanism_with_weights_can_be_trained_by_them(name: str) -> None:
             assert (weights[..., torch.ones(7, 7, dtype=torch.bool).triu(1)] == 0).all()
     torch.stack(watched).sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
-    module.eval()(X, mask=mask)
+    module.eval()(*call, mask=mask)
     assert not any(path.endswith("watch") for path in ph.auxiliary_losses(module))
+
+
+@pytest.mark.parametrize("name", sorted(_WITHOUT))
+def test_mechanisms_without_weights_of_all_pairs_say_so(name: str) -> None:
+    with pytest.raises(ConfigError, match="regularizers must not read weights"):
+        built(name)
 
 
 def _grouped(module: Any, keys: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import polyhead as ph
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.nn import auxiliary_losses
+from polyhead.nn.chosen_rows import Group, Lane
+from polyhead.nn.routed_heads import keys_of
 from polyhead.nn.routing import load_balance, top_k
 
 F64 = {"dtype": torch.float64}
@@ -324,6 +326,31 @@ def test_in_training_gates_pass_their_gradient_straight_through() -> None:
     assert not module.eval().router(x, queries).gates.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("lanes", "view"),
+    [
+        ([(2, 0), (3, 0), (4, 0)], True),  # heads of one sequence
+        ([(3, 0), (3, 1), (3, 2)], True),  # one head of several
+        ([(0, 0), (4, 0)], True),
+        ([(5, 1)], True),
+        ([(0, 0), (1, 0), (4, 0)], False),
+        ([(1, 0), (2, 1)], False),
+    ],
+)
+def test_keys_of_lanes_are_read_where_they_lie(lanes: list[tuple[int, int]], view: bool) -> None:
+    k = torch.randn(3, 9, 6, 4).transpose(1, 2)  # as a projection splits heads
+    v = torch.randn(3, 6, 9, 5)
+    group = Group(
+        tuple(Lane(head, item, 0, 1) for head, item in lanes),
+        1,
+        torch.zeros(len(lanes), 1, dtype=torch.int64),
+    )
+    keys, values = keys_of(group, k, v, 0, 6)
+    for made, source in ((keys, k), (values, v)):
+        assert (made.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()) == view
+        assert torch.equal(made[0], torch.stack([source[item, head] for head, item in lanes]))
+
+
 # ---- refusals ----
 
 
@@ -340,6 +367,8 @@ def test_refusals() -> None:
         built(kv_heads=16)
     with pytest.raises(ConfigError, match="qk_norm makes all queries equally long"):
         built(router="query_norm", qk_norm=True)
+    with pytest.raises(ConfigError, match="qk_norm must be True or False; got a tensor"):
+        built(qk_norm=torch.ones(3))
     with pytest.raises(ConfigError, match="score must treat every head by itself"):
         built(score=ph.head_mix(torch.eye(8)))
     with pytest.raises(ConfigError, match="balance must be"):

@@ -198,8 +198,8 @@ def test_descending_it_spreads_the_attention() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="regularizers must not read weights in RoutedHeads"):
-        built("moh", regularizers=ph.nn.attention_diversification())
+    with pytest.raises(ConfigError, match="regularizers must not read weights in SelectedHeads"):
+        built("selective_mha_uoe", regularizers=ph.nn.attention_diversification())
     with pytest.raises(ConfigError, match="attention_diversification: threshold must be"):
         ph.nn.attention_diversification(-1.0)
     with pytest.raises(ConfigError, match='layout must be "past", "around", or'):

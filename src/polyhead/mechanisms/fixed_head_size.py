@@ -24,7 +24,7 @@ from torch import Tensor
 
 from polyhead.checks import floating, given
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.projections import at_least_one, check_inputs
@@ -54,8 +54,8 @@ class FixedHeadSize(AttentionConfig):
     def __post_init__(self) -> None:
         if self.head_dim is None:
             raise ConfigError("FixedHeadSize: head_dim must be an integer, at least 1; got None")
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
+        kv_heads = key_value_heads("FixedHeadSize", self.heads, self.kv_heads)
+        object.__setattr__(self, "kv_heads", kv_heads)
         at_least_one("FixedHeadSize", dim=self.dim, heads=self.heads, head_dim=self.head_dim)
         super().__post_init__()
 

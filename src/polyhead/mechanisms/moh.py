@@ -88,6 +88,7 @@ class MixtureOfHeads(AttentionConfig):
         k = whole(f"top_k (with {routed} heads to choose from)", k, min(1, routed), routed)
         flag("rescale", self.rescale)
         flag("renormalise", self.renormalise)
+        flag("qk_norm", self.qk_norm)
         if self.qk_norm and not learned:
             raise ConfigError(
                 'qk_norm makes all queries equally long; router="query_norm" needs qk_norm=False'

@@ -83,6 +83,10 @@ class MixtureKeys(MultiHeadAttention):
             raise ConfigError(
                 f"normalizer must be softmax() where keys are mixtures; got {given(normalizer)}"
             )
+        if self.scale is not None:
+            raise ConfigError(
+                f"scale must be None where keys are mixtures, whose variances scale them; got {self.scale}"
+            )
         if self.weight_map is not None:
             raise ConfigError(
                 f"weight_map must be None where keys are mixtures; got {given(self.weight_map.spec)}"

@@ -267,7 +267,7 @@ class MultiTokenAttention(MultiHeadAttention):
         if not self.reach:
             return cache
         heads, width = self._query_shape
-        held = cache._kept.rows[0]
+        held = cache.read(0).rows[0]
         return RecentQueries(  # type: ignore[return-value]
             cache, len(context), heads, width, self.reach, device=held.device, dtype=held.dtype
         )

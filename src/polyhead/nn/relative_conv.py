@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from polyhead.attend.masks import Mask
 from polyhead.checks import flag, whole
-from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
+from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
-from polyhead.nn.kv_cache.recent import RecentInputs
+from polyhead.nn.kv_cache import Kept, KeyValueCache
+from polyhead.nn.look_back import LookBackAttention
 from polyhead.nn.positions.base import wide
 
 __all__ = ["PastConvolution", "RelativeConvAttention"]
@@ -50,7 +49,7 @@ class PastConvolution(nn.Module):
         return made
 
 
-class RelativeConvAttention(MultiHeadAttention):
+class RelativeConvAttention(LookBackAttention):
     """`MultiHeadAttention` whose projections are convolved over time, with Transformer-XL's relative scores.
 
         S_ij = ((q_i + u)·k_j + (q_i + w)·W_R R_{i-j}) / √D,   R_n = (sin nω, cos nω)
@@ -69,6 +68,11 @@ class RelativeConvAttention(MultiHeadAttention):
         content_bias, position_bias: u and w, `(H, D)`, zeros at the start.
         relative: W_R, `(H, D, E)`.
     """
+
+    alone = (
+        "relative_conv_mha convolves the tokens of one sequence and attends within it; it does not support "
+        "cross: call it without context, and take mha for cross-attention"
+    )
 
     def __init__(
         self, *args: Any, kernel: int = 3, share_heads: bool = False, relative_dim: int, **options: Any
@@ -97,16 +101,9 @@ class RelativeConvAttention(MultiHeadAttention):
         self.relative = nn.Parameter(torch.empty(self.heads, self.head_dim, relative_dim, **kind))
         nn.init.uniform_(self.relative, -bound, bound)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
-        cache = call.get("cache")
-        if context is not None or getattr(cache, "holds_context", False):
-            raise _no_context()
-        if isinstance(cache, KeyValueCache) and self.kernel > 1 and not isinstance(cache, RecentInputs):
-            raise ConfigError(
-                "cache must hold the latest inputs besides keys and values: make it with new_cache of this "
-                f"module; got a {type(cache).__name__}"
-            )
-        return super().forward(x, **call)
+    @property
+    def reach(self) -> int:
+        return self.kernel - 1
 
     def _project(
         self,
@@ -117,9 +114,9 @@ class RelativeConvAttention(MultiHeadAttention):
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         earlier = 0
-        if isinstance(cache, RecentInputs):
-            x, _ = cache.remember(x)
-            earlier = self.kernel - 1
+        if cache is not None and self.reach:
+            x, _ = self._remembered(x, cache)
+            earlier = self.reach
         p = self.projection
         q = self._made(p.query, self.query_conv, p.query_norm, x, earlier)
         k = self._made(p.key, self.key_conv, p.key_norm, x, earlier)
@@ -166,15 +163,6 @@ class RelativeConvAttention(MultiHeadAttention):
         angles = places.to(precise)[:, None] * 10000.0**-steps
         return angles.sin().to(dtype), angles.cos().to(dtype)
 
-    def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
-        rows = super().new_cache(batch, **options)
-        if self.kernel == 1:
-            return rows
-        return RecentInputs(rows, batch, self.projection.dim, self.kernel - 1)
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        raise _no_context()
-
     def cost(
         self,
         length: int,
@@ -185,21 +173,8 @@ class RelativeConvAttention(MultiHeadAttention):
     ) -> Cost:
         plain = super().cost(length, batch, context_length, dtype=dtype)
         keys = length if context_length is None else context_length
-        itemsize = (self.projection.key.weight.dtype if dtype is None else dtype).itemsize
-        state = 0
-        if self.kernel > 1:
-            state = RecentInputs.state_bytes(self.projection.dim, self.kernel - 1, itemsize)
         return replace(
             plain,
             projections=plain.projections + 2 * batch * length * self.relative.numel(),
             scores=plain.scores + 2 * batch * self.heads * length * keys * self.relative_dim,
-            cache_bytes=plain.cache_bytes + batch * state,
-            state_bytes=state,
         )
-
-
-def _no_context() -> UnsupportedPattern:
-    return UnsupportedPattern(
-        "relative_conv_mha convolves the tokens of one sequence and attends within it; it does not support "
-        "cross: call it without context, and take mha for cross-attention"
-    )

@@ -252,15 +252,24 @@ def keys_of(group: Group, k: Tensor, v: Tensor, first: int, heads: int) -> tuple
     """
     kv_heads = k.shape[1]
     reads = [lane.item * kv_heads + (first + lane.head) // (heads // kv_heads) for lane in group.lanes]
-    if len(reads) == 1:
-        one = divmod(reads[0], kv_heads)
-        return k[one][None, None], v[one][None, None]
-    if reads == list(range(reads[0], reads[0] + len(reads))):
-        end = slice(reads[0], reads[-1] + 1)
-        return k.flatten(0, 1)[None, end], v.flatten(0, 1)[None, end]
+    items, kinds = {n // kv_heads for n in reads}, {n % kv_heads for n in reads}
+    if len(items) == 1 or len(kinds) == 1:
+        # lanes of one sequence, or of one head in several: steps of one dimension where they are even
+        run = _even([n % kv_heads for n in reads] if len(items) == 1 else [n // kv_heads for n in reads])
+        if run is not None:
+            at = (items.pop(), run) if len(items) == 1 else (run, kinds.pop())
+            return k[at][None], v[at][None]
     index = torch.tensor(reads, device=k.device)
     many = index // kv_heads, index % kv_heads
     return k[many][None], v[many][None]
+
+
+def _even(numbers: list[int]) -> slice | None:
+    """The slice that reads these rising numbers in this order, if one does."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step < 1 or numbers != list(range(numbers[0], numbers[0] + step * len(numbers), step)):
+        return None
+    return slice(numbers[0], numbers[-1] + 1, step)
 
 
 def _where_of(where: int | Tensor, item: int) -> tuple[int | Tensor, int | None]:

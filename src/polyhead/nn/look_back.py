@@ -1,0 +1,72 @@
+"""Self-attention that makes a token's rows of the tokens just before it too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cost import Cost
+from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.kv_cache.recent import RecentInputs
+
+__all__ = ["LookBackAttention"]
+
+
+class LookBackAttention(MultiHeadAttention):
+    """`MultiHeadAttention` within one sequence, with a cache of the latest inputs besides keys and values.
+
+    A subclass says how far it looks, and asks `_remembered` for the inputs where it makes its rows.
+
+    Attributes:
+        alone: why there is no cross-attention, and what to do; ends the error that a context raises.
+    """
+
+    alone: ClassVar[str]
+
+    @property
+    def reach(self) -> int:
+        """Tokens before a token that its rows depend on."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
+        if context is not None or getattr(call.get("cache"), "holds_context", False):
+            raise UnsupportedPattern(self.alone)
+        return super().forward(x, **call)
+
+    def _remembered(
+        self, x: Tensor, cache: KeyValueCache, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The inputs `(B, reach + L, d)` that end with x, and which are real."""
+        if not isinstance(cache, RecentInputs):
+            raise ConfigError(
+                "cache must hold the latest inputs besides keys and values: make it with new_cache of this "
+                f"module; got a {type(cache).__name__}"
+            )
+        return cache.remember(x, padding)
+
+    def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
+        rows = super().new_cache(batch, **options)
+        return RecentInputs(rows, batch, self.projection.dim, self.reach) if self.reach else rows
+
+    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
+        raise UnsupportedPattern(self.alone)
+
+    def cost(
+        self,
+        length: int,
+        batch: int = 1,
+        context_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Cost:
+        plain = super().cost(length, batch, context_length, dtype=dtype)
+        if not self.reach:
+            return plain
+        itemsize = (self.projection.key.weight.dtype if dtype is None else dtype).itemsize
+        state = RecentInputs.state_bytes(self.projection.dim, self.reach, itemsize)
+        return replace(plain, cache_bytes=plain.cache_bytes + batch * state, state_bytes=state)
