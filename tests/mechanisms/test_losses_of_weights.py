@@ -47,7 +47,7 @@ def shown(module: Any, *call: Any, **options: Any) -> Tensor:
     return SEEN[-1][0]
 
 
-# refused: sums over pairs of keys have no weights of pairs; heads that see tokens of their own have none of all
+# refused: sums over pairs of keys have no weights of pairs, heads that see tokens of their own none of all
 _WITHOUT = {"tensor_attention", "selective_mha_uoe"}
 NAMES = [
     e.name for e in ph.catalog() if "regularizers" in e.config.__dataclass_fields__ and e.name not in _WITHOUT
