@@ -3,7 +3,7 @@
 The gate: the same output and gradients, those of both kernels and both mixtures of heads among them. The
 dense form holds logits and weights as tensors 8 x 4096 x 4096, and pads and convolves them as such. Peak
 memory is that of a process of its own for each. Causal only: it takes 20 s with gradient. One
-repeat takes two minutes.
+repeat takes most of a minute.
 """
 
 import sys
