@@ -58,7 +58,7 @@ setup: ## the environment for development, .venv
 	@$(PYTHON) tools/venv.py .venv --extras dev
 
 setup-demo:
-	@$(PYTHON) tools/venv.py .venv-demo --extras hf,report
+	@$(PYTHON) tools/venv.py .venv-demo --extras hf,report,compare
 
 setup-docs:
 	@$(PYTHON) tools/venv.py .venv-docs --only docs

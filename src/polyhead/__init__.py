@@ -38,10 +38,11 @@ from polyhead.papers import papers
 from polyhead.reference import reference
 
 if TYPE_CHECKING:
-    from polyhead import cache, heads, hf, nn, tasks
+    from polyhead import cache, heads, hf, league, nn, tasks
     from polyhead.heads import profile
     from polyhead.hf import attach
     from polyhead.intensity import roofline
+    from polyhead.league import compare
     from polyhead.mechanisms import build, build_stack, catalog, entry
     from polyhead.nn import auxiliary_losses
 
@@ -54,11 +55,12 @@ _LAZY = {
     "build": "polyhead.mechanisms",
     "build_stack": "polyhead.mechanisms",
     "catalog": "polyhead.mechanisms",
+    "compare": "polyhead.league",
     "entry": "polyhead.mechanisms",
     "profile": "polyhead.heads",
     "roofline": "polyhead.intensity",
 }
-_ROOMS = ("cache", "heads", "hf", "nn", "tasks")
+_ROOMS = ("cache", "heads", "hf", "league", "nn", "tasks")
 
 __all__ = [
     "Consumer",
@@ -81,6 +83,7 @@ __all__ = [
     "cache",
     "catalog",
     "causal",
+    "compare",
     "dilated",
     "documents",
     "entmax",
@@ -90,6 +93,7 @@ __all__ = [
     "head_mix",
     "heads",
     "hf",
+    "league",
     "neighborhood",
     "nn",
     "observe",

@@ -1,4 +1,5 @@
-"""The command line: `polyhead report`, `catalog`, `show`, `gallery`, `papers`, `bench`, `fetch`.
+"""The command line: `polyhead report`, `compare`, `tasks`, `catalog`, `show`, `gallery`, `papers`, `bench`,
+`fetch`.
 
 Each command is thin: it reads options, calls the part of the library that does the work, and prints. That
 part is imported inside the command, so that no command pays for another's. An error that Polyhead raises on
@@ -240,6 +241,96 @@ def gallery(
 
     changed, removed = write_pages(out)
     typer.echo(f"{len(changed)} files written and {len(removed)} removed; the gallery is {out / 'index.md'}")
+
+
+@app.command()
+def compare(
+    contenders: Annotated[
+        list[str],
+        typer.Argument(
+            help="Mechanisms with options: mha, moh:top_k=2, 'mha:mask=window(16)', mha+taylor2 in turn."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="A task by name, or a Python file that defines one.")] = "recall",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What is equal for all: params, flops or kv, as of plain attention; or params=200000."
+        ),
+    ] = "params",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training; by default the task's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every contender.")] = 3,
+    out: Annotated[
+        Path, typer.Option(help="The folder of the league; the same command goes on with it.")
+    ] = Path("league"),
+    scale: Annotated[float, typer.Option(help="How much larger the task is than by default.")] = 1.0,
+    dim: Annotated[int | None, typer.Option(help="Width of the model with plain attention.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Its query heads.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of all models.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text for the task text, with blank lines between paragraphs.")
+    ] = None,
+    jobs: Annotated[
+        str | None, typer.Option(help="Runs at once, or ray for a Ray cluster; by default one a core.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a run; the last digits depend on it.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train mechanisms side by side at one budget, and write a leaderboard."""
+    from polyhead.leaderboard import job
+    from polyhead.league import tasks
+
+    found = tasks.with_data(task, data)
+    name, limit = _budget(budget)
+    job.run(
+        contenders,
+        task=found,
+        budget=name,
+        limit=limit,
+        steps=steps,
+        seeds=seeds,
+        scale=scale,
+        sizes=tasks.changed(tasks.find(found).sizes, dim=dim, heads=heads, layers=layers),
+        recipe=tasks.changed(tasks.find(found).recipe, batch=batch, rate=rate),
+        out=out,
+        jobs=int(jobs) if jobs is not None and jobs.lstrip("-").isdigit() else jobs,
+        threads=threads,
+        device=device,
+        console=_console(),
+    )
+
+
+def _budget(text: str) -> tuple[str, int | None]:
+    """`params`, or `params=200000`, as a name and a number."""
+    name, equals, said = text.partition("=")
+    try:
+        return name, int(said.replace(",", "").replace("_", "")) if equals else None
+    except ValueError:
+        raise PolyheadError(f"--budget takes a name such as params, or params=200000; got {text!r}") from None
+
+
+@app.command()
+def tasks(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the tasks that `compare` trains on."""
+    from polyhead.league import TASKS
+
+    if as_json:
+        rows = [
+            {"name": kind.name, "summary": kind.summary, "metric": kind.metric, "better": kind.better}
+            for kind in TASKS.values()
+        ]
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what is asked", "score", "better", box=None, pad_edge=False)
+    for kind in TASKS.values():
+        table.add_row(kind.name, Text(kind.summary), kind.metric, kind.better)
+    _console().print(table)
 
 
 @app.command()

@@ -13,8 +13,8 @@ PACKAGE = Path(polyhead.__file__).parent
 # From the roof to the ground; within a storey there is no order.
 STOREYS = (
     ("__init__", "__main__"),
-    ("cli", "report", "gallery"),
-    ("benchmarks", "papers", "intensity", "cache", "heads", "tasks"),
+    ("cli", "report", "gallery", "leaderboard"),
+    ("benchmarks", "papers", "intensity", "cache", "heads", "tasks", "league"),
     ("hf",),
     ("mechanisms",),
     ("nn",),

@@ -167,11 +167,11 @@ def nested(x: float, y: float, drawing: str) -> str:
     return element("g", inner, transform=f"translate({x:g} {y:g})")
 
 
-def document(width: float, height: float, *children: str, title: str) -> str:
-    """A drawing as a file of its own, with its colours and a ground."""
+def document(width: float, height: float, *children: str, title: str, shapes: str = "") -> str:
+    """A drawing as a file of its own, with its colours and a ground; `shapes` is further style."""
 
     def colours(table: dict[str, str]) -> str:
-        css = SHAPES_CSS + "\n.plot .paper{fill:var(--panel)}"
+        css = SHAPES_CSS + shapes + "\n.plot .paper{fill:var(--panel)}"
         for name in sorted(table, key=len, reverse=True):  # written out: few viewers know CSS variables
             css = css.replace(f"var({name})", table[name])
         return css

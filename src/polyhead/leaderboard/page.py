@@ -1,0 +1,129 @@
+"""The leaderboard as a page: one HTML file that opens from a disk and asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterator
+from importlib import resources
+
+from polyhead import __version__
+from polyhead.leaderboard.plots import LINES_CSS, colour, costs, learning, scores
+from polyhead.league import Standings
+from polyhead.league.standings import runs_of, spell
+from polyhead.report.page import require_jinja
+from polyhead.report.palette import css_variables
+from polyhead.report.svg import SHAPES_CSS
+
+__all__ = ["build_page"]
+
+
+def build_page(standings: Standings) -> str:
+    """The text of `leaderboard.html`.
+
+    Raises:
+        MissingExtra: without jinja2.
+    """
+    require_jinja()
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    script = "\n" + _asset("polyhead.leaderboard", "light.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.from_string(_asset("polyhead.leaderboard", "template.html")).render(
+        task=standings.rules.task,
+        rules=standings.rules,
+        version=__version__,
+        heads=_heads(standings),
+        rows=list(_rows(standings)),
+        facts=list(_facts(standings)),
+        yardsticks=[(name, f"{score:.4g}") for name, score in standings.yardsticks.items()],
+        scores=scores(standings),
+        learning=learning(standings),
+        costs=costs(standings),
+        sizes=list(_sizes(standings)),
+        runs=list(_runs(standings)),
+        css="\n".join(
+            (
+                css_variables(),
+                _asset("polyhead.report", "style.css"),
+                SHAPES_CSS,
+                LINES_CSS,
+                _asset("polyhead.leaderboard", "light.css"),
+            )
+        ),
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+    return page.encode("utf-8", "replace").decode()
+
+
+def _asset(package: str, name: str) -> str:
+    return (resources.files(package) / "assets" / name).read_text(encoding="utf-8")
+
+
+def _facts(standings: Standings) -> Iterator[tuple[str, str]]:
+    rules, target = standings.rules, standings.target
+    words = {"params": "parameters", "flops": "operations a sequence", "kv": "bytes of KV cache a token"}
+    yield "Task", rules.task.name
+    yield "Equal for all", f"{getattr(target, rules.budget):,} {words[rules.budget]}"
+    yield "Steps", f"{rules.recipe.steps:,} of {rules.recipe.batch} sequences"
+    yield "Seeds", str(standings.seeds)
+    yield "Length", f"{rules.task.length:,} tokens"
+
+
+def _heads(standings: Standings) -> list[str]:
+    task = standings.rules.task
+    return [
+        f"{task.metric} ({task.better} is better)" if split == "validation" else split
+        for split in task.splits
+    ]
+
+
+def _rows(standings: Standings) -> Iterator[dict[str, object]]:
+    for row in standings.ranked:
+        place = standings.rows.index(row)
+        counted = row.fitted.counted
+        yield {
+            "place": place,
+            "colour": colour(place).split()[0],
+            "rank": "–" if row.rank is None else str(row.rank),
+            "label": row.label,
+            "scores": [spell(*row.score(split)) or "–" for split in standings.rules.task.splits],
+            "difference": "" if place == 0 else spell(*standings.difference(row), sign=True) or "–",
+            "costs": [
+                f"{counted.params:,}",
+                f"{counted.flops / 1e6:,.2f}",
+                f"{counted.kv:,}",
+                "–" if math.isnan(row.tokens_per_second) else f"{row.tokens_per_second:,.0f}",
+                "–" if math.isnan(row.peak_bytes) else f"{row.peak_bytes / 2**20:,.0f}",
+            ],
+            "runs": runs_of(row, standings.seeds),
+            "bad": row.count("diverged") + row.count("failed") > 0,
+        }
+
+
+def _sizes(standings: Standings) -> Iterator[list[str]]:
+    for row in standings.ranked:
+        sizes = row.fitted.sizes
+        options = "; ".join(
+            ", ".join(f"{name}={value}" for name, value in layer.options.items())
+            for layer in row.fitted.layers
+        )
+        numbers = (sizes.dim, sizes.heads, sizes.layers, sizes.mlp)
+        yield [row.label, *map(str, numbers), row.positions, options]
+
+
+def _runs(standings: Standings) -> Iterator[list[str]]:
+    for row in standings.ranked:
+        for seed, outcome in sorted(row.outcomes.items()):
+            found = [f"{outcome.scores.get(split, math.nan):.4f}" for split in standings.rules.task.splits]
+            ended = outcome.status + (f" at step {outcome.steps:,}" if outcome.status == "diverged" else "")
+            yield [
+                row.label,
+                str(seed),
+                ended + (f": {outcome.note}" if outcome.note else ""),
+                *("–" if text == "nan" else text for text in found),
+                f"{outcome.seconds:,.0f} s",
+            ]

@@ -1,0 +1,252 @@
+"""The drawings of a leaderboard: scores with their intervals, learning curves, and scores against costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from polyhead.league import Row, Standings
+from polyhead.report.svg import Scale, area, curve, document, element, figure, line, nested, text
+
+__all__ = ["LINES_CSS", "Drawing", "colour", "costs", "learning", "plots", "scores"]
+
+# colours of contenders in turn; from the second round on their lines are dashed
+_COLOURS = (
+    *("--accent", "--other", "--role-broad", "--role-induction"),
+    *("--look", "--role-sink", "--role-local", "--chance"),
+)
+LINES_CSS = (
+    "".join(
+        f"\n.plot .c{n}{{stroke:var({name})}}.plot .dot.c{n},.plot .mark.c{n}{{fill:var({name});stroke:none}}"
+        f".plot .band.c{n}{{fill:var({name});opacity:.13;stroke:none}}"
+        for n, name in enumerate(_COLOURS)
+    )
+    + "\n.plot .again{stroke-dasharray:6 3}.plot .front{stroke-dasharray:2 4;stroke-width:1.5}"
+)
+
+_ROW = 26.0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing with its heading and what is good on it."""
+
+    title: str
+    good: str
+    width: float
+    height: float
+    parts: tuple[str, ...]
+
+    @property
+    def figure(self) -> str:
+        """As it stands in a page."""
+        return figure(self.width, self.height, *self.parts, title=self.title)
+
+    @property
+    def file(self) -> str:
+        """As a file of its own."""
+        return document(self.width, self.height, *self.parts, title=self.title, shapes=LINES_CSS)
+
+
+def colour(place: int) -> str:
+    """The classes of the contender at a place, in the order in which they were named."""
+    return f"c{place % len(_COLOURS)}" + (" again" if place >= len(_COLOURS) else "")
+
+
+def _short(number: float) -> str:
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
+    if abs(number) >= 1e9:
+        return f"{number / 1e9:.3g}G"
+    if abs(number) >= 1e6:
+        return f"{number / 1e6:.3g}M"
+    if abs(number) >= 1e4:
+        return f"{number / 1e3:.3g}k"
+    return f"{number:.3g}"
+
+
+def _span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
+    known = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    rest = room * (high - low) or 0.05 * abs(high) or 0.5
+    return low - rest, high + rest
+
+
+def _better(standings: Standings) -> str:
+    return f"{standings.rules.task.better} is better"
+
+
+def scores(standings: Standings) -> Drawing:
+    """Every contender's mean and 95 % interval, a dot for each seed; yardsticks as lines."""
+    rows, width, left, top = standings.ranked, 720.0, 210.0, 12.0
+    bottom = top + _ROW * len(rows)
+    values = [v for row in rows for v in row.scores("validation").values()]
+    x = Scale(*_span([*values, *standings.yardsticks.values()], 0.04), left, width - 16)
+    parts = []
+    for v in x.ticks(5):
+        parts += [
+            line(x(v), top, x(v), bottom, "grid"),
+            text(x(v), bottom + 18, _short(v), text_anchor="middle"),
+        ]
+    for name, v in standings.yardsticks.items():
+        parts.append(
+            element(
+                "path", element("title", f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole"
+            )
+        )
+    for place, row in enumerate(rows):
+        y, style = top + _ROW * (place + 0.5), colour(_place(standings, row))
+        name = row.label if len(row.label) <= 30 else row.label[:29] + "…"
+        own = [text(left - 10, y + 4, name, text_anchor="end")]
+        mean, half = row.score("validation")
+        if math.isnan(mean):
+            own.append(text(left + 8, y + 4, "no finished run"))
+        else:
+            if not math.isnan(half):
+                own.append(line(x(mean - half), y, x(mean + half), y, f"curve {style}"))
+            for seed, v in row.scores("validation").items():
+                own.append(_dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {v:.4f}"))
+            own.append(_dot(x(mean), y, 4.5, style, f"{row.label}: {mean:.4f}, 95 % interval ±{half:.4f}"))
+        parts.append(_of(standings, row, own))
+    return Drawing("Scores", _better(standings), width, bottom + 28, tuple(parts))
+
+
+def learning(standings: Standings) -> Drawing:
+    """Scores on the validation questions by steps: the mean over seeds, within the least and the greatest."""
+    width, height, left, right, top, bottom = 720.0, 330.0, 56.0, 704.0, 12.0, 286.0
+    x = Scale(0, standings.rules.recipe.steps, left, right)
+    looks = [look.score for row in standings.rows for o in row.outcomes.values() for look in o.curve]
+    y = Scale(*_span(looks), bottom, top)
+    parts = []
+    for v in y.ticks(5):
+        parts += [
+            line(left, y(v), right, y(v), "grid"),
+            text(left - 6, y(v) + 4, _short(v), text_anchor="end"),
+        ]
+    for v in x.ticks(5):
+        parts.append(text(x(v), bottom + 20, f"{v:,.0f}", text_anchor="middle"))
+    parts += [
+        line(left, bottom, right, bottom, "axis"),
+        text((left + right) / 2, bottom + 38, "steps", text_anchor="middle"),
+    ]
+    for row in standings.rows:
+        by_step: dict[int, list[float]] = {}
+        for outcome in row.outcomes.values():
+            for look in outcome.curve:
+                if math.isfinite(look.score):
+                    by_step.setdefault(look.step, []).append(look.score)
+        series, style = sorted(by_step.items()), colour(_place(standings, row))
+        band = style.split()[0]
+        own = [
+            area(
+                [(x(n), y(min(v))) for n, v in series], [(x(n), y(max(v))) for n, v in series], f"band {band}"
+            ),
+            curve([(x(n), y(sum(v) / len(v))) for n, v in series], style),
+        ]
+        if series:
+            own.append(element("title", row.label))
+        parts.append(_of(standings, row, own))
+    return Drawing("Learning curves", _better(standings), width, height, tuple(parts))
+
+
+@dataclass(frozen=True)
+class _Cost:
+    title: str
+    of: Callable[[Row], float]
+    less: bool  # whether less of it is better
+
+
+_COSTS = (
+    _Cost("KV bytes a token", lambda row: float(row.fitted.counted.kv), True),
+    _Cost("Parameters", lambda row: float(row.fitted.counted.params), True),
+    _Cost("Operations a sequence", lambda row: float(row.fitted.counted.flops), True),
+    _Cost("Training tokens per second", lambda row: row.tokens_per_second, False),
+    _Cost("Peak memory, bytes", lambda row: row.peak_bytes, True),
+)
+
+
+def costs(standings: Standings) -> list[Drawing]:
+    """The score against each cost, with the front of those that nobody beats in both."""
+    return [_pareto(standings, cost) for cost in _COSTS]
+
+
+def _pareto(standings: Standings, cost: _Cost) -> Drawing:
+    width, height, left, right, top, bottom = 340.0, 250.0, 50.0, 326.0, 12.0, 206.0
+    known = [
+        (row, cost.of(row), row.score("validation")[0])
+        for row in standings.rows
+        if math.isfinite(cost.of(row)) and math.isfinite(row.score("validation")[0])
+    ]
+    x = Scale(*_span([c for _, c, _ in known], 0.1), left, right)
+    y = Scale(*_span([s for _, _, s in known], 0.1), bottom, top)
+    parts = []
+    for v in y.ticks(4):
+        parts += [
+            line(left, y(v), right, y(v), "grid"),
+            text(left - 6, y(v) + 4, _short(v), text_anchor="end"),
+        ]
+    for v in x.ticks(3):
+        parts.append(text(x(v), bottom + 18, _short(v), text_anchor="middle"))
+    parts += [line(left, bottom, right, bottom, "axis")]
+    parts.append(text((left + right) / 2, bottom + 36, cost.title, text_anchor="middle"))
+    good = standings.rules.task.looks_good
+    front = [(c, s) for _, c, s in known if not any(_beats(cost, good, (c, s), (d, t)) for _, d, t in known)]
+    parts.append(curve([(x(c), y(s)) for c, s in sorted(set(front))], "front chance"))
+    for row, c, s in known:
+        said = f"{row.label}: {s:.4f} at {_short(c)}"
+        parts.append(_of(standings, row, [_dot(x(c), y(s), 4.5, colour(_place(standings, row)), said)]))
+    less = "less" if cost.less else "more"
+    return Drawing(
+        f"Score against {cost.title[0].lower()}{cost.title[1:]}"
+        if cost.title[1].islower()
+        else f"Score against {cost.title}",
+        f"{less} is better",
+        width,
+        height,
+        tuple(parts),
+    )
+
+
+def _beats(
+    cost: _Cost, good: Callable[[float], float], one: tuple[float, float], other: tuple[float, float]
+) -> bool:
+    """Whether the other is at least as good in both, and better in one."""
+    cheaper = (one[0] - other[0]) * (1 if cost.less else -1)
+    better = good(other[1]) - good(one[1])
+    return cheaper >= 0 and better >= 0 and (cheaper > 0 or better > 0)
+
+
+def _dot(x: float, y: float, radius: float, style: str, said: str) -> str:
+    return element("circle", element("title", _escaped(said)), cx=x, cy=y, r=radius, class_=f"dot {style}")
+
+
+def _escaped(said: str) -> str:
+    return said.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _place(standings: Standings, row: Row) -> int:
+    return standings.rows.index(row)
+
+
+def _of(standings: Standings, row: Row, parts: Sequence[str]) -> str:
+    """Shapes of one contender, which the page lights up together."""
+    return element("g", *parts, class_=f"of of-{_place(standings, row)}")
+
+
+def plots(standings: Standings) -> dict[str, str]:
+    """The drawings as SVG files, by name."""
+    drawn = costs(standings)
+    columns = 2
+    width, height = drawn[0].width, drawn[0].height
+    placed = [
+        nested(width * (n % columns), height * (n // columns), one.figure) for n, one in enumerate(drawn)
+    ]
+    tall = height * -(-len(drawn) // columns)
+    return {
+        "scores.svg": scores(standings).file,
+        "learning.svg": learning(standings).file,
+        "pareto.svg": document(
+            width * columns, tall, *placed, title="Scores against costs", shapes=LINES_CSS
+        ),
+    }

@@ -1,0 +1,123 @@
+"""The folder of a league: its rules, every finished run, and the state of those under way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from polyhead.description import to_json
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.league.contender import Contender
+from polyhead.league.plan import Rules
+from polyhead.league.training import Outcome
+
+__all__ = ["Folder", "write"]
+
+_RULES = "league.json"
+
+
+class Folder:
+    """A folder that holds the runs of one league.
+
+    Args:
+        path: empty, not there yet, or holding a league under the same rules: it goes on.
+        rules: of the league.
+
+    Raises:
+        ConfigError: the folder holds another league, or something else, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rules: Rules) -> None:
+        self.path = Path(path).expanduser().absolute()
+        own = to_json(rules)
+        held = self.path / _RULES
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out: {self.path} is a file; choose a folder")
+        if held.is_file():
+            _same(self.path, own, _read(held))
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ConfigError(
+                f"out: {self.path} holds other files and no league; choose an empty or a new folder"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not held.is_file():
+                write(held, json.dumps(own, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise ConfigError(
+                f"out: cannot write to {self.path}: {error.strerror}; choose another folder"
+            ) from None
+
+    def _run(self, one: Contender, seed: int) -> Path:
+        text = json.dumps(to_json(one), sort_keys=True)
+        short = re.sub(r"[^A-Za-z0-9_.+-]+", "-", one.label).strip("-")[:60]
+        return (
+            self.path
+            / "runs"
+            / f"{short}.{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+            / f"seed-{seed}"
+        )
+
+    def checkpoint(self, one: Contender, seed: int) -> Path:
+        """Where a run keeps its state."""
+        return self._run(one, seed).with_suffix(".pt")
+
+    def outcome(self, one: Contender, seed: int) -> Outcome | None:
+        """How a run ended, None if it has not."""
+        file = self._run(one, seed).with_suffix(".json")
+        return Outcome.from_json(_read(file)) if file.is_file() else None
+
+    def keep(self, one: Contender, seed: int, outcome: Outcome) -> None:
+        """Write down how a run ended; its state is no longer needed."""
+        file = self._run(one, seed).with_suffix(".json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(outcome.to_json(), indent=1, allow_nan=False))
+        with contextlib.suppress(FileNotFoundError):
+            self.checkpoint(one, seed).unlink()
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file completely, or not at all."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolyheadError(
+            f"{file} cannot be read ({error}); remove it, and what it held is made anew"
+        ) from None
+
+
+def _same(path: Path, own: dict[str, Any], held: Any) -> None:
+    if held == own:
+        return
+    if not isinstance(held, dict) or held.get("part") != own["part"]:
+        raise ConfigError(f"out: {path / _RULES} is not that of a league; choose another folder")
+    names = [f.name for f in fields(Rules) if held.get(f.name) != own[f.name]]
+    said = "; ".join(f"{name} was {_brief(held.get(name))} and is {_brief(own[name])}" for name in names)
+    raise ConfigError(
+        f"out: {path} holds a league under other rules ({said}); choose another folder, or the same rules"
+    )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={one}" for key, one in value.items())
+    return str(value)

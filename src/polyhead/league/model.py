@@ -1,0 +1,142 @@
+"""The transformer that every contender is trained in: the same but for its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.attend.masks import causal
+from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.league.tasks.base import Batch, Sizes, Task
+from polyhead.mechanisms import build, entry
+from polyhead.nn.auxiliary import auxiliary_losses
+from polyhead.nn.positions import AlibiPosition, NoPosition, Position, Rope, Sinusoidal
+from polyhead.nn.stack import AttentionStack
+
+__all__ = ["Layer", "Model", "layer_of"]
+
+
+_ENCODINGS: dict[str, Position] = {"rotary": Rope(), "alibi": AlibiPosition()}
+
+
+class Layer(NamedTuple):
+    """A mechanism, its options without `dim`, and how its tokens know where they stand.
+
+    `positions` is "rotary", "alibi", "own" (among the options), "sinusoidal" or "learned" (added to the
+    inputs), or "none".
+    """
+
+    name: str
+    options: dict[str, Any]
+    positions: str
+
+
+def layer_of(task: Task, name: str, options: Mapping[str, Any], dim: int, heads: int) -> Layer:
+    """A mechanism as it is built for a task.
+
+    Where a task has rotary positions or ALiBi's, a mechanism that takes them is given them, or else the other
+    ones of the two; one that has a position encoding among its options keeps it; to the inputs of any other
+    sines and cosines are added.
+
+    Raises:
+        UnknownName: no such mechanism.
+        UnsupportedPattern: the mechanism cannot do the task.
+        ConfigError: an option that it does not have, or a value that is not allowed.
+    """
+    found = entry(name)
+    pattern = "causal_self" if task.causal else "self"
+    if pattern not in found.supports:
+        raise UnsupportedPattern(
+            f"{found.name} does not support {pattern}, which the task {task.name} needs; it supports "
+            f"{', '.join(sorted(found.supports))}"
+        )
+    fields, own = found.config.__dataclass_fields__, {"heads": heads} | dict(options)
+    if "dim" in own:
+        raise ConfigError(f"{found.name}: dim is solved for, so that budgets are equal; leave it out")
+    if "length" in fields and "length" not in own:
+        own["length"] = 4 * task.length  # room for longer questions
+
+    def made(**further: Any) -> None:
+        build(found.name, dim=dim, device="meta", **own | further)
+
+    if "position" in own or task.positions not in _ENCODINGS:
+        made()
+        return Layer(found.name, own, "own" if "position" in own else task.positions)
+    if "position" in fields:
+        for kind in (task.positions, *(other for other in _ENCODINGS if other != task.positions)):
+            try:
+                made(position=_ENCODINGS[kind])
+            except ConfigError:  # does not go with the mechanism; what else may be wrong is said below
+                continue
+            return Layer(found.name, own | {"position": _ENCODINGS[kind]}, kind)
+    made()
+    return Layer(found.name, own, "sinusoidal")
+
+
+class Model(nn.Module):
+    """Embeddings, attention layers and MLPs with norms and residuals, a norm, and a linear read-out.
+
+    Args:
+        task: says what comes in and what goes out.
+        sizes: width, query heads, layers and width of the MLPs.
+        layers: the mechanisms, taken in turn until there are `sizes.layers`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self, task: Task, sizes: Sizes, layers: Sequence[Layer], *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.task, self.sizes = task, sizes
+        dim = sizes.dim
+        if task.vocabulary is not None:
+            self.embed: nn.Module = nn.Embedding(task.vocabulary, dim, **kind)
+            nn.init.normal_(self.embed.weight, std=dim**-0.5)
+        else:
+            assert task.width is not None
+            self.embed = nn.Linear(task.width, dim, **kind)
+        taken = [layers[n % len(layers)] for n in range(sizes.layers)]
+        added = {layer.positions for layer in taken}
+        self.places: nn.Parameter | None = None
+        if "learned" in added:
+            self.places = nn.Parameter(torch.empty(task.length, dim, **kind))
+            nn.init.normal_(self.places, std=dim**-0.5)
+        self.added = Sinusoidal() if "sinusoidal" in added else NoPosition()
+        self.stack = AttentionStack(
+            [build(one.name, dim=dim, **kind, **one.options) for one in taken],
+            dim,
+            mlp=sizes.mlp,
+            final_norm=True,
+            **kind,
+        )
+        self.read = nn.Linear(dim, task.outputs, **kind)
+        nn.init.normal_(self.read.weight, std=dim**-0.5)
+        self.mask = causal() if task.causal else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Answers to what is asked, `(n, outputs)`, in the order of `batch.answers()`."""
+        x = self.embed(batch.inputs)
+        if self.places is not None:
+            x = x + self.places[: x.shape[1]]
+        added = self.added.added(torch.arange(x.shape[1], device=x.device), x.shape[2])
+        if added is not None:
+            x = x + added.to(x.dtype)
+        x = self.stack(x, mask=self.mask, padding=batch.padding)
+        asked = batch.asked
+        if asked is not None:
+            return self.read(x[asked])
+        if batch.padding is None:
+            return self.read(x.mean(1))
+        real = batch.padding[..., None].to(x.dtype)
+        return self.read((x * real).sum(1) / real.sum(1).clamp(min=1))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The task's loss and the auxiliary losses of the mechanisms."""
+        found = self.task.loss(self(batch).float(), batch)
+        for extra in auxiliary_losses(self).values():
+            found = found + extra
+        return found

@@ -1,0 +1,116 @@
+"""What a league is about, settled before anything is trained: everything that its numbers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyhead.checks import given, several, whole
+from polyhead.description import Part
+from polyhead.errors import ConfigError, unknown_name
+from polyhead.league import tasks
+from polyhead.league.budget import BUDGETS, Fitted, fit, target_of
+from polyhead.league.contender import Contender, contender
+from polyhead.league.tasks.base import Recipe, Sizes, Task
+
+__all__ = ["Plan", "Rules", "plan"]
+
+
+class Rules(Part):
+    """What every run of a league shares; runs under other rules do not compare.
+
+    Attributes:
+        task: what is learned.
+        sizes: of the transformer with plain attention whose cost is the budget.
+        recipe: how everybody is trained.
+        budget: "params", "flops" or "kv".
+        limit: a number that takes the place of what plain attention costs; None for that.
+        threads: of torch in every run, on which the last digits depend.
+        device: where.
+    """
+
+    task: Task
+    sizes: Sizes
+    recipe: Recipe
+    budget: str = "params"
+    limit: int | None = None
+    threads: int = 1
+    device: str = "cpu"
+
+
+class Plan:
+    """Rules, the contenders at their sizes, and how many seeds each is trained with.
+
+    Attributes:
+        rules: see `Rules`.
+        contenders: in the order in which they were named, at sizes that meet the budget.
+        seeds: S; runs are made with the seeds 0..S-1.
+        task_file: the Python file that defines the task; None for one that Polyhead brings.
+    """
+
+    def __init__(
+        self, rules: Rules, contenders: tuple[Fitted, ...], seeds: int, task_file: str | None = None
+    ) -> None:
+        self.rules, self.contenders, self.seeds, self.task_file = rules, contenders, seeds, task_file
+
+
+def plan(
+    contenders: Sequence[str | Contender],
+    task: str | Task,
+    *,
+    budget: str = "params",
+    limit: int | None = None,
+    steps: int | None = None,
+    seeds: int = 3,
+    scale: float = 1,
+    sizes: Sizes | None = None,
+    recipe: Recipe | None = None,
+    threads: int = 1,
+    device: str = "cpu",
+) -> Plan:
+    """Settle a league: find the task, read the contenders, solve their sizes.
+
+    Raises:
+        UnknownName: no such task, mechanism or budget; the message names the nearest.
+        UnsupportedPattern: a mechanism cannot do the task.
+        ConfigError: any other value that is not allowed; nothing was trained.
+    """
+    found = tasks.find(task).scaled(scale)
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
+    if limit is not None:
+        whole(f"budget: {budget}", limit, 1)
+    for name, value, kind in (("sizes", sizes, Sizes), ("recipe", recipe, Recipe)):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name} must be a {kind.__name__}; got {given(value)}")
+    if not several(contenders) or not list(contenders):
+        raise ConfigError(f"contenders must be names of mechanisms, at least one; got {given(contenders)}")
+    whole("seeds", seeds, 1)
+    whole("threads", threads, 1)
+    if steps is not None:
+        whole("steps", steps, 1)
+    how = found.recipe if recipe is None else recipe
+    how = how if steps is None else replace(how, steps=steps)
+    base = found.sizes if sizes is None else sizes
+    rules = Rules(found, base, how, budget, limit, threads, _device(device))
+    read = [one if isinstance(one, Contender) else contender(one) for one in contenders]
+    twice = {one.label for one in read if sum(one.label == other.label for other in read) > 1}
+    if twice:
+        raise ConfigError(f"contenders: {', '.join(sorted(twice))} is named more than once")
+    target = target_of(found, base, budget, limit)
+    fitted = tuple(fit(found, one, base, budget, target) for one in read)
+    file = task if isinstance(task, str) and task.endswith(".py") else None
+    return Plan(rules, fitted, seeds, file)
+
+
+def _device(name: Any) -> str:
+    try:
+        found = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device must be cpu or cuda; got {given(name)}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: this torch sees no CUDA device; got {name!r}")
+    return str(found)

@@ -1,0 +1,104 @@
+"""The tasks of the league, and how one is found by name or read from a file of one's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from polyhead.checks import given, whole
+from polyhead.description import Part
+from polyhead.errors import ConfigError, unknown_name
+from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
+from polyhead.league.tasks.copying import Copy
+from polyhead.league.tasks.cpm3 import CountMatch3
+from polyhead.league.tasks.digits import Digits
+from polyhead.league.tasks.induction import Induction
+from polyhead.league.tasks.listops import ListOps
+from polyhead.league.tasks.nearest import Nearest
+from polyhead.league.tasks.needle import Needle
+from polyhead.league.tasks.polynomial import Polynomial
+from polyhead.league.tasks.recall import Recall
+from polyhead.league.tasks.regression import Regression
+from polyhead.league.tasks.relational import Relational
+from polyhead.league.tasks.text import Text
+
+__all__ = ["TASKS", "Batch", "Recipe", "Sizes", "Task", "changed", "find", "with_data"]
+
+P = TypeVar("P", bound=Part)
+
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind
+    for kind in (
+        *(Recall, Needle, Copy, Induction),
+        *(Polynomial, CountMatch3, Nearest, Regression, Relational),
+        *(Text, Digits, ListOps),
+    )
+}
+
+
+def find(task: str | Task) -> Task:
+    """A task by name, one that a Python file defines, or the task itself.
+
+    Raises:
+        UnknownName: no task is called so.
+        ConfigError: a file that cannot be run, or that does not define one task.
+    """
+    if isinstance(task, Task):
+        return task
+    if not isinstance(task, str):
+        raise ConfigError(f"task must be a name, a Python file or a Task; got {given(task)}")
+    if task.endswith(".py"):
+        return _from_file(Path(task).expanduser())
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    return TASKS[task]()
+
+
+def with_data(task: str, data: str | os.PathLike[str] | None) -> str | Task:
+    """A task that reads a text of one's own.
+
+    Raises:
+        ConfigError: the task has no text to replace, or the text cannot be read or is too short.
+    """
+    if data is None:
+        return task
+    if task != Text.name:
+        raise ConfigError(f"data: the task {task} makes its own questions; only {Text.name} reads a text")
+    return Text(file=os.fspath(data))
+
+
+def changed(part: P, **values: Any) -> P:
+    """The same but for the values that are not None; the MLPs of `Sizes` follow the width."""
+    own = {name: value for name, value in values.items() if value is not None}
+    if isinstance(part, Sizes) and "dim" in own and part.mlp is not None:
+        own["mlp"] = max(1, round(part.mlp * whole("dim", own["dim"], 1) / part.dim))
+    return replace(part, **own) if own else part  # type: ignore[type-var]
+
+
+def _from_file(file: Path) -> Task:
+    if not file.is_file():
+        raise ConfigError(f"task: there is no file {file}")
+    name = f"polyhead_task_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"task: {file} cannot be run: {type(error).__name__}: {error}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == name
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"task: {file} must define one subclass of polyhead.league.Task; it defines {len(found)}"
+        )
+    return found[0]()

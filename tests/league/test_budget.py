@@ -1,0 +1,151 @@
+"""Sizes that meet a budget, for every mechanism of the catalogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import polyhead as ph
+from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
+from polyhead.league import Sizes, contender, plan
+from polyhead.league.budget import Counted, Fitted, fit, target_of
+from polyhead.league.tasks import Task, find
+
+CAUSAL = [e.name for e in ph.catalog() if "causal_self" in e.supports]
+PLAIN = [e.name for e in ph.catalog() if "self" in e.supports]
+RECALL, RELATIONAL = find("recall"), find("relational")
+
+
+def fitted(task: Task, name: str, budget: str, limit: int | None = None) -> tuple[Fitted, Counted]:
+    target = target_of(task, task.sizes, budget, limit)
+    return fit(task, contender(name), task.sizes, budget, target), target
+
+
+@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_causal_mechanism_meets_the_budget(name: str, budget: str) -> None:
+    found, target = fitted(RECALL, name, budget)
+    assert abs(getattr(found.counted, budget) / getattr(target, budget) - 1) <= 0.01
+    model = found.model(RECALL)
+    assert sum(p.numel() for p in model.parameters()) == found.counted.params
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_mechanism_that_looks_both_ways_meets_the_budget(name: str) -> None:
+    found, target = fitted(RELATIONAL, name, "params")
+    assert abs(found.counted.params / target.params - 1) <= 0.01
+    batch = RELATIONAL.batch("train", 0, 4, 0)
+    assert found.model(RELATIONAL)(batch).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mha",
+        "grouped_query:kv_heads=2",
+        "multi_query",
+        "sparse_query",
+        "moh",
+        "dynamically_composable",
+        "talking_heads",
+    ],
+)
+def test_the_cache_is_met_exactly(name: str) -> None:
+    found, target = fitted(RECALL, name, "kv")
+    assert found.counted.kv == target.kv
+    model = found.model(RECALL)
+    cache = model.stack.new_cache(1)
+    x = torch.randn(1, 3, found.sizes.dim)
+    model.eval().stack(x[:, :1], mask=ph.causal(), cache=cache)
+    before = cache.length
+    assert before == 1
+    assert model.stack.cost(8).kv_bytes_per_token == target.kv
+
+
+def test_fewer_key_value_heads_get_wider_ones_for_the_same_cache() -> None:
+    found, _ = fitted(RECALL, "grouped_query:kv_heads=1", "kv")
+    assert found.layers[0].options["head_dim"] == 64
+    assert found.sizes.mlp == 16  # heads so wide leave the least for the MLPs
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found, target = fitted(RELATIONAL, "mha", "flops")
+    assert found.counted == target
+    model, batch = found.model(RELATIONAL).eval(), RELATIONAL.batch("train", 0, 1, 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch)
+    # the embedding and the read-out are counted as well as the layers
+    assert counter.get_total_flops() == pytest.approx(target.flops, rel=0.02)
+
+
+def test_a_number_in_place_of_plain_attention() -> None:
+    found, _ = fitted(RECALL, "mha", "params", 100_000)
+    assert abs(found.counted.params - 100_000) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "limit", "message"),
+    [
+        ("mha", "params", 100, r"mha: no size has 100 parameters within 1 %; the nearest has [\d,]+"),
+        ("mha", "kv", 7, "no size has 7 bytes of KV cache a token exactly"),
+        ("mha", "flops", 10**15, "no size has"),
+    ],
+)
+def test_a_budget_that_no_size_meets(name: str, budget: str, limit: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fitted(RECALL, name, budget, limit)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UnknownName, match="no budget is called 'parms'; did you mean 'params'"):
+        plan(["mha"], "recall", budget="parms")
+    with pytest.raises(
+        UnsupportedPattern, match="super_attention does not support causal_self, which the task recall"
+    ):
+        plan(["super_attention"], "recall")
+    with pytest.raises(ConfigError, match="grouped_query has no option 'kv_head'; did you mean 'kv_heads'"):
+        plan(["grouped_query:kv_head=2"], "recall")
+    with pytest.raises(ConfigError, match="kv_heads must divide heads=4"):
+        plan(["grouped_query:kv_heads=3"], "recall")
+    with pytest.raises(ConfigError, match="dim is solved for"):
+        plan(["mha:dim=32"], "recall")
+    with pytest.raises(ConfigError, match="mha is named more than once"):
+        plan(["mha", "moh", "mha"], "recall")
+    with pytest.raises(ConfigError, match="contenders must be names of mechanisms"):
+        plan([], "recall")
+    with pytest.raises(ConfigError, match="budget: params must be at least 1"):
+        plan(["mha"], "recall", limit=0)
+    with pytest.raises(ConfigError, match="seeds must be at least 1"):
+        plan(["mha"], "recall", seeds=0)
+    with pytest.raises(ConfigError, match="device must be cpu or cuda"):
+        plan(["mha"], "recall", device="tpuu")
+
+
+def test_layers_take_turns() -> None:
+    settled = plan(["mha+grouped_query:kv_heads=1"], "recall", sizes=Sizes(64, 4, 3))
+    model = settled.contenders[0].model(RECALL)
+    assert [type(layer.config).__name__ for layer in model.stack.attention] == [
+        "MultiHead",
+        "GroupedQuery",
+        "MultiHead",
+    ]
+
+
+def test_heads_may_differ_from_the_league() -> None:
+    (found,) = plan(["mha:heads=8"], "recall").contenders
+    assert found.model(RECALL).stack.attention[0].config.heads == 8  # type: ignore[union-attr]
+
+
+def test_positions_are_what_a_mechanism_takes() -> None:
+    def positions(task: str, name: str) -> str:
+        return plan([name], task).contenders[0].layers[0].positions
+
+    assert positions("recall", "mha") == "alibi"
+    assert positions("recall", "tensor_attention") == "rotary"
+    assert positions("copy", "mha") == "rotary"
+    assert positions("copy", "mha:position=no_position()") == "own"
+    assert positions("copy", "gaussian_adaptive") == "sinusoidal"
+    assert positions("relational", "mha") == "learned"
+    assert positions("nearest", "mha") == "none"

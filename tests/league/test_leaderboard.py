@@ -1,0 +1,114 @@
+"""The folder that a league leaves: a page that opens from a disk, tables, data and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from polyhead.cli import app
+from polyhead.leaderboard import job
+from polyhead.leaderboard.page import build_page
+from polyhead.leaderboard.plots import plots
+from polyhead.league import Recipe, Sizes
+
+LABELS = ["mha", "moh:top_k=1", "mha:mask=window(3)"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("league") / "out"
+    job.run(
+        LABELS,
+        task="recall",
+        sizes=Sizes(16, 2, 1, 16),
+        recipe=Recipe(steps=6, batch=4, looks=3),
+        seeds=2,
+        out=out,
+        jobs=2,
+        console=Console(quiet=True),
+    )
+    return out
+
+
+def test_the_folder_is_complete(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    assert names == {
+        *("league.json", "results.json", "results.csv"),
+        *("scores.svg", "learning.svg", "pareto.svg", "leaderboard.html"),
+    }
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["contender"] for row in rows} == set(LABELS)
+    data = json.loads((folder / "results.json").read_text())
+    assert len(data["contenders"]) == 3
+    assert all(len(one["runs"]["0"]["curve"]) == 3 for one in data["contenders"])
+    for name in ("scores.svg", "learning.svg", "pareto.svg"):
+        ElementTree.parse(folder / name)
+
+
+def test_the_page_stands_alone(folder: Path) -> None:
+    page = (folder / "leaderboard.html").read_text()
+    assert all(label.replace("&", "&amp;") in page for label in LABELS)
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert page.count("<section") == 5
+    assert len(page) < 500_000
+
+
+def test_drawings_name_every_contender(folder: Path) -> None:
+    text = (folder / "scores.svg").read_text()
+    assert all(label in text for label in LABELS)
+    assert (folder / "learning.svg").read_text().count('class="curve') == 3
+
+
+def test_a_league_of_one_seed_and_one_contender_can_be_drawn(tmp_path: Path) -> None:
+    standings = job.run(
+        ["mha"],
+        task="regression",
+        sizes=Sizes(16, 2, 1, 16),
+        recipe=Recipe(steps=1, batch=4),
+        seeds=1,
+        out=tmp_path,
+        jobs=1,
+        console=Console(quiet=True),
+    )
+    assert "mha" in build_page(standings)
+    assert set(plots(standings)) == {"scores.svg", "learning.svg", "pareto.svg"}
+
+
+def test_the_command_and_its_errors(tmp_path: Path) -> None:
+    out = tmp_path / "league"
+    options = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch", "4", "--steps", "3", "--seeds", "1"]
+    found = CliRunner().invoke(app, ["compare", "mha", "--out", str(out), "--jobs", "1", *options])
+    assert found.exit_code == 0, found.output
+    assert "mha" in found.stdout
+    assert "leaderboard.html" in found.stdout
+    for arguments, said in (
+        (["mho"], "no mechanism is called 'mho'"),
+        (["mha", "--task", "recal"], "did you mean 'recall'"),
+        (["mha", "--budget", "params=10"], "no size has 10 parameters"),
+        (["mha", "--budget", "params=many"], "--budget takes a name"),
+        (["mha", "--jobs", "none"], "jobs must be a positive integer"),
+        (["mha", "--data", "x.txt"], "makes its own questions"),
+        (["mha", "--out", str(out), "--steps", "4"], "under other rules"),
+    ):
+        result = CliRunner().invoke(app, ["compare", *arguments])
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.stderr.split())
+        assert "Traceback" not in result.output
+
+
+def test_the_tasks_are_listed() -> None:
+    found = CliRunner().invoke(app, ["tasks"])
+    assert found.exit_code == 0
+    assert "recall" in found.stdout
+    assert {row["name"] for row in json.loads(CliRunner().invoke(app, ["tasks", "--json"]).stdout)} >= {
+        "text",
+        "digits",
+    }

@@ -1,0 +1,272 @@
+"""Whole leagues: here, in processes, on Ray; kept in a folder, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import polyhead as ph
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.league import Outcome, Recipe, Sizes, Standings, plan
+from polyhead.league.budget import target_of
+from polyhead.league.compare import play
+from polyhead.league.folder import Folder
+from polyhead.league.interval import mean_and_half_width
+from polyhead.league.running import Run, run_all
+
+SMALL: dict[str, Any] = {
+    "task": "recall",
+    "sizes": Sizes(dim=16, heads=2, layers=1, mlp=16),
+    "recipe": Recipe(steps=6, batch=4, looks=3),
+    "seeds": 2,
+}
+
+
+def numbers(standings: Standings) -> Any:
+    """Everything but times and memory."""
+    data = standings.to_json()
+    for one in data["contenders"]:
+        for run in one["runs"].values():
+            for name in ("tokens_per_second", "peak_bytes", "seconds"):
+                del run[name]
+    return data
+
+
+@pytest.fixture(scope="module")
+def here() -> Standings:
+    return ph.compare(["mha", "moh"], **SMALL)
+
+
+def test_a_league_here(here: Standings) -> None:
+    assert [row.label for row in here.rows] == ["mha", "moh"]
+    assert {row.rank for row in here.rows} == {1, 2}
+    assert all(row.count("finished") == 2 for row in here.rows)
+    assert "moh" in here.to_csv()
+    json.dumps(here.to_json(), allow_nan=False)
+    frame = here.to_frame()
+    assert list(frame["contender"]) == [row.label for row in here.ranked]
+
+
+def test_processes_give_the_same_numbers(here: Standings) -> None:
+    assert numbers(ph.compare(["mha", "moh"], jobs=2, **SMALL)) == numbers(here)
+
+
+def test_a_ray_cluster_gives_the_same_numbers(here: Standings, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'polyhead[ray]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert numbers(ph.compare(["mha", "moh"], jobs="ray", **SMALL)) == numbers(here)
+
+
+def test_a_folder_keeps_runs_and_more_join(here: Standings, tmp_path: Path) -> None:
+    out = tmp_path / "league"
+    ph.compare(["mha"], out=out, **SMALL | {"seeds": 1})
+    kept = {file: file.stat().st_mtime_ns for file in out.rglob("seed-*.json")}
+    assert len(kept) == 1
+    assert numbers(ph.compare(["mha", "moh"], out=out, **SMALL)) == numbers(here)
+    assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
+    assert len(list(out.rglob("seed-*.json"))) == 4
+    assert not list(out.rglob("*.pt"))
+    assert not list(out.rglob("*.part"))
+
+
+def test_a_folder_of_another_league_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "league"
+    ph.compare(["mha"], out=out, **SMALL | {"seeds": 1})
+    before = sorted((file, file.read_bytes()) for file in out.rglob("*") if file.is_file())
+    with pytest.raises(ConfigError, match=r"under other rules \(recipe was .*steps=6.* and is .*steps=7"):
+        ph.compare(["mha"], out=out, steps=7, **SMALL)
+    with pytest.raises(ConfigError, match="under other rules .task was"):
+        ph.compare(["mha"], out=out, **SMALL | {"task": "copy"})
+    assert sorted((file, file.read_bytes()) for file in out.rglob("*") if file.is_file()) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files and no league"):
+        ph.compare(["mha"], out=other, **SMALL)
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="is a file; choose a folder"):
+        ph.compare(["mha"], out=other / "thesis.txt", **SMALL)
+    (out / "league.json").write_text("{")
+    with pytest.raises(PolyheadError, match="cannot be read"):
+        ph.compare(["mha"], out=out, **SMALL)
+
+
+@pytest.mark.parametrize("jobs", [0, -1, "rays", 1.5, True])
+def test_jobs_are_checked_before_anything_runs(jobs: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='jobs must be a positive integer, or "ray"'):
+        ph.compare(["mha"], out=tmp_path / "league", jobs=jobs, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_fails_is_reported_and_tried_again(tmp_path: Path) -> None:
+    settled = plan(["mha", "moh"], **SMALL)
+    folder = Folder(tmp_path, settled.rules)
+    broken = folder.checkpoint(settled.contenders[1].contender, 0)
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"nonsense")
+    standings = play(settled, folder, jobs=2)
+    failed = standings.rows[1].outcomes[0]
+    assert failed.status == "failed"
+    assert "this checkpoint cannot be read" in failed.note
+    assert standings.rows[0].rank == 1
+    broken.unlink()
+    again = play(settled, folder, jobs=2)
+    assert again.rows[1].count("finished") == 2
+
+
+def test_a_worker_that_is_killed_is_reported() -> None:
+    order = {
+        "rules": {"threads": 1},
+        "contender": None,
+        "seed": 0,
+        "checkpoint": None,
+        "task_file": "absent.py",
+    }
+    ((key, outcome),) = run_all([Run((0, 0), order)], 1, lambda *_: None)
+    assert key == (0, 0)
+    assert outcome.status == "failed"
+    assert "absent.py" in outcome.note
+
+
+COMMAND = [
+    *(
+        sys.executable,
+        "-m",
+        "polyhead",
+        "compare",
+        "mha",
+        "grouped_query",
+        "--task",
+        "recall",
+        "--seeds",
+        "2",
+    ),
+    *("--dim", "16", "--heads", "2", "--layers", "1", "--batch", "8", "--jobs", "2"),
+]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL for the command, some times over; the workers notice and go too."""
+    command = [*COMMAND, "--steps", "300"]
+
+    def results(out: Path) -> Any:
+        data = json.loads((out / "results.json").read_text())
+        for one in data["contenders"]:
+            for run in one["runs"].values():
+                for name in ("tokens_per_second", "peak_bytes", "seconds"):
+                    del run[name]
+        return data
+
+    quiet, out = tmp_path / "quiet", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(quiet)], check=True, capture_output=True)
+    for kill in range(4):
+        process = subprocess.Popen(
+            [*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+        deadline = time.monotonic() + 60
+
+        def moved(held: dict[Path, int] = before) -> bool:
+            found = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt") if file.exists()}
+            return any(held.get(file) != when for file, when in found.items())
+
+        while not moved() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.07 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)  # for the workers to go
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+    assert results(out) == results(quiet)
+
+
+def test_interrupted_it_says_so_and_keeps_what_is_done(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--steps", "100000", "--out", str(tmp_path / "league")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "league" / "league.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+
+
+# ---- standings ----
+
+
+def outcome(score: float, status: str = "finished") -> Outcome:
+    return Outcome(status, 6, {"validation": score, "longer": score / 2})
+
+
+def standings(scores: dict[str, list[Outcome]], task: str = "recall") -> Standings:
+    settled = plan(list(scores), **SMALL | {"task": task})
+    outcomes = {(n, seed): one for n, runs in enumerate(scores.values()) for seed, one in enumerate(runs)}
+    seeds = max(map(len, scores.values()))
+    rules = settled.rules
+    target = target_of(rules.task, rules.sizes, rules.budget, rules.limit)
+    return Standings(rules, target, settled.contenders, outcomes, seeds)
+
+
+def test_the_interval_is_that_of_student() -> None:
+    mean, half = mean_and_half_width([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    assert mean_and_half_width([]) == pytest.approx((math.nan, math.nan), nan_ok=True)
+    assert math.isnan(mean_and_half_width([1.0])[1])
+    from scipy.stats import t
+
+    for count in (2, 5, 31, 32, 80):
+        values = [float(n) for n in range(count)]
+        spread = (sum((v - sum(values) / count) ** 2 for v in values) / (count - 1)) ** 0.5
+        expected = t.ppf(0.975, count - 1) * spread / count**0.5
+        assert mean_and_half_width(values)[1] == pytest.approx(expected, rel=2e-3)
+
+
+def test_ranks_and_paired_differences() -> None:
+    found = standings(
+        {
+            "mha": [outcome(0.5), outcome(0.7)],
+            "moh": [outcome(0.6), outcome(0.8)],
+            "grouped_query": [outcome(0.9), outcome(math.nan, "diverged")],
+            "multi_query": [outcome(math.nan, "failed"), outcome(math.nan, "failed")],
+        }
+    )
+    assert [row.label for row in found.ranked] == ["moh", "mha", "grouped_query", "multi_query"]
+    assert [row.rank for row in found.ranked] == [1, 2, 3, None]
+    mean, half = found.difference(found.rows[1])
+    assert mean == pytest.approx(0.1)
+    assert half == pytest.approx(0, abs=1e-9)
+    assert found.rows[2].count("diverged") == 1
+    assert "1 of 2, 1 diverged" in _printed(found)
+    assert json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_lower_is_better_where_it_is() -> None:
+    found = standings({"mha": [outcome(0.5)], "moh": [outcome(0.4)]}, "regression")
+    assert [row.label for row in found.ranked] == ["moh", "mha"]
+
+
+def _printed(found: Standings) -> str:
+    from rich.console import Console
+
+    console = Console(width=240, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(found.table())
+    return console.export_text()
