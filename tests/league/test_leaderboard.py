@@ -57,7 +57,7 @@ def test_the_page_stands_alone(folder: Path) -> None:
     assert all(label.replace("&", "&amp;") in page for label in LABELS)
     assert "default-src 'none'" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert page.count("<section") == 5
+    assert page.count("<section") == 6
     assert len(page) < 500_000
 
 

@@ -255,8 +255,9 @@ def _load(file: Path, model: Model, steps: torch.optim.Optimizer, device: str) -
         model.load_state_dict(data["model"])
         steps.load_state_dict(data["steps"])
     except Exception as error:
+        why = str(error).partition("\n")[0].strip()
         raise PolyheadError(
-            f"{file}: this checkpoint cannot be read ({error}); remove it to begin the run anew"
+            f"{file}: this checkpoint cannot be read ({why}); remove it to begin the run anew"
         ) from None
     state = _State(**data["state"])
     state.curve = [Look(**look) for look in data["state"]["curve"]]

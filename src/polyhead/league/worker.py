@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -58,15 +57,24 @@ def run(what: dict[str, Any], progress: Callable[[Look], None] | None = None) ->
 
 
 def _leave_with_the_asker() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin: its lock, held here, would break the end of the process
+        continue
     os._exit(1)
+
+
+def _line() -> bytes:
+    """The first line of standard input."""
+    read = b""
+    while not read.endswith(b"\n") and (more := os.read(0, 1)):
+        read += more
+    return read
 
 
 def main() -> None:
     """Read an order, carry it out, answer."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what anything else prints must not stand between the answers
-    what = json.loads(sys.stdin.buffer.readline())
+    what = json.loads(_line())
     threading.Thread(target=_leave_with_the_asker, daemon=True).start()
 
     def answer(**said: Any) -> None:
