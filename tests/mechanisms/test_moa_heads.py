@@ -11,10 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from polyhead.errors import ConfigError
-from polyhead.nn import auxiliary_losses
+from polyhead.nn import auxiliary_losses, routed_heads
 
 F64 = {"dtype": torch.float64}
 X = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0), **F64)
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_packed_however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed_heads, "SHORT", 0)
 
 
 def built(name: str = "moa_heads", seed: int = 0, *, route: bool = True, **config: object) -> nn.Module:

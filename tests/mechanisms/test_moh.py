@@ -11,13 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from polyhead.errors import ConfigError, UnknownName
-from polyhead.nn import auxiliary_losses
+from polyhead.nn import auxiliary_losses, routed_heads
 from polyhead.nn.chosen_rows import Group, Lane
 from polyhead.nn.routed_heads import keys_of
 from polyhead.nn.routing import load_balance, top_k
 
 F64 = {"dtype": torch.float64}
 X = torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(0), **F64)
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_packed_however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed_heads, "SHORT", 0)
 
 
 def built(name: str = "moh", seed: int = 0, **config: object) -> nn.Module:
@@ -349,6 +354,31 @@ def test_keys_of_lanes_are_read_where_they_lie(lanes: list[tuple[int, int]], vie
     for made, source in ((keys, k), (values, v)):
         assert (made.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()) == view
         assert torch.equal(made[0], torch.stack([source[item, head] for head, item in lanes]))
+
+
+@pytest.mark.parametrize("name", ["moh", "moa_heads"])
+@pytest.mark.parametrize("position", [ph.nn.no_position(), ph.nn.alibi_position()])
+def test_short_sequences_go_through_all_heads_with_the_same_answers(
+    name: str, position: ph.nn.Position, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = built(name, position=position).train()
+    x = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1), **F64)
+    real = torch.arange(9) < torch.tensor([[9], [4], [7]])
+
+    def run(short: int) -> list[Tensor]:
+        monkeypatch.setattr(routed_heads, "SHORT", short)
+        own = x.clone().requires_grad_()
+        with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+            y = module(own, mask=ph.causal(), padding=real)
+        module.zero_grad()
+        (y.square().sum() + sum(auxiliary_losses(module).values())).backward()
+        seen.append(counter.get_total_flops())
+        return [y.detach(), own.grad, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+    seen: list[int] = []
+    for packed, dense in zip(run(0), run(1 << 20), strict=True):
+        close(dense, packed)
+    assert seen[0] != seen[1]
 
 
 # ---- refusals ----

@@ -28,6 +28,9 @@ __all__ = ["RoutedHeads", "keys_of"]
 # So few rows read their keys where they lie: putting those of several heads together would cost more.
 _FEW_ROWS, _MANY_KEYS = 8, 256
 _FEW_ITEMS = 4  # sequences that are decoded one after the other
+# So few pairs of query and key that a head could leave out take less time than leaving them out (measured).
+SHORT = 1 << 16
+_ALONE = 4  # ... and so many times more where every head of every sequence is a call of its own
 
 
 class _Chosen(NamedTuple):
@@ -47,7 +50,8 @@ class RoutedHeads(MultiHeadAttention):
         y_t = Σ over active h of gates_th · head_h(x_t) W_Oh
 
     Query projection, scores, values and output projection are computed for active pairs of head and token
-    only. Keys and values are made for all heads, since a later token may choose any.
+    only. Keys and values are made for all heads, since a later token may choose any. Sequences that are so
+    short that leaving out takes longer than computing (`SHORT`) go through all heads, with gates of 0.
 
     Args:
         projection: makes queries, keys and values; `kv_heads` divides `heads`.
@@ -105,6 +109,9 @@ class RoutedHeads(MultiHeadAttention):
             gates = super()._regularized(q.choice.gates.transpose(1, 2)[..., None])
             q = q._replace(choice=q.choice._replace(gates=gates[..., 0].transpose(1, 2)))
         chosen = None
+        spared = length * keys * (1 - self.router.per_token / heads)
+        if length > 1 and spared <= SHORT * (1 if options["score"] is None else _ALONE):
+            always = heads
         if always < heads:
             add = self._step if length == 1 and batch <= _FEW_ITEMS else self._chosen
             chosen = add(q, k, v, always, **options)
@@ -221,7 +228,7 @@ class RoutedHeads(MultiHeadAttention):
         """What one forward pass costs: of queries, scores, values and output, what active heads take.
 
         Heads that are attended to together are padded to the one that most tokens chose: what is computed
-        may be up to a tenth more.
+        may be up to a tenth more. Short sequences, which go through all heads, take more than is counted.
         """
         dense = super().cost(length, batch, context_length, dtype=dtype)
         active, made = self.router.per_token, self.projection
