@@ -6,7 +6,7 @@ PYTEST ?= -n auto --dist worksteal
 OUT ?= report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types bench results gallery docs gpu format setup setup-demo setup-docs models clean
+.PHONY: help demo test test-slow lint types bench results leagues gallery docs gpu format setup setup-demo setup-docs models clean
 
 # Several workers share the cores, so a worker takes one.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -40,6 +40,9 @@ bench: setup ## every benchmark, each against its yardstick in the same run
 
 results: setup models ## run the benchmarks and keep what they print in docs/results/benchmarks/
 	.venv/bin/polyhead bench --save docs/results/benchmarks
+
+leagues: setup ## train the leagues of docs/results/league/ and write their page: hours, and goes on where it was cut
+	.venv/bin/python tools/leagues.py
 
 gallery: setup ## make the pages of the catalogue anew from the registry, in docs/gallery/
 	.venv/bin/polyhead gallery --out docs/gallery

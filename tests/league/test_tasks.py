@@ -14,7 +14,7 @@ from polyhead.league.tasks import TASKS, Batch, Task, changed, find, with_data
 from polyhead.league.tasks.base import Recipe, Sizes
 from polyhead.league.tasks.corpus import corpus
 from polyhead.league.tasks.listops import value_of
-from polyhead.league.tasks.text import Text
+from polyhead.league.tasks.text import TextTask
 
 SPLITS = [(name, split) for name in TASKS for split in ("train", *find(name).splits)]
 
@@ -297,11 +297,11 @@ def test_a_text_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = tmp_path / "own.txt"
     file.write_text("\n\n".join(f"Paragraph {n}: " + "words that go on and on. " * 20 for n in range(200)))
     task = with_data("text", file)
-    assert isinstance(task, Text)
+    assert isinstance(task, TextTask)
     assert task.batch("train", 0, 2, 0).inputs.shape == (2, 128)
     assert list((tmp_path / "kept" / "texts").glob("*.npz"))
     with pytest.raises(ConfigError, match="numbers do not compare"):
-        Text(digest=task.digest)
+        TextTask(digest=task.digest)
     for content, message in (("", "holds 0 characters"), ("short", "holds 5 characters")):
         other = tmp_path / f"{len(content)}.txt"
         other.write_text(content)

@@ -63,7 +63,7 @@ def _short(number: float) -> str:
         return f"{number / 1e6:.3g}M"
     if abs(number) >= 1e4:
         return f"{number / 1e3:.3g}k"
-    return f"{number:.3g}"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def _span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
@@ -154,21 +154,22 @@ def learning(standings: Standings) -> Drawing:
 class _Cost:
     title: str
     of: Callable[[Row], float]
-    less: bool  # whether less of it is better
+    less: bool = True  # whether less of it is better
+    budget: str = ""  # the budget under which it is equal for all
 
 
 _COSTS = (
-    _Cost("KV bytes a token", lambda row: float(row.fitted.counted.kv), True),
-    _Cost("Parameters", lambda row: float(row.fitted.counted.params), True),
-    _Cost("Operations a sequence", lambda row: float(row.fitted.counted.flops), True),
-    _Cost("Training tokens per second", lambda row: row.tokens_per_second, False),
-    _Cost("Peak memory, bytes", lambda row: row.peak_bytes, True),
+    _Cost("KV bytes a token", lambda row: float(row.fitted.counted.kv), budget="kv"),
+    _Cost("Parameters", lambda row: float(row.fitted.counted.params), budget="params"),
+    _Cost("Operations a sequence", lambda row: float(row.fitted.counted.flops), budget="flops"),
+    _Cost("Training tokens per second", lambda row: row.tokens_per_second, less=False),
+    _Cost("Peak memory, bytes", lambda row: row.peak_bytes),
 )
 
 
 def costs(standings: Standings) -> list[Drawing]:
-    """The score against each cost, with the front of those that nobody beats in both."""
-    return [_pareto(standings, cost) for cost in _COSTS]
+    """The score against each cost that is not the budget, with the front of those that nobody beats in both."""
+    return [_pareto(standings, cost) for cost in _COSTS if cost.budget != standings.rules.budget]
 
 
 def _pareto(standings: Standings, cost: _Cost) -> Drawing:

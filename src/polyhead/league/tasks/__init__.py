@@ -13,18 +13,18 @@ from polyhead.checks import given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
-from polyhead.league.tasks.copying import Copy
-from polyhead.league.tasks.cpm3 import CountMatch3
-from polyhead.league.tasks.digits import Digits
-from polyhead.league.tasks.induction import Induction
-from polyhead.league.tasks.listops import ListOps
-from polyhead.league.tasks.nearest import Nearest
-from polyhead.league.tasks.needle import Needle
-from polyhead.league.tasks.polynomial import Polynomial
-from polyhead.league.tasks.recall import Recall
-from polyhead.league.tasks.regression import Regression
-from polyhead.league.tasks.relational import Relational
-from polyhead.league.tasks.text import Text
+from polyhead.league.tasks.copying import CopyTask
+from polyhead.league.tasks.cpm3 import CountMatch3Task
+from polyhead.league.tasks.digits import DigitsTask
+from polyhead.league.tasks.induction import InductionTask
+from polyhead.league.tasks.listops import ListOpsTask
+from polyhead.league.tasks.nearest import NearestTask
+from polyhead.league.tasks.needle import NeedleTask
+from polyhead.league.tasks.polynomial import PolynomialTask
+from polyhead.league.tasks.recall import RecallTask
+from polyhead.league.tasks.regression import RegressionTask
+from polyhead.league.tasks.relational import RelationalTask
+from polyhead.league.tasks.text import TextTask
 
 __all__ = ["TASKS", "Batch", "Recipe", "Sizes", "Task", "changed", "find", "with_data"]
 
@@ -33,9 +33,9 @@ P = TypeVar("P", bound=Part)
 TASKS: dict[str, type[Task]] = {
     kind.name: kind
     for kind in (
-        *(Recall, Needle, Copy, Induction),
-        *(Polynomial, CountMatch3, Nearest, Regression, Relational),
-        *(Text, Digits, ListOps),
+        *(RecallTask, NeedleTask, CopyTask, InductionTask),
+        *(PolynomialTask, CountMatch3Task, NearestTask, RegressionTask, RelationalTask),
+        *(TextTask, DigitsTask, ListOpsTask),
     )
 }
 
@@ -66,9 +66,9 @@ def with_data(task: str, data: str | os.PathLike[str] | None) -> str | Task:
     """
     if data is None:
         return task
-    if task != Text.name:
-        raise ConfigError(f"data: the task {task} makes its own questions; only {Text.name} reads a text")
-    return Text(file=os.fspath(data))
+    if task != TextTask.name:
+        raise ConfigError(f"data: the task {task} makes its own questions; only {TextTask.name} reads a text")
+    return TextTask(file=os.fspath(data))
 
 
 def changed(part: P, **values: Any) -> P:

@@ -10,10 +10,10 @@ from polyhead.checks import whole
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Copy"]
+__all__ = ["CopyTask"]
 
 
-class Copy(Task):
+class CopyTask(Task):
     """s_1 ... s_n | s_1 ... s_n: behind the separator every symbol of the word is asked, in its order.
 
     In the split "longer" words have twice the length.

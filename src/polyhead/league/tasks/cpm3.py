@@ -13,10 +13,10 @@ from polyhead.errors import ConfigError
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["CountMatch3"]
+__all__ = ["CountMatch3Task"]
 
 
-class CountMatch3(Task):
+class CountMatch3Task(Task):
     """y_n = #{(j, k): x_n + 2 x_j + 3 x_k = 0 mod M} over N symbols x drawn from 0..M-1.
 
     All y_n are asked, in units of how far they spread; the score is the mean squared error, 1 for whoever

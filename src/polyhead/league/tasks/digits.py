@@ -12,12 +12,12 @@ from polyhead.errors import MissingExtra
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Digits"]
+__all__ = ["DigitsTask"]
 
 _TEST = 360  # of 1,797 pictures
 
 
-class Digits(Task):
+class DigitsTask(Task):
     """Which digit is on a picture: 16 patches of 2 × 2 pixels, as a vision transformer reads them.
 
     The optical recognition data of handwritten digits (UCI; scikit-learn brings them): 1,437 pictures to

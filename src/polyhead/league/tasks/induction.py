@@ -11,10 +11,10 @@ from polyhead.errors import ConfigError
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Induction"]
+__all__ = ["InductionTask"]
 
 
-class Induction(Task):
+class InductionTask(Task):
     """A word of p symbols over and over, with p new in every sequence; from its second time on, what comes.
 
     No symbol comes twice in a word, so the one before the place that is asked tells what follows: find where

@@ -11,13 +11,13 @@ from polyhead.checks import whole
 from polyhead.league.seeds import seed_of
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["ListOps"]
+__all__ = ["ListOpsTask"]
 
 _OPERATIONS = ("MAX", "MIN", "MED", "SM")
 _CLOSE = 10 + len(_OPERATIONS)
 
 
-class ListOps(Task):
+class ListOpsTask(Task):
     """[MAX 2 9 [MIN 4 7 ] 0 ] → 9: the value of nested lists of digits, one of ten classes.
 
     MED is the lower median, SM the sum modulo 10. In the split "deeper" lists nest one level more.

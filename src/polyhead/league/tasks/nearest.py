@@ -12,10 +12,10 @@ from polyhead.checks import whole
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Nearest"]
+__all__ = ["NearestTask"]
 
 
-class Nearest(Task):
+class NearestTask(Task):
     """N points x_i and a query y on the unit sphere of R^n; the x_i with the greatest x_i·y is asked.
 
     An answer counts where the nearest of the N points to it is the right one; training lowers the squared

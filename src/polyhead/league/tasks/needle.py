@@ -11,10 +11,10 @@ from polyhead.errors import ConfigError
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Needle"]
+__all__ = ["NeedleTask"]
 
 
-class Needle(Task):
+class NeedleTask(Task):
     """Pairs of key and value at random places of a filler; the last tokens are the keys, in another order.
 
     Whoever sees recent tokens only can answer for the needles that lie among them. In the split "longer" the

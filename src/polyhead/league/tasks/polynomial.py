@@ -11,10 +11,10 @@ from polyhead.checks import whole
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Polynomial"]
+__all__ = ["PolynomialTask"]
 
 
-class Polynomial(Task):
+class PolynomialTask(Task):
     """y_n = (x_n + x_p(n) + x_p(p(n)) + ...) / √(k+1): k hops along a permutation p, new in every sequence.
 
     A token is (code of n, code of p(n), x_n), with codes that are fixed unit vectors; x ~ N(0, 1), so y has

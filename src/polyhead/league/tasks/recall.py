@@ -11,10 +11,10 @@ from polyhead.errors import ConfigError
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Recall"]
+__all__ = ["RecallTask"]
 
 
-class Recall(Task):
+class RecallTask(Task):
     """k_1 v_1 k_2 v_2 ... k_n v_n, then the n keys in another order; at each, its value is asked.
 
     Keys are drawn without replacement, values with, from alphabets of their own. Arora et al., "Zoology:

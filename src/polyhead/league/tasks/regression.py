@@ -12,10 +12,10 @@ from polyhead.checks import whole
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Regression"]
+__all__ = ["RegressionTask"]
 
 
-class Regression(Task):
+class RegressionTask(Task):
     """x_1 y_1 x_2 y_2 ... with y = w·x + noise and w new in every sequence; at each x, its y is asked.
 
     x ~ N(0, I_n), w ~ N(0, I/n), so y has variance 1 + s². The score is the mean squared error at the last

@@ -10,10 +10,10 @@ from polyhead.checks import whole
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
-__all__ = ["Relational"]
+__all__ = ["RelationalTask"]
 
 
-class Relational(Task):
+class RelationalTask(Task):
     """Objects a b c d, random vectors of a codebook; is (a = b) the same as (c = d)?
 
     A pair is two times one object or two objects, with equal chance. Objects of training and of "validation"

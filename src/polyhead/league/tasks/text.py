@@ -15,10 +15,10 @@ from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 from polyhead.league.tasks.corpus import Corpus, corpus
 
-__all__ = ["Text"]
+__all__ = ["TextTask"]
 
 
-class Text(Task):
+class TextTask(Task):
     """What comes next in text: tokens of a byte-pair tokenizer that is trained on the same text.
 
     The text is the English documentation of the standard library of this Python (topics of the language
