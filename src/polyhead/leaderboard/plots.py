@@ -168,7 +168,7 @@ _COSTS = (
 
 
 def costs(standings: Standings) -> list[Drawing]:
-    """The score against each cost that is not the budget, with the front of those that nobody beats in both."""
+    """The score against each cost but the budget, with the front of those that nobody beats in both."""
     return [_pareto(standings, cost) for cost in _COSTS if cost.budget != standings.rules.budget]
 
 
