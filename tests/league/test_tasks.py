@@ -64,9 +64,9 @@ def recall(batch: Batch, task: Task) -> None:
 def needle(batch: Batch, task: Task) -> None:
     for row, asked in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         end = len(row) - 4
-        known = {symbol: row[n + 1] - 16 for n, symbol in enumerate(row[:end]) if symbol < 16}
+        known = dict(divmod(symbol, 16) for symbol in row[:end] if symbol < 128)
         assert len(known) == 4
-        assert [known[key] for key in row[end:]] == asked[end:]
+        assert [known[symbol - 128] for symbol in row[end:]] == asked[end:]
         assert set(asked[:end]) == {-100}
 
 

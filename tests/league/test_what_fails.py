@@ -25,9 +25,9 @@ def moved(task: Task, batch: Batch) -> Tensor:
     """The inputs with everything changed that tells the answers, but for the tokens that are asked."""
     inputs = batch.inputs.clone()
     if task.name == "needle":
-        values = (inputs >= 16) & (inputs < 32)
+        values = inputs < 8 * 16
         values[:, -1 - 2 * 16 :] = False  # what the last token reaches through two windows
-        inputs[values] = 16 + (inputs[values] - 16 + 1) % 16
+        inputs[values] = inputs[values] // 16 * 16 + (inputs[values] + 1) % 16
         return inputs
     asked = batch.asked
     assert asked is not None

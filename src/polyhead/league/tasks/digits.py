@@ -31,7 +31,7 @@ class DigitsTask(Task):
     causal = False
     positions = "learned"
     sizes = Sizes(dim=64, heads=4, layers=2, mlp=128)
-    recipe = Recipe(steps=1000, batch=64, rate=1e-3, decay=0.05)
+    recipe = Recipe(steps=1000, batch=64, rate=3e-3, decay=0.05)
 
     @property
     def width(self) -> int:

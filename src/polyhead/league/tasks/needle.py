@@ -1,4 +1,4 @@
-"""Needles: a few pairs of key and value in a long filler, asked at the end."""
+"""Needles: a few marked symbols in a long filler, asked at the end."""
 
 from __future__ import annotations
 
@@ -15,44 +15,43 @@ __all__ = ["NeedleTask"]
 
 
 class NeedleTask(Task):
-    """Pairs of key and value at random places of a filler; the last tokens are the keys, in another order.
+    """Needles, symbols that say a key and its value, at random places of a filler; then keys, in another order.
 
-    Whoever sees recent tokens only can answer for the needles that lie among them. In the split "longer" the
-    filler has twice the length.
+    At each of the last tokens the value of its key is asked. Whoever sees recent tokens only can answer for the
+    needles that lie among them. In the split "longer" the filler has four times the length.
 
     Attributes:
         tokens: length of a sequence.
-        needles: pairs.
-        keys, values: different ones of each.
+        needles: how many there are, and are asked.
+        keys, values: different ones of each; there is a symbol for every pair of them.
         filler: different symbols of the filler.
     """
 
     name = "needle"
-    summary = "a few pairs of key and value in a long filler, asked at the end"
-    positions = "alibi"
+    summary = "a few marked symbols in a long filler, asked at the end"
     grows = ("tokens",)
     sizes = Sizes(dim=64, heads=4, layers=2, mlp=128)
-    recipe = Recipe(steps=1000, batch=32, rate=3e-3)
+    recipe = Recipe(steps=600, batch=32, rate=3e-3)
 
     tokens: int = 128
     needles: int = 4
-    keys: int = 16
+    keys: int = 8
     values: int = 16
-    filler: int = 16
+    filler: int = 32
 
     def __post_init__(self) -> None:
         for name in ("tokens", "needles", "keys", "values", "filler"):
             whole(name, getattr(self, name), 1)
         if self.keys < self.needles:
             raise ConfigError(f"keys must be at least needles={self.needles}; got {self.keys}")
-        if self.tokens < 4 * self.needles:
+        if self.tokens < 2 * self.needles:
             raise ConfigError(
-                f"tokens must be at least {4 * self.needles} for {self.needles} needles; got {self.tokens}"
+                f"tokens must be at least {2 * self.needles} for {self.needles} needles; got {self.tokens}"
             )
 
     @property
     def vocabulary(self) -> int:
-        return self.keys + self.values + self.filler
+        return self.keys * self.values + self.keys + self.filler
 
     @property
     def outputs(self) -> int:
@@ -68,16 +67,15 @@ class NeedleTask(Task):
 
     def batch(self, split: str, number: int, size: int, seed: int) -> Batch:
         draw = generator(self.name, split, number, seed)
-        length, n = self.tokens * (2 if split == "longer" else 1), self.needles
-        inputs = torch.randint(self.filler, (size, length), generator=draw) + self.keys + self.values
+        length, n = self.tokens * (4 if split == "longer" else 1), self.needles
+        asking = self.keys * self.values  # the first of the symbols that ask for a key
+        inputs = torch.randint(self.filler, (size, length), generator=draw) + asking + self.keys
         keys = torch.rand(size, self.keys, generator=draw).argsort(-1)[:, :n]
         values = torch.randint(self.values, (size, n), generator=draw)
-        room = (length - n) // 2
-        at = 2 * torch.rand(size, room, generator=draw).argsort(-1)[:, :n]
-        inputs.scatter_(1, at, keys)
-        inputs.scatter_(1, at + 1, values + self.keys)
+        at = torch.rand(size, length - n, generator=draw).argsort(-1)[:, :n]
+        inputs.scatter_(1, at, keys * self.values + values)
         order = torch.rand(size, n, generator=draw).argsort(-1)
-        inputs[:, length - n :] = keys.gather(1, order)
+        inputs[:, length - n :] = keys.gather(1, order) + asking
         targets = torch.full((size, length), -100)
         targets[:, length - n :] = values.gather(1, order)
         return Batch(inputs, targets)

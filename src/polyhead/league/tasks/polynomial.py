@@ -41,7 +41,7 @@ class PolynomialTask(Task):
     recipe = Recipe(steps=1500, batch=64, rate=2e-3)
 
     nodes: int = 16
-    hops: int = 2
+    hops: int = 4
     code: int = 24
 
     def __post_init__(self) -> None:

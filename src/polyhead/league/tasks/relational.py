@@ -37,9 +37,9 @@ class RelationalTask(Task):
     positions = "learned"
     grows = ("samples", "objects")
     sizes = Sizes(dim=64, heads=4, layers=2, mlp=128)
-    recipe = Recipe(steps=1000, batch=128, rate=1e-3)
+    recipe = Recipe(steps=2000, batch=128, rate=2e-3)
 
-    samples: int = 3000
+    samples: int = 30_000
     objects: int = 256
     features: int = 32
 
