@@ -15,10 +15,10 @@ __all__ = ["NeedleTask"]
 
 
 class NeedleTask(Task):
-    """Needles, symbols that say a key and its value, at random places of a filler; then keys, in another order.
+    """Needles, symbols that say a key and its value, at random places of a filler; then their keys.
 
-    At each of the last tokens the value of its key is asked. Whoever sees recent tokens only can answer for the
-    needles that lie among them. In the split "longer" the filler has four times the length.
+    At each of the last tokens the value of its key is asked. Whoever sees recent tokens only can answer for
+    the needles that lie among them. In the split "longer" the filler has four times the length.
 
     Attributes:
         tokens: length of a sequence.
