@@ -264,7 +264,10 @@ def _decide(
     claim: Claim, league: League, mean: float, half: float, own: Runs, other: Runs
 ) -> tuple[str, str]:
     """A verdict and its reason, from the interval, runs that diverged, and whether anything was learned."""
-    lost = {spec: _diverged(runs) for spec, runs in ((claim.contender, own), (claim.comparator, other))}
+    lost = {
+        spec: _diverged(runs, claim.split)
+        for spec, runs in ((claim.contender, own), (claim.comparator, other))
+    }
     of = {claim.contender: len(own), claim.comparator: len(other)}
     said = "; ".join(f"{n} of {of[spec]} runs of {spec} diverged" for spec, n in lost.items() if n)
     if math.isnan(half):
@@ -306,8 +309,12 @@ def _learned(claim: Claim, league: League, comparator: Runs) -> bool:
     return sign * statistics.fmean(scores.values()) > worst + claim.margin
 
 
-def _diverged(runs: Runs) -> int:
-    return sum(run["status"] == "diverged" for run in runs.values())
+def _diverged(runs: Runs, split: str) -> int:
+    """Runs that diverged, or whose answers have no finite score."""
+    return sum(
+        run["status"] == "diverged" or (run["status"] == "finished" and run["scores"].get(split) is None)
+        for run in runs.values()
+    )
 
 
 def _scores(runs: Runs, split: str, league: League) -> dict[str, float]:

@@ -167,6 +167,11 @@ def test_who_diverged_wins_nothing() -> None:
     assert verdict(claim(), league(by))[0] == "not shown"
 
 
+def test_a_finished_run_without_a_score_is_not_left_out() -> None:
+    by = {"moh": runs(0.9, 0.91, 0.92) | {"3": run(None)}, "mha": runs(0.5, 0.51, 0.53, 0.5)}
+    assert verdict(claim(), league(by)) == ("not shown", "1 of 4 runs of moh diverged")
+
+
 def test_all_runs_diverged() -> None:
     said, why = verdict(claim("worse"), league({"moh": runs(None, None), "mha": runs(0.5, 0.6)}))
     assert said == "not shown"

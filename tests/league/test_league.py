@@ -231,6 +231,8 @@ def test_the_interval_is_that_of_student() -> None:
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
     assert mean_and_half_width([]) == pytest.approx((math.nan, math.nan), nan_ok=True)
     assert math.isnan(mean_and_half_width([1.0])[1])
+    assert all(math.isnan(v) for v in mean_and_half_width([1.0, math.nan]))
+    assert all(math.isnan(v) for v in mean_and_half_width([math.inf, -math.inf]))
     from scipy.stats import t
 
     for count in (2, 5, 31, 32, 80):
@@ -257,6 +259,19 @@ def test_ranks_and_paired_differences() -> None:
     assert found.rows[2].count("diverged") == 1
     assert "1 of 2, 1 diverged" in _printed(found)
     assert json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_equal_scores_share_a_rank() -> None:
+    found = standings({"mha": [outcome(1)], "moh": [outcome(1)], "multi_query": [outcome(0.5)]})
+    assert [row.rank for row in found.ranked] == [1, 1, 3]
+
+
+def test_a_finished_run_without_a_score_is_seen_and_comes_last() -> None:
+    found = standings({"mha": [outcome(0.5)] * 2, "moh": [outcome(0.9), outcome(math.nan)]})
+    assert [row.label for row in found.ranked] == ["mha", "moh"]
+    assert all(math.isnan(v) for v in found.difference(found.rows[1]))
+    assert json.dumps(found.to_json(), allow_nan=False)
+    assert ",,," in found.to_csv()
 
 
 def test_lower_is_better_where_it_is() -> None:

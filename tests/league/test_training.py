@@ -166,3 +166,42 @@ def test_scores_are_of_all_questions() -> None:
 def test_memory_is_watched_where_that_is_possible() -> None:
     outcome = train(*settled("mha"), SHORT, 0)
     assert outcome.peak_bytes is None or outcome.peak_bytes >= 0
+
+
+class Steep(type(find("recall"))):  # type: ignore[misc]
+    """Its loss is finite and has a gradient that is not."""
+
+    name = "steep"
+
+    def loss(self, outputs: torch.Tensor, batch: object) -> torch.Tensor:
+        return super().loss(outputs, batch) + (outputs.sum() * 0).clamp(min=0).sqrt()
+
+
+class Blank(type(find("recall"))):  # type: ignore[misc]
+    """Its answers have no score."""
+
+    name = "blank"
+
+    def measure(self, outputs: torch.Tensor, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1,), math.inf), torch.ones(1)
+
+
+def test_a_gradient_that_is_not_finite_is_a_run_that_diverged_in_its_last_step_too() -> None:
+    task, fitted = settled("mha", Steep())
+    outcome = train(task, fitted, replace(SHORT, steps=1), 0)
+    assert outcome.status == "diverged"
+    assert all(math.isnan(score) for score in outcome.scores.values())
+
+
+def test_a_last_step_that_throws_the_parameters_out_is_a_run_that_diverged() -> None:
+    task, fitted = settled("mha")
+    outcome = train(task, fitted, replace(SHORT, steps=1, rate=1e39), 0)
+    assert outcome.status == "diverged"
+
+
+def test_a_score_that_is_not_finite_is_none_and_stays_so() -> None:
+    task, fitted = settled("mha", Blank())
+    outcome = train(task, fitted, SHORT, 0)
+    assert outcome.status == "finished"
+    assert all(math.isnan(score) for score in outcome.scores.values())
+    assert same(Outcome.from_json(outcome.to_json()), outcome)

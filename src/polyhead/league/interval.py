@@ -17,8 +17,11 @@ _T = (
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of values, and half the width of its 95 % interval by Student's t; NaN where there is none."""
-    if not values:
+    """The mean of values, and half the width of its 95 % interval by Student's t; NaN where there is none.
+
+    Values that are not finite have no mean: leaving them out would flatter who has them.
+    """
+    if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
     mean = statistics.fmean(values)
     if len(values) < 2:

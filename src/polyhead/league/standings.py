@@ -33,7 +33,7 @@ class Row:
     Attributes:
         fitted: who, at which sizes, and what it costs.
         outcomes: by seed.
-        rank: 1 for the best score; None where no run finished, or not all have.
+        rank: 1 for the best score, the same for equal ones; None where no run finished.
     """
 
     fitted: Fitted
@@ -108,10 +108,12 @@ class Standings:
             for row in rows
             if row.scores("validation")
         }
-        order = sorted(worth, key=lambda label: worth[label], reverse=True)
-        self.rows = tuple(
-            Row(r.fitted, r.outcomes, order.index(r.label) + 1 if r.label in worth else None) for r in rows
-        )
+
+        def rank(row: Row) -> int | None:
+            own = worth.get(row.label)
+            return None if own is None else 1 + sum(other > own for other in worth.values())
+
+        self.rows = tuple(Row(row.fitted, row.outcomes, rank(row)) for row in rows)
 
     @property
     def ranked(self) -> tuple[Row, ...]:
@@ -173,7 +175,9 @@ class Standings:
         return {
             "rules": to_json(self.rules),
             "budget": {"params": self.target.params, "flops": self.target.flops, "kv": self.target.kv},
-            "yardsticks": self.yardsticks,
+            "yardsticks": {
+                name: score if math.isfinite(score) else None for name, score in self.yardsticks.items()
+            },
             "contenders": [
                 {
                     "contender": to_json(row.fitted.contender),

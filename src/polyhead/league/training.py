@@ -53,7 +53,7 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: "finished", "diverged" (a loss was not finite), or "failed".
+        status: "finished", "diverged" (a loss, a gradient or a parameter was not finite), or "failed".
         steps: steps done.
         scores: by split; NaN where there is none.
         curve: the looks on the way.
@@ -163,6 +163,8 @@ def train(
                 if progress is not None:
                     progress(state.curve[-1])
         finished = state.step == recipe.steps and (not state.losses or math.isfinite(state.losses[-1]))
+        # the last step may have thrown the parameters out, and no loss comes after it that would tell
+        finished = finished and all(bool(p.isfinite().all()) for p in model.parameters())
         scores = dict.fromkeys(task.splits, math.nan)
         if finished:
             scores = {split: evaluate(model, split, recipe.batch) for split in task.splits}
@@ -181,7 +183,10 @@ def train(
 def _step(
     model: Model, steps: torch.optim.Optimizer, recipe: Recipe, number: int, seed: int, device: str
 ) -> float:
-    """One step of the optimiser; its loss. Where that is not finite, the parameters stay as they are."""
+    """One step of the optimiser; its loss.
+
+    NaN where the gradient is not finite; the parameters then stay as they are, as with a loss that is not.
+    """
     torch.manual_seed(seed_of("step", seed, number))
     batch = model.task.batch("train", number, recipe.batch, seed).to(device)
     loss = model.loss(batch)
@@ -189,7 +194,8 @@ def _step(
     if not math.isfinite(value):
         return value
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
+        return math.nan
     for group in steps.param_groups:
         group["lr"] = recipe.rate_at(number)
     steps.step()
@@ -210,7 +216,10 @@ def _optimizer(model: Model, recipe: Recipe) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def evaluate(model: Model, split: str, size: int, most: int | None = None) -> float:
-    """The score on a split, or on the first batches of it; the same ones for everybody."""
+    """The score on a split, or on the first batches of it; the same ones for everybody.
+
+    NaN where it is not finite, or nothing is asked.
+    """
     device = next(model.parameters()).device
     was = model.training
     model.eval()
@@ -222,7 +231,8 @@ def evaluate(model: Model, split: str, size: int, most: int | None = None) -> fl
         one, by = model.task.measure(model(batch).float(), batch)
         points, weights = points + float(one.double().sum()), weights + float(by.double().sum())
     model.train(was)
-    return points / weights if weights else math.nan
+    score = points / weights if weights else math.nan
+    return score if math.isfinite(score) else math.nan
 
 
 @contextlib.contextmanager
