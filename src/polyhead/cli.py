@@ -297,7 +297,7 @@ def compare(
         sizes=tasks.changed(tasks.find(found).sizes, dim=dim, heads=heads, layers=layers),
         recipe=tasks.changed(tasks.find(found).recipe, batch=batch, rate=rate),
         out=out,
-        jobs=int(jobs) if jobs is not None and jobs.lstrip("-").isdigit() else jobs,
+        jobs=int(jobs) if jobs is not None and jobs.isdecimal() else jobs,
         threads=threads,
         device=device,
         console=_console(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from polyhead.cli import app
 from polyhead.leaderboard import job
 from polyhead.leaderboard.page import build_page
 from polyhead.leaderboard.plots import plots
-from polyhead.league import Recipe, Sizes
+from polyhead.league import Contender, Recipe, Sizes
 
 LABELS = ["mha", "moh:top_k=1", "mha:mask=window(3)"]
 
@@ -82,6 +83,44 @@ def test_a_league_of_one_seed_and_one_contender_can_be_drawn(tmp_path: Path) -> 
     assert set(plots(standings)) == {"scores.svg", "learning.svg", "pareto.svg"}
 
 
+MARKED = """
+import math
+from polyhead.league.tasks.recall import RecallTask
+
+class Marked(RecallTask):
+    name = "marked"
+    metric = "share [/of] <b>"
+
+    def yardsticks(self):
+        return {"a [/wild] <guess> & more": 0.1, "unknown": math.nan}
+"""
+
+
+def test_signs_of_markup_are_signs(tmp_path: Path) -> None:
+    label, out = "<img> & [/red] \x00", tmp_path / "a [/b] c"
+    file = tmp_path / "marked.py"
+    file.write_text(MARKED)
+    console = Console(record=True, width=300, file=StringIO())
+    job.run(
+        [Contender(label, ("mha",), ((),)), "mha:mask=causal() & window(3)"],  # type: ignore[list-item]
+        task=str(file),
+        sizes=Sizes(16, 2, 1, 16),
+        recipe=Recipe(steps=2, batch=4, looks=2),
+        seeds=2,
+        out=out,
+        console=console,
+        jobs=2,
+    )
+    said = console.export_text()
+    assert "[/red]" in said
+    assert "a [/wild] <guess> & more: 0.1" in said
+    assert str(out) in said
+    assert "<img>" not in (out / "leaderboard.html").read_text()
+    for name in ("scores.svg", "learning.svg", "pareto.svg"):
+        ElementTree.parse(out / name)
+    assert json.loads((out / "results.json").read_text())["yardsticks"]["unknown"] is None
+
+
 def test_the_command_and_its_errors(tmp_path: Path) -> None:
     out = tmp_path / "league"
     options = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch", "4", "--steps", "3", "--seeds", "1"]
@@ -95,6 +134,8 @@ def test_the_command_and_its_errors(tmp_path: Path) -> None:
         (["mha", "--budget", "params=10"], "no size has 10 parameters"),
         (["mha", "--budget", "params=many"], "--budget takes a name"),
         (["mha", "--jobs", "none"], "jobs must be a positive integer"),
+        (["mha", "--jobs", "²"], "jobs must be a positive integer"),
+        (["mha", "--jobs=--5"], "jobs must be a positive integer"),
         (["mha", "--data", "x.txt"], "makes its own questions"),
         (["mha", "--out", str(out), "--steps", "4"], "under other rules"),
     ):

@@ -80,8 +80,9 @@ def run(
     page = write_leaderboard(standings, folder.path)
     console.print(standings.table())
     for name, score in standings.yardsticks.items():
-        console.print(f"{name}: {score:.4g}")
-    console.print(f"{time.perf_counter() - start:.0f} s; the leaderboard is {_shown(page)}")
+        console.print(f"{name}: {score:.4g}", markup=False)
+    took = time.perf_counter() - start
+    console.print(f"{took:.0f} s; the leaderboard is {_shown(page)}", markup=False, soft_wrap=True)
     return standings
 
 
@@ -98,9 +99,9 @@ class _Bars:
     def __init__(self, settled: Plan) -> None:
         self._steps = settled.rules.recipe.steps
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a label may hold [brackets]
             BarColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=Console(stderr=True),
         )

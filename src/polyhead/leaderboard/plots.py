@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from polyhead.league import Row, Standings
-from polyhead.report.svg import Scale, area, curve, document, element, figure, line, nested, text
+from polyhead.report.svg import Scale, area, curve, document, element, figure, line, nested, printable, text
 
 __all__ = ["LINES_CSS", "Drawing", "colour", "costs", "learning", "plots", "scores"]
 
@@ -91,9 +92,7 @@ def scores(standings: Standings) -> Drawing:
         ]
     for name, v in standings.yardsticks.items():
         parts.append(
-            element(
-                "path", element("title", f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole"
-            )
+            element("path", _title(f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole")
         )
     for place, row in enumerate(rows):
         y, style = top + _ROW * (place + 0.5), colour(_place(standings, row))
@@ -145,7 +144,7 @@ def learning(standings: Standings) -> Drawing:
             curve([(x(n), y(sum(v) / len(v))) for n, v in series], style),
         ]
         if series:
-            own.append(element("title", row.label))
+            own.append(_title(row.label))
         parts.append(_of(standings, row, own))
     return Drawing("Learning curves", _better(standings), width, height, tuple(parts))
 
@@ -219,11 +218,11 @@ def _beats(
 
 
 def _dot(x: float, y: float, radius: float, style: str, said: str) -> str:
-    return element("circle", element("title", _escaped(said)), cx=x, cy=y, r=radius, class_=f"dot {style}")
+    return element("circle", _title(said), cx=x, cy=y, r=radius, class_=f"dot {style}")
 
 
-def _escaped(said: str) -> str:
-    return said.replace("&", "&amp;").replace("<", "&lt;")
+def _title(said: str) -> str:
+    return element("title", escape(printable(said)))
 
 
 def _place(standings: Standings, row: Row) -> int:

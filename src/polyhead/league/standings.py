@@ -199,7 +199,8 @@ class Standings:
         table.add_column("")
         table.add_column("contender")
         for split in task.splits:
-            table.add_column(f"{task.metric} {sign}" if split == "validation" else split, justify="right")
+            head = f"{task.metric} {sign}" if split == "validation" else split
+            table.add_column(Text(head), justify="right")
         for head in ("against the first", "parameters", "MFLOP", "KV bytes", "tokens/s", "peak MiB", "runs"):
             table.add_column(head, justify="right")
         for row in self.ranked:
