@@ -119,8 +119,21 @@ def test_refusals() -> None:
         plan(["mha"], "recall", limit=0)
     with pytest.raises(ConfigError, match="seeds must be at least 1"):
         plan(["mha"], "recall", seeds=0)
-    with pytest.raises(ConfigError, match="device must be cpu or cuda"):
-        plan(["mha"], "recall", device="tpuu")
+    for device in ("tpuu", "meta", "mps"):
+        with pytest.raises(ConfigError, match="device must be cpu or cuda"):
+            plan(["mha"], "recall", device=device)
+    for option in ("device=cpu", "dtype=float32", "name=moh"):
+        with pytest.raises(ConfigError, match="is no option of a contender; leave it out"):
+            plan([f"mha:{option}"], "recall")
+    with pytest.raises(ConfigError, match="in an order; got"):
+        plan({"mha", "moh"}, "recall")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="threads must be at most 1024"):
+        plan(["mha"], "recall", threads=10**12)
+
+
+def test_contenders_may_come_one_by_one() -> None:
+    settled = plan((name for name in ("mha", "moh")), "recall")  # type: ignore[arg-type]
+    assert [one.contender.label for one in settled.contenders] == ["mha", "moh"]
 
 
 def test_layers_take_turns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -99,6 +100,54 @@ def test_a_folder_of_another_league_is_refused(tmp_path: Path) -> None:
     (out / "league.json").write_text("{")
     with pytest.raises(PolyheadError, match="cannot be read"):
         ph.compare(["mha"], out=out, **SMALL)
+
+
+def test_what_a_kill_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".league.json.4711.part").write_text('{"part": "Ru')  # the very first file, cut short
+    settled = plan(["mha"], **SMALL | {"seeds": 1})
+    folder = Folder(tmp_path, settled.rules)
+    checkpoint = folder.checkpoint(settled.contenders[0].contender, 0)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.with_suffix(".4711.part").write_bytes(b"PK")
+    assert play(settled, folder).rows[0].count("finished") == 1
+    assert [file.suffix for file in checkpoint.parent.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("text", ["{}", "null", '{"status": "finished", "steps": 3, "scores": 5}'])
+def test_a_file_that_is_no_outcome_says_what_to_do(text: str, tmp_path: Path) -> None:
+    settled = plan(["mha"], **SMALL | {"seeds": 1})
+    folder = Folder(tmp_path, settled.rules)
+    file = folder.checkpoint(settled.contenders[0].contender, 0).with_suffix(".json")
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(PolyheadError, match=r"seed-0.json is not how a run ended .* remove it"):
+        play(settled, folder)
+
+
+@pytest.mark.parametrize("out", [5, "a\0b", "/tmp/" + "x" * 5000, "~nobody-at-all/x", "/dev/null/x"])
+def test_an_out_that_is_no_folder_ends_in_a_line(out: Any) -> None:
+    with pytest.raises(ConfigError, match="^out"):
+        ph.compare(["mha"], out=out, **SMALL)
+
+
+def test_a_disk_that_fails_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settled = plan(["mha"], **SMALL | {"seeds": 1})
+    folder = Folder(tmp_path, settled.rules)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PolyheadError, match=r"\.pt cannot be written: No space left on device"):
+        play(settled, folder)
+    with pytest.raises(PolyheadError, match=r"cannot be written: .*; what was finished before is kept"):
+        folder.keep(settled.contenders[0].contender, 0, outcome(0.5))
+    with pytest.raises(ConfigError, match="out: cannot write to"):
+        ph.compare(["mha"], out=tmp_path / "other", **SMALL)
+
+
+def test_a_progress_that_cannot_be_told_is_found_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="progress must be callable as f"):
+        ph.compare(["mha"], progress=lambda label: None, **SMALL)  # type: ignore[arg-type,misc]
 
 
 @pytest.mark.parametrize("jobs", [0, -1, "rays", 1.5, True])

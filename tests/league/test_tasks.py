@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from polyhead.errors import ConfigError, UnknownName
+from polyhead.league import plan
+from polyhead.league.folder import Folder
 from polyhead.league.tasks import TASKS, Batch, Task, changed, find, with_data
 from polyhead.league.tasks.base import Recipe, Sizes
 from polyhead.league.tasks.corpus import corpus
@@ -337,3 +339,61 @@ def test_the_rate_rises_and_falls() -> None:
     assert 100 in recipe.looks_at()
     assert len(recipe.looks_at()) == 20
     assert Recipe(steps=3).looks_at() == {1, 2, 3}
+
+
+NEW = "from polyhead.league import Batch, Task\nimport torch\nclass Own(Task):\n"
+WHAT = "    name = 'own'\n    summary = 'of my own'\n    length = 4\n    outputs = 2\n    vocabulary = 2\n"
+ASK = "    def batch(self, split, number, size, seed):\n        return "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise SystemExit(3)", "cannot be run: SystemExit: 3"),
+        ("def (", "cannot be run: SyntaxError"),
+        ("x = '\0'", "cannot be run"),
+        (NEW + "    pass", "no attribute 'name'"),
+        (NEW + "    name = 'own'\n    n: int", "every field needs a default"),
+        (NEW + "    name = 'own'\n    vocabulary = 2", "a task must say its outputs"),
+        (NEW + WHAT.replace("vocabulary", "words"), "neither a vocabulary nor a width"),
+        (NEW + WHAT, "a task must have a method batch"),
+        (NEW + WHAT + ASK + "5", "it does not work: AttributeError"),
+        (NEW + WHAT + ASK + "Batch(torch.zeros(size, 5).long(), torch.zeros(size).long())", "of length 4"),
+        (NEW + WHAT + ASK + "Batch(torch.full((size, 4), 9), torch.zeros(size).long())", "IndexError"),
+        (NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.full((size,), 7))", "out of bounds"),
+    ],
+)
+def test_a_file_that_does_not_work_is_found_before_anything_is_trained(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        plan(["mha"], file)
+
+
+def test_questions_are_tried_out_without_a_trace() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    plan(["mha"], "copy")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_file_that_says_something_else_is_another_task(tmp_path: Path) -> None:
+    text = NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size).long())\n"
+    file, league = tmp_path / "own.py", tmp_path / "league"
+    file.write_text(text)
+    Folder(league, plan(["mha"], str(file)).rules)
+    file.write_text("# a comment\n" + text)
+    Folder(league, plan(["mha"], file).rules)
+    file.write_text(text.replace("torch.zeros(size, 4)", "torch.ones(size, 4)"))
+    with pytest.raises(ConfigError, match="under other rules .task was"):
+        Folder(league, plan(["mha"], file).rules)
+
+
+def test_a_file_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size).long())\n"
+    )
+    assert plan(["mha"], "own.py").task_file == str(tmp_path / "own.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+from polyhead.checks import takes
 from polyhead.league.budget import target_of
 from polyhead.league.contender import Contender
 from polyhead.league.folder import Folder
@@ -22,7 +23,7 @@ Told = Callable[[str, int, Look | Outcome], None]
 
 def compare(
     contenders: Sequence[str | Contender],
-    task: str | Task = "recall",
+    task: str | os.PathLike[str] | Task = "recall",
     *,
     budget: str = "params",
     limit: int | None = None,
@@ -74,6 +75,8 @@ def compare(
         ConfigError: a value that is not allowed, a budget that no size meets, a folder of another league.
     """
     check_jobs(jobs)
+    if progress is not None:
+        takes("progress", progress, "label", "seed", "what")
     settled = plan(
         contenders,
         task,

@@ -66,7 +66,11 @@ def contender(text: str) -> Contender:
         names.append(entry(name.strip()).name)
         if colon and not said.strip():
             raise ConfigError(f"{text}: options such as top_k=2 must follow the colon")
-        options.append(tuple(_options(text, said)) if colon else ())
+        own = tuple(_options(text, said)) if colon else ()
+        twice = [option for n, (option, _) in enumerate(own) if option in dict(own[:n])]
+        if twice:
+            raise ConfigError(f"{text}: {twice[0]} is given more than once")
+        options.append(own)
     return Contender(text.strip(), tuple(names), tuple(options))
 
 
@@ -99,7 +103,7 @@ def _split(text: str, at: str) -> list[str]:
 def _value(text: str, said: str) -> Any:
     try:
         tree = ast.parse(said, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # too deep, or with null bytes
         raise ConfigError(f"{text}: {said!r} cannot be read; write a number, a word, or window(16)") from None
     return _made(text, tree)
 
@@ -127,5 +131,5 @@ def _made(text: str, tree: ast.expr) -> Any:
             raise ConfigError(f"{text}: {ast.unparse(tree)}: {error}") from None
     try:
         return ast.literal_eval(tree)
-    except ValueError:
+    except (ValueError, TypeError):  # a key that cannot be hashed
         raise ConfigError(f"{text}: {ast.unparse(tree)!r} cannot be read as a value") from None

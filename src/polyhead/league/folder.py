@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from polyhead.checks import given
 from polyhead.description import to_json
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.league.contender import Contender
@@ -34,25 +36,35 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str], rules: Rules) -> None:
-        self.path = Path(path).expanduser().absolute()
-        own = to_json(rules)
+        try:
+            self.path = Path(path).expanduser().absolute()
+            self._open(to_json(rules))
+        except OSError as error:
+            raise ConfigError(
+                f"out: cannot write to {self.path}: {error.strerror}; choose another folder"
+            ) from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, PolyheadError):
+                raise
+            raise ConfigError(f"out must be the path of a folder; got {given(path)}: {error}") from None
+
+    def _open(self, own: dict[str, Any]) -> None:
         held = self.path / _RULES
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file; choose a folder")
         if held.is_file():
             _same(self.path, own, _read(held))
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        # what a kill left of the very first file is ours
+        elif self.path.is_dir() and any(not _unfinished(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"out: {self.path} holds other files and no league; choose an empty or a new folder"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not held.is_file():
-                write(held, json.dumps(own, ensure_ascii=False, indent=1))
-        except OSError as error:
-            raise ConfigError(
-                f"out: cannot write to {self.path}: {error.strerror}; choose another folder"
-            ) from None
+        self.path.mkdir(parents=True, exist_ok=True)
+        if held.is_file():
+            with tempfile.TemporaryFile(dir=self.path):  # whether runs can be kept
+                pass
+        else:
+            _write(held, json.dumps(own, ensure_ascii=False, indent=1))
 
     def _run(self, one: Contender, seed: int) -> Path:
         text = json.dumps(to_json(one), sort_keys=True)
@@ -71,19 +83,45 @@ class Folder:
     def outcome(self, one: Contender, seed: int) -> Outcome | None:
         """How a run ended, None if it has not."""
         file = self._run(one, seed).with_suffix(".json")
-        return Outcome.from_json(_read(file)) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return Outcome.from_json(_read(file))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PolyheadError(
+                f"{file} is not how a run ended ({error!r}); remove it, and the run is made anew"
+            ) from None
 
     def keep(self, one: Contender, seed: int, outcome: Outcome) -> None:
         """Write down how a run ended; its state is no longer needed."""
         file = self._run(one, seed).with_suffix(".json")
-        file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(outcome.to_json(), indent=1, allow_nan=False))
-        with contextlib.suppress(FileNotFoundError):
-            self.checkpoint(one, seed).unlink()
+        self.checkpoint(one, seed).unlink(missing_ok=True)
+        for left in file.parent.glob(f"{file.stem}.*.part"):  # of a checkpoint that a kill cut short
+            left.unlink(missing_ok=True)
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file completely, or not at all."""
+    """Write a file completely, or not at all.
+
+    Raises:
+        PolyheadError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, text)
+    except OSError as error:
+        raise PolyheadError(
+            f"{file} cannot be written: {error.strerror}; what was finished before is kept, and the same "
+            "command goes on with it"
+        ) from None
+
+
+def _unfinished(file: Path) -> bool:
+    return re.fullmatch(r"\..+\.\d+\.part", file.name) is not None
+
+
+def _write(file: Path, text: str) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as stream:

@@ -56,6 +56,9 @@ def layer_of(task: Task, name: str, options: Mapping[str, Any], dim: int, heads:
     fields, own = found.config.__dataclass_fields__, {"heads": heads} | dict(options)
     if "dim" in own:
         raise ConfigError(f"{found.name}: dim is solved for, so that budgets are equal; leave it out")
+    for option in ("device", "dtype", "name"):  # what `build` takes besides options
+        if option in own:
+            raise ConfigError(f"{found.name}: {option} is no option of a contender; leave it out")
     if "length" in fields and "length" not in own:
         own["length"] = 4 * task.length  # room for longer questions
 
@@ -96,9 +99,10 @@ class Model(nn.Module):
         if task.vocabulary is not None:
             self.embed: nn.Module = nn.Embedding(task.vocabulary, dim, **kind)
             nn.init.normal_(self.embed.weight, std=dim**-0.5)
-        else:
-            assert task.width is not None
+        elif task.width is not None:
             self.embed = nn.Linear(task.width, dim, **kind)
+        else:
+            raise ConfigError(f"the task {task.name} has neither a vocabulary nor a width of its inputs")
         taken = [layers[n % len(layers)] for n in range(sizes.layers)]
         added = {layer.positions for layer in taken}
         self.places: nn.Parameter | None = None

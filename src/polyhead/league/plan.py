@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from polyhead.league import tasks
 from polyhead.league.budget import BUDGETS, Fitted, fit, target_of
 from polyhead.league.contender import Contender, contender
 from polyhead.league.tasks.base import Recipe, Sizes, Task
+from polyhead.league.trial import try_out
 
 __all__ = ["Plan", "Rules", "plan"]
+
+_MOST_THREADS = 1024
 
 
 class Rules(Part):
@@ -59,7 +64,7 @@ class Plan:
 
 def plan(
     contenders: Sequence[str | Contender],
-    task: str | Task,
+    task: str | os.PathLike[str] | Task,
     *,
     budget: str = "params",
     limit: int | None = None,
@@ -82,27 +87,31 @@ def plan(
     if budget not in BUDGETS:
         raise unknown_name("budget", budget, BUDGETS)
     if limit is not None:
-        whole(f"budget: {budget}", limit, 1)
+        limit = whole(f"budget: {budget}", limit, 1)
     for name, value, kind in (("sizes", sizes, Sizes), ("recipe", recipe, Recipe)):
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}; got {given(value)}")
-    if not several(contenders) or not list(contenders):
-        raise ConfigError(f"contenders must be names of mechanisms, at least one; got {given(contenders)}")
+    if not several(contenders) or isinstance(contenders, Set | Mapping):  # the first is held against all
+        raise ConfigError(f"contenders must be names of mechanisms, in an order; got {given(contenders)}")
+    read = [one if isinstance(one, Contender) else contender(one) for one in contenders]
+    if not read:
+        raise ConfigError("contenders must be names of mechanisms, at least one; got none")
     whole("seeds", seeds, 1)
-    whole("threads", threads, 1)
+    whole("threads", threads, 1, _MOST_THREADS)
     if steps is not None:
         whole("steps", steps, 1)
     how = found.recipe if recipe is None else recipe
     how = how if steps is None else replace(how, steps=steps)
     base = found.sizes if sizes is None else sizes
     rules = Rules(found, base, how, budget, limit, threads, _device(device))
-    read = [one if isinstance(one, Contender) else contender(one) for one in contenders]
     twice = {one.label for one in read if sum(one.label == other.label for other in read) > 1}
     if twice:
         raise ConfigError(f"contenders: {', '.join(sorted(twice))} is named more than once")
+    try_out(found, base)
     target = target_of(found, base, budget, limit)
     fitted = tuple(fit(found, one, base, budget, target) for one in read)
-    file = task if isinstance(task, str) and task.endswith(".py") else None
+    # absolute: a worker on another machine stands in another folder
+    file = None if isinstance(task, Task) or task in tasks.TASKS else str(Path(task).expanduser().absolute())
     return Plan(rules, fitted, seeds, file)
 
 
@@ -111,6 +120,10 @@ def _device(name: Any) -> str:
         found = torch.device(name)
     except (RuntimeError, TypeError):
         raise ConfigError(f"device must be cpu or cuda; got {given(name)}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: this torch sees no CUDA device; got {name!r}")
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda; got {given(name)}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: this torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); got {name!r}"
+        )
     return str(found)

@@ -248,15 +248,18 @@ def _threads(count: int) -> Iterator[None]:
 def _save(file: Path, model: Model, steps: torch.optim.Optimizer, state: _State) -> None:
     """Completely, or not at all."""
     data = {"model": model.state_dict(), "steps": steps.state_dict(), "state": asdict(state)}
-    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(f".{os.getpid()}.part")
     buffer = io.BytesIO()
     torch.save(data, buffer)
-    with beside.open("wb") as stream:
-        stream.write(buffer.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            stream.write(buffer.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+    except OSError as error:
+        raise PolyheadError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _load(file: Path, model: Model, steps: torch.optim.Optimizer, device: str) -> _State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import os
 import sys
@@ -40,7 +42,7 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def find(task: str | Task) -> Task:
+def find(task: str | os.PathLike[str] | Task) -> Task:
     """A task by name, one that a Python file defines, or the task itself.
 
     Raises:
@@ -49,9 +51,9 @@ def find(task: str | Task) -> Task:
     """
     if isinstance(task, Task):
         return task
-    if not isinstance(task, str):
+    if isinstance(task, type) or not isinstance(task, str | os.PathLike):
         raise ConfigError(f"task must be a name, a Python file or a Task; got {given(task)}")
-    if task.endswith(".py"):
+    if isinstance(task, os.PathLike) or task.endswith(".py"):
         return _from_file(Path(task).expanduser())
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
@@ -68,7 +70,7 @@ def with_data(task: str, data: str | os.PathLike[str] | None) -> str | Task:
         return task
     if task != TextTask.name:
         raise ConfigError(f"data: the task {task} makes its own questions; only {TextTask.name} reads a text")
-    return TextTask(file=os.fspath(data))
+    return TextTask(file=str(Path(data).expanduser().absolute()))  # workers may stand elsewhere
 
 
 def changed(part: P, **values: Any) -> P:
@@ -82,7 +84,8 @@ def changed(part: P, **values: Any) -> P:
 def _from_file(file: Path) -> Task:
     if not file.is_file():
         raise ConfigError(f"task: there is no file {file}")
-    name = f"polyhead_task_{file.stem}"
+    # by what it says, so that rules name another task once it has changed, and another file of this name
+    name = f"polyhead_task_{file.stem}_{_digest(file)}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -90,7 +93,7 @@ def _from_file(file: Path) -> Task:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"task: {file} cannot be run: {type(error).__name__}: {error}") from error
     found = [
         value
@@ -101,4 +104,16 @@ def _from_file(file: Path) -> Task:
         raise ConfigError(
             f"task: {file} must define one subclass of polyhead.league.Task; it defines {len(found)}"
         )
-    return found[0]()
+    try:
+        return found[0]()
+    except TypeError as error:
+        raise ConfigError(f"task: {file}: every field needs a default: {error}") from None
+
+
+def _digest(file: Path) -> str:
+    """Of what a file does: comments and the layout of lines do not count."""
+    try:
+        said = ast.dump(ast.parse(file.read_bytes(), str(file)))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"task: {file} cannot be run: {type(error).__name__}: {error}") from None
+    return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=4).hexdigest()

@@ -167,12 +167,12 @@ class Task(Part):
     @property
     def outputs(self) -> int:
         """Classes, or numbers of an answer."""
-        raise NotImplementedError
+        raise NotImplementedError("a task must say its outputs")
 
     @property
     def length(self) -> int:
         """Tokens of a training sequence."""
-        raise NotImplementedError
+        raise NotImplementedError("a task must say its length")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ class Task(Part):
             size: sequences.
             seed: of the run; questions of `splits` are asked with seed 0 in all runs.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a task must have a method batch")
 
     def measure(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Points and weights `(n,)` of answers; the score is the sum of the one over that of the other.
