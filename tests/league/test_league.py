@@ -23,6 +23,7 @@ from polyhead.league.compare import play
 from polyhead.league.folder import Folder
 from polyhead.league.interval import mean_and_half_width
 from polyhead.league.running import Run, run_all
+from polyhead.league.worker import order
 
 SMALL: dict[str, Any] = {
     "task": "recall",
@@ -185,6 +186,51 @@ def test_a_worker_that_is_killed_is_reported() -> None:
     assert key == (0, 0)
     assert outcome.status == "failed"
     assert "absent.py" in outcome.note
+
+
+def test_what_stands_between_the_answers_of_a_worker_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('hello')\nprint('5')\nprint('{}')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = ph.compare(["mha"], jobs=1, **SMALL | {"seeds": 1})
+    assert found.rows[0].count("finished") == 1
+
+
+def test_modules_in_the_folder_of_the_caller_are_not_those_of_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise RuntimeError('mine')")
+    monkeypatch.chdir(tmp_path)
+    found = ph.compare(["mha"], jobs=1, **SMALL | {"seeds": 1})
+    assert found.rows[0].outcomes[0].note == ""
+    assert found.rows[0].count("finished") == 1
+
+
+def test_no_worker_stays_behind_whatever_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            begun.append(self)
+
+    def stop(label: str, seed: int, what: object) -> None:
+        if isinstance(what, Outcome):
+            raise KeyError(label)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    settled = plan(["mha", "moh"], **SMALL | {"recipe": Recipe(steps=100_000, batch=4), "seeds": 1})
+    short = plan(["mha"], **SMALL | {"seeds": 1})
+    orders = [
+        Run((n, 0), order(one.rules, one.contenders[n].contender, 0, None, None))
+        for n, one in enumerate((short, settled))
+    ]
+    monkeypatch.setitem(play.__globals__, "run_all", lambda *_: run_all(orders, 2, lambda *_: None))
+    with pytest.raises(KeyError) as raised:
+        play(settled, progress=stop)
+    assert [process.poll() is None for process in begun] == [False, False]
+    assert raised.traceback  # which holds the frames
 
 
 COMMAND = [

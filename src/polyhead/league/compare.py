@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from polyhead.checks import takes
 from polyhead.league.budget import target_of
@@ -119,10 +120,11 @@ def play(
 
     for key, outcome in outcomes.items():
         told(key, outcome)
-    for key, outcome in run_all(runs, jobs, told):
-        outcomes[key] = outcome
-        if folder is not None and outcome.status != "failed":
-            folder.keep(settled.contenders[key[0]].contender, key[1], outcome)
-        told(key, outcome)
+    with closing(run_all(runs, jobs, told)) as ended:  # whatever is raised here, no worker stays behind
+        for key, outcome in ended:
+            outcomes[key] = outcome
+            if folder is not None and outcome.status != "failed":
+                folder.keep(settled.contenders[key[0]].contender, key[1], outcome)
+            told(key, outcome)
     target = target_of(rules.task, rules.sizes, rules.budget, rules.limit)
     return Standings(rules, target, settled.contenders, outcomes, settled.seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Run(NamedTuple):
 
 
 Told = Callable[[tuple[int, int], Look], None]
-Ended = Iterator[tuple[tuple[int, int], Outcome]]
+Ended = Generator[tuple[tuple[int, int], Outcome], None, None]
 
 
 def run_all(runs: Iterable[Run], jobs: int | str | None, told: Told) -> Ended:
@@ -77,14 +78,15 @@ def _in_processes(runs: deque[Run], jobs: int, told: Told) -> Ended:
             while runs and len(going) < jobs:
                 run = runs.popleft()
                 going[run.key] = _begin(run, said)
-            key, answer = said.get()
+            key, answer = _next(said)
             if "look" in answer:
                 told(key, Look(**answer["look"]))
                 continue
             process = going.pop(key)
-            process.wait()
             if process.stdin is not None:
-                process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+            process.wait()
             yield key, Outcome.from_json(answer["outcome"])
     finally:
         for process in going.values():
@@ -93,10 +95,19 @@ def _in_processes(runs: deque[Run], jobs: int, told: Told) -> Ended:
             process.wait()
 
 
+def _next(
+    said: queue.Queue[tuple[tuple[int, int], dict[str, Any]]],
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return said.get(timeout=1)  # on Windows a wait without an end cannot be interrupted
+
+
 def _begin(run: Run, said: queue.Queue[tuple[tuple[int, int], dict[str, Any]]]) -> subprocess.Popen[bytes]:
     threads = str(run.order["rules"]["threads"])
     process = subprocess.Popen(
-        [sys.executable, "-m", "polyhead.league.worker"],
+        # -P: a random.py in this folder is not the one that the libraries mean
+        [sys.executable, "-P", "-m", "polyhead.league.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -104,8 +115,9 @@ def _begin(run: Run, said: queue.Queue[tuple[tuple[int, int], dict[str, Any]]]) 
         start_new_session=True,  # Ctrl-C is for the one who asked, who ends the workers
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(run.order).encode() + b"\n")
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # a worker that could not begin says why below
+        process.stdin.write(json.dumps(run.order).encode() + b"\n")
+        process.stdin.flush()
     threading.Thread(target=_listen, args=(process, run.key, said), daemon=True).start()
     return process
 
@@ -132,7 +144,12 @@ def _listen(
     reader = threading.Thread(target=drain, daemon=True)
     reader.start()
     for line in process.stdout:
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:  # printed before the worker took its output for itself, or cut short
+            continue
+        if not isinstance(answer, dict) or not answer.keys() & {"look", "outcome"}:
+            continue
         said.put((key, answer))
         if "outcome" in answer:
             return
@@ -150,9 +167,9 @@ def _by_ray(runs: Iterable[Run]) -> Ended:
     begun = not ray.is_initialized()
     if begun:
         ray.init(log_to_driver=False, include_dashboard=False)
+    going: dict[Any, tuple[int, int]] = {}
     try:
         remote = ray.remote(max_retries=0)(_on_a_machine)
-        going = {}
         for run in runs:
             needs = run.order["rules"]
             gpus = 1 if needs["device"].startswith("cuda") else 0
@@ -167,6 +184,8 @@ def _by_ray(runs: Iterable[Run]) -> Ended:
                 outcome = Outcome("failed", 0, {}, note=last)
             yield key, outcome
     finally:
+        for left in going:  # of a cluster that goes on without us
+            ray.cancel(left, force=True)
         if begun:
             ray.shutdown()
 
