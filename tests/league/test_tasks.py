@@ -341,6 +341,13 @@ def test_the_rate_rises_and_falls() -> None:
     assert Recipe(steps=3).looks_at() == {1, 2, 3}
 
 
+def test_a_paragraph_that_comes_twice_is_not_learned_from_and_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "again.txt"
+    file.write_text("\n\n".join(["the same line of a song, sung again and again " * 20] * 100))
+    with pytest.raises(ConfigError, match="in 1 different paragraphs"):
+        with_data("text", file)
+
+
 NEW = "from polyhead.league import Batch, Task\nimport torch\nclass Own(Task):\n"
 WHAT = "    name = 'own'\n    summary = 'of my own'\n    length = 4\n    outputs = 2\n    vocabulary = 2\n"
 ASK = "    def batch(self, split, number, size, seed):\n        return "

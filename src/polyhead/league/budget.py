@@ -38,7 +38,8 @@ class Counted:
 
     Attributes:
         params: parameters.
-        flops: operations of a forward pass over one training sequence.
+        flops: operations of a forward pass over one training sequence; those of the read-out at every
+            token, whether something is asked there or not.
         kv: bytes that one token adds to the caches of all layers, in float32.
         state: bytes that the caches hold whatever the length.
     """

@@ -106,11 +106,13 @@ def _paragraphs(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data: {file} cannot be read as UTF-8 text: {error}") from None
-    found = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if len(found) < 20 or len(text) < 20_000:
+    # one that comes twice would be learned from and held out as well
+    found = list(dict.fromkeys(part.strip() for part in text.split("\n\n") if part.strip()))
+    letters = sum(map(len, found))
+    if len(found) < 20 or letters < 20_000:
         raise ConfigError(
-            f"data: {file} holds {len(text):,} characters in {len(found)} paragraphs; a text of at least "
-            "20,000 characters in 20 paragraphs is needed, to learn from and to hold out"
+            f"data: {file} holds {letters:,} characters in {len(found)} different paragraphs; a text of at "
+            "least 20,000 characters in 20 paragraphs is needed, to learn from and to hold out"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Counting matches of three in an order: how many pairs of other tokens complete a token to zero."""
+"""Counting matches of three in an order: how many pairs of tokens complete a token to zero."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CountMatch3Task(Task):
     """y_n = #{(j, k): x_n + 2 x_j + 3 x_k = 0 mod M} over N symbols x drawn from 0..M-1.
 
     All y_n are asked, in units of how far they spread; the score is the mean squared error, 1 for whoever
-    knows the mean alone. j and k do not change places, and every pair of two other tokens counts, which no
-    weight of one token by another tells.
+    knows the mean alone. j and k do not change places, may be the same token or n itself, and every pair
+    counts, which no weight of one token by another tells.
 
     Paper 058: Interleaved Head Attention, arXiv 2602.21371, names the task (CPM-3, sensitive to order); the
     factors 2 and 3, that counts are answered as numbers, and sizes are ours. The split "longer" has half as
