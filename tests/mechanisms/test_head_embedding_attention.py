@@ -8,7 +8,7 @@ from torch import nn
 
 import polyhead as ph
 from mechanisms.variants import broken_rules
-from polyhead.errors import UnknownName
+from polyhead.errors import ConfigError, UnknownName
 
 F64 = {"dtype": torch.float64}
 X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64)
@@ -149,3 +149,5 @@ def test_with_rotary_positions_it_keeps_the_contract(mode: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(UnknownName, match="known: add, mul"):
         built(mode="both")
+    with pytest.raises(ConfigError, match="position must be a Position; got 'rope'"):
+        built(position="rope")

@@ -87,7 +87,7 @@ class HeadEmbedding(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> HeadEmbeddingAttention:
         """The module."""
-        turned = type(self.position).turned is not Position.turned
+        turned = isinstance(self.position, Position) and type(self.position).turned is not Position.turned
         at_least_one("HeadEmbedding", dim=self.dim, heads=self.heads)
         width = head_width(self.dim, self.heads, self.head_dim)
         # the scale goes by the true width, also where columns are added
