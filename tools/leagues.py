@@ -59,7 +59,10 @@ def play(name: str, league: dict[str, Any], first: int | None, jobs: int | None)
         out=folder,
         jobs=jobs,
     )
-    write(folder / "machine.txt", machine() + "\n")
+    said, here = folder / "machine.txt", machine()
+    earlier = said.read_text(encoding="utf-8").splitlines() if said.is_file() else []
+    if here not in earlier:  # runs of one league may come from several machines
+        write(said, "\n".join([*earlier, here]) + "\n")
 
 
 def main() -> None:

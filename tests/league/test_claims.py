@@ -24,8 +24,9 @@ def _tool() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(ROOT / "tools"))  # where it finds its other half, as when it is run
     spec.loader.exec_module(module)
+    sys.path.pop(0)
     return module
 
 

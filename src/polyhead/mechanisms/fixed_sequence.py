@@ -156,7 +156,7 @@ class RandomEmbeddings(_FixedMaps):
     deviation: float = 1.0
 
     def __post_init__(self) -> None:
-        number("deviation", self.deviation, above=0)
+        number("deviation", self.deviation, above=0, most=1e15)
         super().__post_init__()
 
     def _sequence(self, device: Any) -> Tensor:
