@@ -28,7 +28,7 @@ class RecallTask(Task):
 
     name = "recall"
     summary = "values of keys that were shown once, all asked"
-    positions = "alibi"  # with rotary ones it takes several times as many steps to find the token before
+    positions = "alibi"  # with rotary ones 1,000 steps are not enough to find the token before
     grows = ("pairs", "alphabet")
     sizes = Sizes(dim=64, heads=4, layers=2, mlp=128)
     recipe = Recipe(steps=1000, batch=64, rate=5e-3)
