@@ -23,6 +23,7 @@ import torch
 from polyhead.leaderboard import job
 from polyhead.league import tasks
 from polyhead.league.folder import write
+from polyhead.report.assemble import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "league"
@@ -35,12 +36,8 @@ def leagues() -> dict[str, dict[str, Any]]:
 
 def machine() -> str:
     """One line about where this runs."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores; torch {torch.__version__}, python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    return f"{processor()}, {os.cpu_count()} cores; {versions}"
 
 
 def play(name: str, league: dict[str, Any], first: int | None, jobs: int | None) -> None:

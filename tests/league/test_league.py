@@ -174,7 +174,7 @@ def test_a_worker_that_fails_is_reported_and_tried_again(tmp_path: Path) -> None
     assert again.rows[1].count("finished") == 2
 
 
-def test_a_worker_that_is_killed_is_reported() -> None:
+def test_a_worker_that_cannot_begin_is_reported() -> None:
     order = {
         "rules": {"threads": 1},
         "contender": None,

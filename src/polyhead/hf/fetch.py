@@ -84,7 +84,7 @@ DEMO_MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: `$POLYHEAD_HOME`, or `polyhead` in the user's cache folder."""
+    """Where models and encoded texts are kept: `$POLYHEAD_HOME`, or `polyhead` in the user's cache folder."""
     home = os.environ.get("POLYHEAD_HOME")
     if home:
         return Path(home).expanduser()

@@ -133,7 +133,8 @@ def train(
         task, fitted, recipe, seed: what is trained, and how.
         device: where.
         threads: of torch on a CPU, while this runs. Sums come out differently with another number.
-        checkpoint: a file that the run keeps its state in at every look and goes on from; removed at the end.
+        checkpoint: a file that the run keeps its state in at every look and goes on from. Whoever keeps the
+            outcome removes it.
         progress: is told every look.
     """
     with _threads(threads):
@@ -168,7 +169,7 @@ def train(
         scores = dict.fromkeys(task.splits, math.nan)
         if finished:
             scores = {split: evaluate(model, split, recipe.batch) for split in task.splits}
-        outcome = Outcome(
+        return Outcome(
             status="finished" if finished else "diverged",
             steps=state.step,
             scores=scores,
@@ -177,7 +178,6 @@ def train(
             peak_bytes=peak.most(state.peak),
             seconds=sum(state.times),
         )
-        return outcome
 
 
 def _step(

@@ -23,6 +23,7 @@ GATES = {"geglu": gelu, "swiglu": lambda x: x * x.sigmoid(), "reglu": lambda x: 
 
 
 def linear(x: Tensor, p: Mapping[str, Tensor], name: str) -> Tensor:
+    """x Wᵀ + b."""
     return x @ p[f"{name}.weight"].double().T + p[f"{name}.bias"].double()
 
 
@@ -34,6 +35,7 @@ def norm(x: Tensor, p: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def unit(x: Tensor, p: Mapping[str, Tensor], owner: str, activation: str) -> Tensor:
+    """W_m (norm(act(W_g x)) ⊙ norm(W_v x)), each map with its bias."""
     gate = norm(GATES[activation](linear(x, p, f"{owner}gate")), p, f"{owner}norm")
     return linear(gate * norm(linear(x, p, f"{owner}value"), p, f"{owner}norm"), p, f"{owner}merge")
 

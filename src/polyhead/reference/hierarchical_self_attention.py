@@ -18,6 +18,7 @@ __all__ = ["hierarchical_self_attention", "row", "windows"]
 
 @cache
 def leaves(tree: Any) -> list[int]:
+    """The leaves below a node, from left to right."""
     return [tree] if isinstance(tree, int) else [leaf for child in tree for leaf in leaves(child)]
 
 

@@ -112,15 +112,18 @@ def _roles(profile: Any) -> d.Roles:
     return d.Roles(rules, found.by_layer)
 
 
+def processor() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def machine() -> str:
     """The processor, how many of its threads are used, and the versions that count."""
     import transformers
 
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     threads = words.plural(torch.get_num_threads(), "thread")
-    return f"{name}, {threads}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{processor()}, {threads}, torch {torch.__version__}, transformers {transformers.__version__}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, MissingExtra
+from polyhead.hf.fetch import cache_folder
 from polyhead.league.seeds import generator
 
 __all__ = ["Corpus", "corpus"]
@@ -71,7 +72,7 @@ def _made(vocabulary: int, file: str | None) -> Corpus:
     cut = len(documents) // 10
     held_out, train = (sorted(part) for part in (order[:cut], order[cut:]))
     digest = hashlib.blake2b("\x00".join(documents).encode(), digest_size=6).hexdigest()
-    kept = _folder() / f"text-{digest}-{vocabulary}-{_FORM}.npz"
+    kept = cache_folder() / "texts" / f"text-{digest}-{vocabulary}-{_FORM}.npz"
     found = _read(kept)
     if found is None:
         found = _encode(vocabulary, [documents[n] for n in train], [documents[n] for n in held_out])
@@ -143,13 +144,6 @@ def _encode(vocabulary: int, train: list[str], held_out: list[str]) -> dict[str,
         encoded = tokenizer.encode_batch([document + "\n\n" for document in documents])
         found[name] = np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in encoded])
     return found
-
-
-def _folder() -> Path:
-    """Where encoded texts are kept; they are made again where that is not possible."""
-    own = os.environ.get("POLYHEAD_HOME")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyhead"
-    return base / "texts"
 
 
 def _read(file: Path) -> dict[str, np.ndarray] | None:
