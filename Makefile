@@ -38,8 +38,9 @@ format: setup ## let ruff mend what it can
 bench: setup ## every benchmark, each against its yardstick in the same run
 	.venv/bin/polyhead bench
 
-results: setup models ## run the benchmarks and keep what they print in docs/results/benchmarks/
+results: setup models ## run the benchmarks, and the experiments that have no result yet, into docs/results/
 	.venv/bin/polyhead bench --save docs/results/benchmarks
+	.venv/bin/python tools/experiments.py
 
 leagues: setup ## train the leagues of docs/results/league/ and write their page: hours, and goes on where it was cut
 	.venv/bin/python tools/leagues.py

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pages import code, plural, row, settle
 from polyhead.errors import PolyheadError
 from verdicts import (
     CLAIMS,
@@ -87,7 +88,7 @@ def _method(grouped: Mapping[str, Sequence[Verdict]]) -> Iterator[str]:
         chance = (
             f"There {_are(len(tested), 'interval')} below; by chance {0.05 * len(tested):.2g} of them miss "
             "the truth. If no mechanism made any difference at all, of the "
-            f"{_plural(strict, 'claim')} of better or worse {0.025 * strict:.2g} would show all the same, "
+            f"{plural(strict, 'claim')} of better or worse {0.025 * strict:.2g} would show all the same, "
             f"and the opposite of another {0.025 * strict:.2g}."
         )
     yield " ".join(METHOD.replace("CHANCE", chance).split())
@@ -107,11 +108,11 @@ def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
         numbers = "" if math.isnan(one.mean) else f"{one.own:.4f}, {one.other:.4f} {'↓' if lower else '↑'}"
         difference = "" if math.isnan(one.mean) else f"{one.mean:+.4f}{half}"
         why = f"{_first_upper(one.why)}. " if one.why else ""
-        yield _row(
+        yield row(
             _who(claim),
             claim.claim,
             f"[{one.league.name}](#leagues), {claim.split}",
-            f"{_code(claim.contender)} against {_code(claim.comparator)}",
+            f"{code(claim.contender)} against {code(claim.comparator)}",
             claim.expect + margin,
             numbers,
             difference,
@@ -126,11 +127,11 @@ def _waiting(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for one in verdicts:
         claim = one.claim
         margin = f" by more than {claim.margin:g}" if claim.expect == "not worse" else ""
-        yield _row(
+        yield row(
             _who(claim),
             claim.claim,
             f"{claim.task}, {claim.budget}, {claim.split}",
-            f"{_code(claim.contender)} against {_code(claim.comparator)}",
+            f"{code(claim.contender)} against {code(claim.comparator)}",
             claim.expect + margin,
             one.why,
         )
@@ -140,7 +141,7 @@ def _untestable(verdicts: Sequence[Verdict]) -> Iterator[str]:
     yield "| paper | claim | cannot be tested here: why | what speaks to it, or to a part of it |"
     yield "| --- | --- | --- | --- |"
     for one in verdicts:
-        yield _row(_who(one.claim), one.claim.claim, one.why, ", ".join(map(_code, one.claim.instead)))
+        yield row(_who(one.claim), one.claim.claim, one.why, ", ".join(map(code, one.claim.instead)))
 
 
 def _leagues(found: Sequence[League]) -> Iterator[str]:
@@ -160,11 +161,11 @@ def _leagues(found: Sequence[League]) -> Iterator[str]:
             if (one.folder / name).is_file()
         ]
         sizes, recipe = rules["sizes"], rules["recipe"]
-        yield _row(
+        yield row(
             one.name,
             one.task,
             one.budget + limit,
-            f"{_plural(sizes['layers'], 'layer')}, width {sizes['dim']}, {sizes['heads']} heads",
+            f"{plural(sizes['layers'], 'layer')}, width {sizes['dim']}, {sizes['heads']} heads",
             f"{recipe['steps']:,} × {recipe['batch']}",
             one.seeds,
             len(one.data["contenders"]),
@@ -182,24 +183,11 @@ def _leagues(found: Sequence[League]) -> Iterator[str]:
 
 
 def _who(claim: Claim) -> str:
-    return f"{claim.paper} {_code(claim.mechanism)}"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
-
-
-def _row(*cells: object) -> str:
-    # a bar would end the cell, in code too
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{claim.paper} {code(claim.mechanism)}"
 
 
 def _are(number: int, what: str) -> str:
-    return f"{'is' if number == 1 else 'are'} {_plural(number, what)}"
+    return f"{'is' if number == 1 else 'are'} {plural(number, what)}"
 
 
 def _first_upper(text: str) -> str:
@@ -218,16 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Malformed, PolyheadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    file = options.leagues / "README.md"
-    if options.check:
-        if file.is_file() and file.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"error: {file} is not what the results say; run python tools/claims.py", file=sys.stderr)
-        return 1
-    options.leagues.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", newline="\n")
-    print(file)
-    return 0
+    return settle(options.leagues / "README.md", text, check=options.check, tool="tools/claims.py")
 
 
 if __name__ == "__main__":

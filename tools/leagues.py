@@ -1,4 +1,4 @@
-"""Train the leagues of tools/leagues.toml into docs/results/league/, what is not there yet, and their page.
+"""Train the leagues of tools/leagues.toml into docs/results/league/, what is not there yet, and their pages.
 
     python tools/leagues.py                     all of them: hours
     python tools/leagues.py digits recall       some
@@ -63,7 +63,7 @@ def play(name: str, league: dict[str, Any], first: int | None, jobs: int | None)
 
 
 def main() -> None:
-    """Read the arguments, train, and write the page of claims."""
+    """Read the arguments, train, and write the pages of claims and checks."""
     known = leagues()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}; all by default")
@@ -76,7 +76,8 @@ def main() -> None:
     for name in options.names or known:
         print(f"\n{name}", flush=True)
         play(name, known[name], options.first, options.jobs)
-    subprocess.run([sys.executable, str(ROOT / "tools" / "claims.py")], check=True)
+    for page in ("claims.py", "checks.py"):
+        subprocess.run([sys.executable, str(ROOT / "tools" / page)], check=True)
 
 
 if __name__ == "__main__":
