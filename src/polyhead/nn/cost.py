@@ -11,9 +11,15 @@ __all__ = ["Cost"]
 class Cost:
     """Parameters, arithmetic and memory of one module for one shape of call.
 
-    Floating-point operations are those of the matrix products, a multiply and an add counted as two, over
-    all L × S pairs: what `torch.utils.flop_counter` counts for the dense form. A mask that lets a backend
-    skip pairs makes the call cheaper than this.
+    Floating-point operations are those that the definition needs for its products of matrices and its
+    convolutions over pairs, a multiply and an add counted as two, over all L × S pairs: what
+    `torch.utils.flop_counter` counts where the dense backend runs the call. What goes number by number is
+    left out, such as softmax, norms, activations and gates.
+
+    A call may be run with more or fewer than these. A mask lets backends skip pairs. Of heads that tokens
+    choose, the chosen ones are counted, at every length: those that are computed together are padded to the
+    one that most tokens chose, and short sequences go through all heads, since that takes less time. Strips
+    of rows of a convolution over pairs begin with rows that the strip before had too.
 
     Attributes:
         parameters: number of parameters.

@@ -245,7 +245,10 @@ class HierarchicalAttention(MultiHeadAttention):
         *,
         dtype: torch.dtype | None = None,
     ) -> Cost:
-        """What one pass costs; `context_length` other than `length` counts causal rows that follow others."""
+        """What one pass without a mask costs; for a causal one over all tokens see `step_cost`.
+
+        `context_length` other than `length` counts causal rows that follow others.
+        """
         plain = super().cost(length, batch, context_length, dtype=dtype)
         keys = length if context_length is None else whole("cost: context_length", context_length, 0)
         levels = tree_widths(keys, self.branch, self.levels)
@@ -257,6 +260,21 @@ class HierarchicalAttention(MultiHeadAttention):
             scores=pairs * (up + rows) * self.head_dim,
             values=pairs * (rows or up) * self.value_dim,
         )
+
+    def step_cost(
+        self, cached: int, queries: int = 1, batch: int = 1, *, dtype: torch.dtype | None = None
+    ) -> Cost:
+        """What a causal call costs, with a cache or, where `cached` is 0, without one.
+
+        Every row is the last leaf of a tree of its own, and weighs the siblings along its path besides what
+        the subtrees before it weigh among themselves.
+        """
+        found = super().step_cost(cached, queries, batch, dtype=dtype)
+        if cached:
+            return found
+        paths = queries * sum(width for _, width in tree_widths(queries, self.branch, self.levels))
+        pairs = 2 * batch * self.heads * paths
+        return replace(found, scores=found.scores + pairs * self.head_dim, values=pairs * self.value_dim)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, branch={self.branch}, levels={self.levels}"

@@ -227,8 +227,9 @@ class RoutedHeads(MultiHeadAttention):
     ) -> Cost:
         """What one forward pass costs: of queries, scores, values and output, what active heads take.
 
-        Heads that are attended to together are padded to the one that most tokens chose: what is computed
-        may be up to a tenth more. Short sequences, which go through all heads, take more than is counted.
+        This is counted at every length, as papers count it; how a call is run may take more. Heads that are
+        attended to together are padded to the one that most tokens chose, which adds up to a tenth. Short
+        sequences (`SHORT`) go through all heads: in less time, with the operations of all of them.
         """
         dense = super().cost(length, batch, context_length, dtype=dtype)
         active, made = self.router.per_token, self.projection
