@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from polyhead.machine import processor
+
 Times = dict[str, list[float]]
 
 
@@ -43,12 +45,7 @@ def machine(device: str = "cpu") -> str:
     Where more processes run than there are cores, threads that wait by spinning (the default of OpenMP) hold
     up whatever consists of many short operations: OMP_WAIT_POLICY=passive then measures the work itself.
     """
-    name = platform.processor() or platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     capability = torch.backends.cpu.get_cpu_capability()
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}; "

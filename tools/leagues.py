@@ -23,7 +23,7 @@ import torch
 from polyhead.leaderboard import job
 from polyhead.league import tasks
 from polyhead.league.folder import write
-from polyhead.report.assemble import processor
+from polyhead.machine import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "league"

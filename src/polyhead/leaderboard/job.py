@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from polyhead.console import wide_console
 from polyhead.leaderboard.write import require, write_leaderboard
 from polyhead.league import Look, Outcome, Plan, Recipe, Sizes, Standings, plan
 from polyhead.league.compare import play
@@ -49,12 +50,12 @@ def run(
             `polyhead.compare`.
         out: the folder of the league.
         jobs: runs at once, or "ray". Default: as many as there are cores for, one on CUDA.
-        console: where it is printed; progress goes to standard error.
+        console: where it is printed; progress goes to standard error. Default: standard output.
 
     Raises:
         PolyheadError: something is wrong with the call; nothing was trained.
     """
-    console = Console() if console is None else console
+    console = wide_console() if console is None else console
     require()
     if jobs is None:
         jobs = max(1, (os.cpu_count() or 1) // threads) if type(threads) is int and threads > 0 else 1

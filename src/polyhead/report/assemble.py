@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polyhead.machine import processor
 from polyhead.report import data as d
 from polyhead.report import savings as curve
 from polyhead.report import words
@@ -110,15 +110,6 @@ def _roles(profile: Any) -> d.Roles:
         for rule in found.rules
     )
     return d.Roles(rules, found.by_layer)
-
-
-def processor() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def machine() -> str:

@@ -7,7 +7,6 @@ Files are written at the very end, all or none, so that an interruption leaves w
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from polyhead.console import wide_console
 from polyhead.report import choosing, summary, words
 from polyhead.report import data as d
 from polyhead.report import savings as curve
@@ -84,7 +84,7 @@ def run(
     require_jinja()
     folder = usable_folder(out)
     source = read_text(text)
-    console = console or _console()
+    console = console or wide_console(width=120)
     stages = Stages(Console(stderr=True))
     with stages:
         loaded, tokenizer = _load(model, stages, console)
@@ -176,11 +176,6 @@ def _about(command: str, effort: Effort, stages: Stages) -> d.Run:
         seeds=effort.seeds,
         phases=tuple(stages.phases),
     )
-
-
-def _console() -> Console:
-    """Standard output, wide enough for whole rows when it goes elsewhere than to a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _tell(report: d.ReportData, written: Written, console: Console) -> None:
