@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import polyhead
@@ -31,6 +34,57 @@ def test_version():
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "polyhead", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("polyhead ")
+
+
+# Commands that share a file with the one that it is named after.
+PAIRS = {"show": "catalog", "tasks": "compare"}
+
+
+def commands():
+    return typer.main.get_command(cli.app).commands
+
+
+def test_every_command_is_in_its_own_file():
+    found = {name: command.callback.__module__ for name, command in commands().items()}
+    assert found == {name: f"polyhead.cli.{PAIRS.get(name, name)}" for name in found}
+    # ... and every file is imported: what is not a command's is what commands share
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "group", "printing"} == {
+        module.rpartition(".")[2] for module in found.values()
+    }
+
+
+def test_help_lists_the_commands_in_order():
+    text = run("--help").stdout
+    order = ("papers", "catalog", "show", "gallery", "compare", "tasks", "bench", "fetch", "report")
+    assert re.findall(r"^\W*([a-z]+) {2,}[A-Z]", text, flags=re.MULTILINE) == list(order)
+
+
+def test_help_imports_nothing_that_works():
+    # `import polyhead` itself brings the operator, and torch with it: an empty package in its place shows
+    # what the command line adds
+    code = """
+import json, sys, types
+polyhead = types.ModuleType("polyhead")
+polyhead.__path__, polyhead.__version__ = [sys.argv[1]], "0"
+sys.modules["polyhead"] = polyhead
+from typer.testing import CliRunner
+from polyhead.cli import app
+loaded = {}
+for name in json.loads(sys.argv[2]):
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0 and f"polyhead {name}" in result.stdout, result.output
+    loaded[name] = sorted(sys.modules)
+print(json.dumps(loaded))
+"""
+    arguments = [str(Path(polyhead.__file__).parent), json.dumps(sorted(commands()))]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    light = {"polyhead", "polyhead.cli", "polyhead.console", "polyhead.errors"}
+    for name, loaded in json.loads(done.stdout).items():
+        assert not {"torch", "numpy", "transformers", "plotly", "pandas", "jinja2"} & set(loaded), name
+        own = {module for module in loaded if module.partition(".")[0] == "polyhead"}
+        assert {module for module in own if not module.startswith("polyhead.cli.")} == light, name
 
 
 def test_papers_lists_every_paper():
