@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, PolyheadError
@@ -380,3 +381,30 @@ def _printed(found: Standings) -> str:
     console = Console(width=240, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(found.table())
     return console.export_text()
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "league"
+    settled = plan(["mha"], "recall", steps=2, seeds=1, sizes=Sizes(dim=16, heads=2, layers=1))
+    first, second = Folder(folder, settled.rules), Folder(folder, settled.rules)
+    with first.held(), pytest.raises(PolyheadError, match="another command is training in"):
+        play(settled, second)
+    standings = play(settled, second)
+    assert standings.rows[0].count("finished") == 1
+    assert not (folder / ".lock").exists()
+    with first.held():
+        play(settled, second)  # nothing left to train, so nothing in the way
+
+
+def test_runs_say_what_they_were_made_with(tmp_path: Path) -> None:
+    settled = plan(["mha"], "recall", steps=2, seeds=2, sizes=Sizes(dim=16, heads=2, layers=1))
+    folder = Folder(tmp_path / "league", settled.rules)
+    (here,) = play(settled, folder).made_with
+    assert f"torch {torch.__version__}" in here
+    file = next(folder.path.rglob("seed-1.json"))
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps(held | {"made_with": "torch 1.0"}))
+    assert play(settled, folder).made_with == ("torch 1.0", here)
+    del held["made_with"]  # a league of before it was kept
+    file.write_text(json.dumps(held))
+    assert play(settled, folder).made_with == (here,)

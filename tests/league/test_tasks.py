@@ -366,8 +366,16 @@ ASK = "    def batch(self, split, number, size, seed):\n        return "
         (NEW + WHAT, "a task must have a method batch"),
         (NEW + WHAT + ASK + "5", "it does not work: AttributeError"),
         (NEW + WHAT + ASK + "Batch(torch.zeros(size, 5).long(), torch.zeros(size).long())", "of length 4"),
-        (NEW + WHAT + ASK + "Batch(torch.full((size, 4), 9), torch.zeros(size).long())", "IndexError"),
-        (NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.full((size,), 7))", "out of bounds"),
+        (NEW + WHAT + ASK + "Batch(torch.full((size, 4), 9), torch.zeros(size, 4).long())", "IndexError"),
+        (NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.full((size, 4), 7))", "out of bounds"),
+        (
+            NEW + WHAT + "    answer = 'word'\n" + ASK + "Batch(torch.zeros(size, 4), 0)",
+            "answer must be one of",
+        ),
+        (
+            NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size).long())",
+            r"its answer is 'symbols', so the targets .* of length 4 are \(2, 4\); they are \(2,\)",
+        ),
     ],
 )
 def test_a_file_that_does_not_work_is_found_before_anything_is_trained(
@@ -387,7 +395,7 @@ def test_questions_are_tried_out_without_a_trace() -> None:
 
 
 def test_a_file_that_says_something_else_is_another_task(tmp_path: Path) -> None:
-    text = NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size).long())\n"
+    text = NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size, 4).long())\n"
     file, league = tmp_path / "own.py", tmp_path / "league"
     file.write_text(text)
     Folder(league, plan(["mha"], str(file)).rules)
@@ -401,6 +409,6 @@ def test_a_file_that_says_something_else_is_another_task(tmp_path: Path) -> None
 def test_a_file_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(
-        NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size).long())\n"
+        NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size, 4).long())\n"
     )
     assert plan(["mha"], "own.py").task_file == str(tmp_path / "own.py")

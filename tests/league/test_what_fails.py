@@ -18,7 +18,12 @@ BLIND = {
     "cpm3": "mha:mask=window(0)",
     "nearest": "mha:mask=window(0)",
     "regression": "mha:mask=window(0)",
+    "text": "mha:mask=window(0)",
 }
+
+
+# tasks that ask something of every token, and the token whose answer is looked at
+ONE = {"polynomial": 0, "cpm3": 0, "text": -1}
 
 
 def moved(task: Task, batch: Batch) -> Tensor:
@@ -31,9 +36,9 @@ def moved(task: Task, batch: Batch) -> Tensor:
         return inputs
     asked = batch.asked
     assert asked is not None
-    if task.name in ("polynomial", "cpm3"):  # all tokens are asked: one by one, the others change
+    if task.name in ONE:  # all tokens are asked: all but one change
         asked = torch.zeros_like(asked)
-        asked[:, 0] = True
+        asked[:, ONE[task.name]] = True
     other = task.batch("train", 99, len(inputs), 5).inputs
     return torch.where(asked.view(*asked.shape, *[1] * (inputs.ndim - 2)), inputs, other)
 
@@ -50,13 +55,33 @@ def test_a_mechanism_that_cannot_see_the_answer_says_the_same_whatever_it_is(nam
         model = one.model(task).eval()
         with torch.no_grad():
             difference = (model(batch) - model(other)).abs().amax(-1)
-        if name in ("polynomial", "cpm3"):
-            difference = difference.view(8, -1)[:, 0]
+        if name in ONE:
+            difference = difference.view(8, -1)[:, ONE[name]]
         if name == "needle":
             difference = difference.view(8, -1)[:, -1]
         changed[one.contender.label] = float(difference.max())
     assert changed["mha"] > 1e-4
     assert changed[BLIND[name]] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["relational", "digits", "listops"])
+def test_without_mixing_a_label_is_the_same_whatever_is_asked(name: str) -> None:
+    """The class token that a label is read from sees itself alone: the score is that of one fixed answer."""
+    task = find(name)
+    torch.manual_seed(0)
+    settled = plan(["mha:mask=window(0)", "mha"], task, sizes=Sizes(dim=32, heads=2, layers=2, mlp=64))
+    batch = task.batch("validation", 0, 64, 0)
+    blind, seeing = (one.model(task).eval() for one in settled.contenders)
+    with torch.no_grad():
+        assert (blind(batch) - blind(batch)[:1]).abs().max() < 1e-6
+        assert (seeing(batch) - seeing(batch)[:1]).abs().max() > 1e-4
+        score = (blind(batch).argmax(-1) == batch.targets).float().mean()
+    assert score <= batch.targets.bincount().max() / 64
+
+
+def test_without_mixing_text_is_a_table_of_pairs_of_tokens() -> None:
+    yardsticks = find("text").yardsticks()
+    assert yardsticks["pairs of tokens"] < yardsticks["token frequencies"]
 
 
 def test_a_window_that_ends_before_the_word_does_knows_nothing_of_its_first_symbol() -> None:

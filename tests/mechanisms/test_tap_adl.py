@@ -44,6 +44,28 @@ def test_tokens_around_equal_the_twin(layout: object) -> None:
         torch.testing.assert_close(module(X, padding=real), expected)
 
 
+def test_a_class_token_stands_before_the_grid_and_is_not_blended() -> None:
+    x = torch.randn(2, 13, 32, generator=torch.Generator().manual_seed(1), **F64)
+    module = built(layout=(3, 4), scales=3, class_token=True)
+    module.train()(x)
+    module.eval()
+    for real in (None, torch.arange(13) >= torch.tensor([[0], [3]])):
+        expected = ph.reference("tap_adl")(
+            x, parameters=module.state_dict(), heads=4, kv_heads=4, scales=3, layout=(3, 4), temperature=1.0,
+            class_token=True, padding=real,
+        )  # fmt: skip
+        torch.testing.assert_close(module(x, padding=real), expected)
+    blended = module.pooling(x)
+    assert torch.equal(blended[:, 0], x[:, 0])
+    without = built(layout=(3, 4), scales=3)
+    without.load_state_dict(module.state_dict())
+    torch.testing.assert_close(blended[:, 1:], without.pooling(x[:, 1:]), rtol=0, atol=0)
+    with pytest.raises(ShapeError, match="those of the grid and a class token before them; got 12"):
+        module(x[:, 1:])
+    with pytest.raises(ConfigError, match="it takes a grid, layout=\\(height, width\\)"):
+        built(layout="around", class_token=True)
+
+
 @pytest.mark.parametrize("layout", ["past", "around", (3, 4)])
 def test_weights_of_the_scales_sum_to_one(layout: object) -> None:
     weights = built(layout=layout).pooling.weights(X)

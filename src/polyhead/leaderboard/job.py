@@ -82,6 +82,12 @@ def run(
     console.print(standings.table())
     for name, score in standings.yardsticks.items():
         console.print(f"{name}: {score:.4g}", markup=False)
+    if len(standings.made_with) > 1:
+        console.print(
+            "runs come from different places, so their last digits may differ: "
+            + "; ".join(standings.made_with),
+            markup=False,
+        )
     took = time.perf_counter() - start
     console.print(f"{took:.0f} s; the leaderboard is {_shown(page)}", markup=False, soft_wrap=True)
     return standings

@@ -38,6 +38,7 @@ def build_page(standings: Standings) -> str:
         heads=_heads(standings),
         rows=list(_rows(standings)),
         facts=list(_facts(standings)),
+        made_with=standings.made_with,
         yardsticks=[(name, f"{score:.4g}") for name, score in standings.yardsticks.items()],
         scores=scores(standings),
         learning=learning(standings),

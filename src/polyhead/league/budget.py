@@ -20,7 +20,7 @@ import torch
 from polyhead.checks import given
 from polyhead.errors import ConfigError, PolyheadError, unknown_name
 from polyhead.league.contender import Contender
-from polyhead.league.model import Layer, Model, layer_of
+from polyhead.league.model import Layer, Model, layer_of, tokens_of
 from polyhead.league.tasks.base import Sizes, Task
 from polyhead.mechanisms import entry
 
@@ -74,7 +74,7 @@ class Fitted:
 def count(task: Task, sizes: Sizes, layers: tuple[Layer, ...]) -> Counted:
     """What a model of these costs."""
     model = Model(task, sizes, layers, device="meta", dtype=torch.float32)
-    cost = model.stack.cost(task.length)
+    cost = model.stack.cost(tokens_of(task))
     ends = (
         2 * task.length * sizes.dim * task.outputs if task.answer != "label" else 2 * sizes.dim * task.outputs
     )

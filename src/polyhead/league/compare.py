@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 from polyhead.checks import takes
 from polyhead.league.budget import target_of
@@ -120,7 +120,9 @@ def play(
 
     for key, outcome in outcomes.items():
         told(key, outcome)
-    with closing(run_all(runs, jobs, told)) as ended:  # whatever is raised here, no worker stays behind
+    alone = folder.held() if folder is not None and runs else nullcontext()
+    # whatever is raised here, no worker stays behind
+    with alone, closing(run_all(runs, jobs, told)) as ended:
         for key, outcome in ended:
             outcomes[key] = outcome
             if folder is not None and outcome.status != "failed":

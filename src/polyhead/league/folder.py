@@ -8,9 +8,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from polyhead.checks import given
 from polyhead.description import to_json
@@ -65,6 +68,32 @@ class Folder:
                 pass
         else:
             _write(held, json.dumps(own, ensure_ascii=False, indent=1))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other commands from training in this folder, as long as this goes on.
+
+        Raises:
+            PolyheadError: another one does.
+        """
+        file = self.path / ".lock"
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise PolyheadError(
+                f"out: another command is training in {self.path}; wait until it ends, or choose "
+                "another folder"
+            ) from None
+        except NotImplementedError:  # a file system without locks: two would do the same work, no harm else
+            yield
+            return
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                file.unlink(missing_ok=True)
+            lock.release()
 
     def _run(self, one: Contender, seed: int) -> Path:
         text = json.dumps(to_json(one), sort_keys=True)

@@ -16,8 +16,7 @@ from polyhead.nn.auxiliary import auxiliary_losses
 from polyhead.nn.positions import AlibiPosition, NoPosition, Position, Rope, Sinusoidal
 from polyhead.nn.stack import AttentionStack
 
-__all__ = ["Layer", "Model", "layer_of"]
-
+__all__ = ["Layer", "Model", "layer_of", "tokens_of"]
 
 _ENCODINGS: dict[str, Position] = {"rotary": Rope(), "alibi": AlibiPosition()}
 
@@ -79,11 +78,33 @@ def layer_of(task: Task, name: str, options: Mapping[str, Any], dim: int, heads:
     return Layer(found.name, own, "sinusoidal")
 
 
+def tokens_of(task: Task) -> int:
+    """Tokens of a training sequence in the layers, with the class token that a label is read from."""
+    return task.length + (task.answer == "label")
+
+
+def _with_token(
+    token: Tensor, x: Tensor, padding: Tensor | None, *, last: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Put a token before every sequence, or after its last real token; and where it is, bool `(B, L + 1)`."""
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if padding is None else padding
+    places = torch.arange(x.shape[1] + 1, device=x.device)
+    own = (real * places[1:]).amax(1, keepdim=True) if last else places.new_zeros(len(x), 1)
+    here = places == own
+    room = x.new_zeros(len(x), 1, x.shape[2])
+    x = torch.where(here[..., None], token.to(x.dtype), torch.cat([x, room] if last else [room, x], dim=1))
+    if padding is not None:
+        end = padding.new_zeros(len(x), 1)
+        padding = here | torch.cat([padding, end] if last else [end, padding], dim=1)
+    return x, padding, here
+
+
 class Model(nn.Module):
     """Embeddings, attention layers and MLPs with norms and residuals, a norm, and a linear read-out.
 
     Args:
-        task: says what comes in and what goes out.
+        task: says what comes in and what goes out. A label is read from a class token, a learned vector
+            that stands before the sequence, or after it where the task is causal.
         sizes: width, query heads, layers and width of the MLPs.
         layers: the mechanisms, taken in turn until there are `sizes.layers`.
         device, dtype: of the parameters.
@@ -106,8 +127,12 @@ class Model(nn.Module):
         taken = [layers[n % len(layers)] for n in range(sizes.layers)]
         added = {layer.positions for layer in taken}
         self.places: nn.Parameter | None = None
+        self.label: nn.Parameter | None = None
+        if task.answer == "label":
+            self.label = nn.Parameter(torch.empty(dim, **kind))
+            nn.init.normal_(self.label, std=dim**-0.5)
         if "learned" in added:
-            self.places = nn.Parameter(torch.empty(task.length, dim, **kind))
+            self.places = nn.Parameter(torch.empty(tokens_of(task), dim, **kind))
             nn.init.normal_(self.places, std=dim**-0.5)
         self.added = Sinusoidal() if "sinusoidal" in added else NoPosition()
         self.stack = AttentionStack(
@@ -123,20 +148,17 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Answers to what is asked, `(n, outputs)`, in the order of `batch.answers()`."""
-        x = self.embed(batch.inputs)
+        x, padding = self.embed(batch.inputs), batch.padding
+        read = batch.asked
+        if self.label is not None:
+            x, padding, read = _with_token(self.label, x, padding, last=self.task.causal)
         if self.places is not None:
             x = x + self.places[: x.shape[1]]
         added = self.added.added(torch.arange(x.shape[1], device=x.device), x.shape[2])
         if added is not None:
             x = x + added.to(x.dtype)
-        x = self.stack(x, mask=self.mask, padding=batch.padding)
-        asked = batch.asked
-        if asked is not None:
-            return self.read(x[asked])
-        if batch.padding is None:
-            return self.read(x.mean(1))
-        real = batch.padding[..., None].to(x.dtype)
-        return self.read((x * real).sum(1) / real.sum(1).clamp(min=1))
+        x = self.stack(x, mask=self.mask, padding=padding)
+        return self.read(x[read])
 
     def loss(self, batch: Batch) -> Tensor:
         """The task's loss and the auxiliary losses of the mechanisms."""

@@ -120,6 +120,12 @@ class Standings:
         """The rows, the best first; one with a run that diverged stands behind all without."""
         return tuple(sorted(self.rows, key=lambda row: math.inf if row.rank is None else row.rank))
 
+    @property
+    def made_with(self) -> tuple[str, ...]:
+        """What the runs were made with, as far as they say; more than one, and the last digits may differ."""
+        said = {outcome.made_with for row in self.rows for outcome in row.outcomes.values()}
+        return tuple(sorted(said - {""}))
+
     def difference(self, row: Row, split: str = "validation") -> tuple[float, float]:
         """Score minus that of the contender named first, paired by seed: mean, half of its 95 % interval."""
         own, other = row.scores(split), self.rows[0].scores(split)

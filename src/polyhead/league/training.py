@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ class Outcome:
         peak_bytes: most memory that the run took beyond what the process had before it; None if unknown.
         seconds: of all steps.
         note: why it failed.
+        made_with: versions and kind of machine that the last digits depend on.
     """
 
     status: str
@@ -71,6 +73,7 @@ class Outcome:
     peak_bytes: int | None = None
     seconds: float = 0.0
     note: str = ""
+    made_with: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a number that is not finite is null."""
@@ -98,6 +101,7 @@ class Outcome:
             peak_bytes=data["peak_bytes"],
             seconds=data["seconds"],
             note=data["note"],
+            made_with=data.get("made_with", ""),  # leagues of before it was kept
         )
 
 
@@ -177,7 +181,13 @@ def train(
             tokens_per_second=recipe.batch * task.length / statistics.median(state.times),
             peak_bytes=peak.most(state.peak),
             seconds=sum(state.times),
+            made_with=_here(),
         )
+
+
+def _here() -> str:
+    system = f"{platform.system()} {platform.machine()}"
+    return f"torch {torch.__version__}, python {platform.python_version()}, {system}"
 
 
 def _step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from polyhead.checks import given
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.league.model import Model, layer_of
 from polyhead.league.tasks.base import Sizes, Task
@@ -24,10 +25,21 @@ def try_out(task: Task, sizes: Sizes) -> None:
             model = Model(task, sizes, layers).eval()
             for split in ("train", *task.splits):
                 batch = task.batch(split, 0, 2, 0)
+                length = batch.inputs.shape[1]
                 if split == "train" and batch.inputs.shape[:2] != (2, task.length):
                     raise ConfigError(
                         f"task {name}: two questions of length {task.length} were expected; "
                         f"its inputs are {tuple(batch.inputs.shape)}"
+                    )
+                wanted = {"label": (2,), "symbols": (2, length), "numbers": (2, length, task.outputs)}
+                if task.answer not in wanted:
+                    raise ConfigError(
+                        f"task {name}: answer must be one of {', '.join(wanted)}; got {given(task.answer)}"
+                    )
+                if batch.targets.shape != wanted[task.answer]:
+                    raise ConfigError(
+                        f"task {name}: its answer is {task.answer!r}, so the targets of two questions of "
+                        f"length {length} are {wanted[task.answer]}; they are {tuple(batch.targets.shape)}"
                     )
                 outputs = model(batch).float()
                 task.loss(outputs, batch)

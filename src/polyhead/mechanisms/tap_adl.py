@@ -32,7 +32,7 @@ from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without
 from polyhead.mechanisms.registry import register
 from polyhead.nn.pooled_tokens import PooledTokensAttention
 from polyhead.nn.projections import at_least_one
-from polyhead.nn.token_pooling import TokenPooling, check_layout
+from polyhead.nn.token_pooling import TokenPooling, check_class_token, check_layout
 
 __all__ = ["TapAdl"]
 
@@ -55,12 +55,14 @@ class TapAdl(AttentionConfig):
         scales: K.
         layout: "past", "around" or (height, width).
         temperature: T of the weights of the scales.
+        class_token: whether a token stands before those of the grid; it is not blended.
     """
 
     kv_heads: int | None = None
     scales: int = 4
     layout: str | tuple[int, int] = "past"
     temperature: float = 1.0
+    class_token: bool = False
 
     def __post_init__(self) -> None:
         at_least_one("TapAdl", dim=self.dim, heads=self.heads)
@@ -72,6 +74,7 @@ class TapAdl(AttentionConfig):
             ("temperature", number("temperature", self.temperature, above=0)),
         ):
             object.__setattr__(self, name, value)
+        check_class_token(self.class_token, self.layout)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PooledTokensAttention:
@@ -82,6 +85,7 @@ class TapAdl(AttentionConfig):
             self.scales,
             layout=self.layout,
             temperature=self.temperature,
+            class_token=self.class_token,
             device=device,
             dtype=dtype,
         )

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from polyhead.checks import given, number, whole
+from polyhead.checks import flag, given, number, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.projections import HeadNorm
 
-__all__ = ["Layout", "TokenPooling", "check_layout"]
+__all__ = ["Layout", "TokenPooling", "check_class_token", "check_layout"]
 
 Layout = str | tuple[int, int]
 
@@ -32,6 +32,17 @@ def check_layout(layout: Any) -> Layout:
     )
 
 
+def check_class_token(class_token: bool, layout: Layout) -> bool:
+    """Whether a token stands before those of a grid, or a `ConfigError`."""
+    flag("class_token", class_token)
+    if class_token and isinstance(layout, str):
+        raise ConfigError(
+            f"class_token: with layout={layout!r} every token has a place among the others; it takes a grid, "
+            "layout=(height, width)"
+        )
+    return class_token
+
+
 class TokenPooling(nn.Module):
     """Every token becomes a mean of averages over its neighbourhoods, with weights of its own.
 
@@ -47,7 +58,12 @@ class TokenPooling(nn.Module):
         layout: "past", the token and two before it, so that no later token has a part in it; "around", one
             before and one after; or (height, width), tokens that are rows of a grid one after the other.
         temperature: T.
+        class_token: whether a token stands before those of the grid, which has no neighbours and stays as
+            it is.
         device, dtype: of the parameters.
+
+    Raises:
+        ConfigError: a class token without a grid, or any other value that is not allowed.
 
     The norm of a grid and of "around" is that of batches; in "past", where the statistics of a batch would
     carry the future into the past, the K numbers of a token are divided by their root mean square.
@@ -62,12 +78,14 @@ class TokenPooling(nn.Module):
         *,
         layout: Layout = "past",
         temperature: float = 1.0,
+        class_token: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         self.dim, self.scales, self.layout = dim, whole("scales", scales, 1), check_layout(layout)
         self.temperature = number("temperature", temperature, above=0)
+        self.class_token = check_class_token(class_token, self.layout)
         steps = {"past": (-2, -1, 0), "around": (-1, 0, 1)}.get(str(layout), (-1, 0, 1))
         rows = (0,) if isinstance(self.layout, str) else steps
         self.taps = tuple((dy, dx) for dy in rows for dx in steps)
@@ -93,6 +111,12 @@ class TokenPooling(nn.Module):
         """Blend tokens, which are zero where they are not `real`."""
         if self.scales == 1:
             return x
+        if self.class_token:
+            rest = self._blended(x[:, 1:], None if real is None else real[:, 1:])
+            return torch.cat([x[:, :1], rest], dim=1)
+        return self._blended(x, real)
+
+    def _blended(self, x: Tensor, real: Tensor | None) -> Tensor:
         weights = self.weights(x, real)
         share = 1 / len(self.taps)
         parts: dict[tuple[int, int], Tensor] = {(0, 0): weights[..., 0]}
@@ -108,7 +132,7 @@ class TokenPooling(nn.Module):
     def weights(
         self, x: Float[Tensor, "B L d"], real: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B L K"]:
-        """m, the share of every scale."""
+        """m, the share of every scale, of tokens without the class token."""
         if self.first is None or self.second is None or self.norm is None:
             return x.new_ones(*x.shape[:2], 1)
         hidden = self._convolved(x, self.first)
@@ -130,7 +154,9 @@ class TokenPooling(nn.Module):
         length = x.shape[1]
         height, width = (1, length) if isinstance(self.layout, str) else self.layout
         if height * width != length:
-            raise ShapeError(f"x must have {height}·{width} tokens, those of the grid; got {length}")
+            ahead = " and a class token before them" * self.class_token
+            got = length + self.class_token
+            raise ShapeError(f"x must have {height}·{width} tokens, those of the grid{ahead}; got {got}")
         if isinstance(self.layout, str):
             padded = F.pad(x, (0, 0, max(-dx, 0), max(dx, 0)))
             return padded[:, max(dx, 0) :][:, :length]
@@ -140,4 +166,5 @@ class TokenPooling(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Operations of the matrix products."""
+        tokens -= self.class_token
         return 0 if self.scales == 1 else 2 * tokens * len(self.taps) * self.scales * (self.dim + self.scales)

@@ -25,6 +25,7 @@ def tap_adl(
     scales: int,
     layout: str | tuple[int, int],
     temperature: float,
+    class_token: bool = False,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
@@ -34,8 +35,10 @@ def tap_adl(
         x, parameters, heads, kv_heads, mask, padding: as in `grouped_query`.
         scales, temperature: K and T.
         layout: "past", "around" or the (height, width) of the grid.
+        class_token: whether the first token is none of the grid, and stays as it is.
     """
-    x = real(x, padding)
+    whole = real(x, padding)
+    x = whole[:, int(class_token) :]
     length = x.shape[1]
     height, width = (1, length) if isinstance(layout, str) else layout
     steps = (-2, -1, 0) if layout == "past" else (-1, 0, 1)
@@ -57,7 +60,8 @@ def tap_adl(
             hidden = (hidden - p["norm.running_mean"]) / (p["norm.running_var"] + 1e-5).sqrt()
         else:
             hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        hidden = real(hidden * p["norm.weight"] + p.get("norm.bias", 0.0), padding)
+        hidden = hidden * p["norm.weight"] + p.get("norm.bias", 0.0)
+        hidden = real(hidden, padding[:, int(class_token) :] if padding is not None else None)
         m = (convolved(hidden, p["second"]) / temperature).softmax(-1)
         blended = []
         for t in range(length):
@@ -67,6 +71,7 @@ def tap_adl(
                 total = total + m[:, t, i : i + 1] * torch.stack(near).mean(0)
             blended.append(total)
         x = torch.stack(blended, dim=1)
+    x = torch.cat([whole[:, : int(class_token)], x], dim=1)
     return grouped_query(x, parameters=parameters, heads=heads, kv_heads=kv_heads, mask=mask, padding=padding)
 
 

@@ -131,8 +131,8 @@ class Task(Part):
     Attributes:
         name: as `--task` calls it.
         summary: one line, for people.
-        answer: "symbols", a class at every position that is asked; "label", one class of a sequence;
-            "numbers", a vector at every position that is asked.
+        answer: "symbols", a class at every position that is asked; "label", one class of a sequence, read
+            from a class token; "numbers", a vector at every position that is asked.
         metric: what the score is called.
         better: "higher" or "lower".
         causal: whether a token may look at earlier tokens only.

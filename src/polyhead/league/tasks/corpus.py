@@ -42,7 +42,7 @@ class Corpus:
     Attributes:
         train, held_out: tokens, int64.
         sizes: bytes of every token of the vocabulary, int64.
-        digest: of the text: what numbers on it depend on.
+        digest: of the tokens: what numbers on them depend on.
     """
 
     train: Tensor
@@ -78,7 +78,12 @@ def _made(vocabulary: int, file: str | None) -> Corpus:
         found = _encode(vocabulary, [documents[n] for n in train], [documents[n] for n in held_out])
         _keep(kept, found)
     parts = {name: torch.from_numpy(found[name].astype(np.int64)) for name in ("train", "held_out", "sizes")}
-    return Corpus(**parts, digest=digest)
+    tokens = hashlib.blake2b(
+        digest_size=6
+    )  # another version of the tokenizer may cut the same text elsewhere
+    for part in parts.values():
+        tokens.update(part.numpy().tobytes())
+    return Corpus(**parts, digest=tokens.hexdigest())
 
 
 def _documentation() -> list[str]:

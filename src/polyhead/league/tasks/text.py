@@ -31,7 +31,8 @@ class TextTask(Task):
         tokens: length of a sequence.
         tokenizer: size of the vocabulary, at least 256.
         file: a UTF-8 text of one's own, with blank lines between its paragraphs.
-        digest: of the text; found by itself. Another one is refused: numbers on other text do not compare.
+        digest: of the text as it was cut into tokens; found by itself. Another one is refused: numbers on
+            other tokens do not compare.
     """
 
     name = "text"
@@ -53,7 +54,9 @@ class TextTask(Task):
         found = self._corpus
         if self.digest not in (None, found.digest):
             raise ConfigError(
-                f"digest: the text here is {found.digest}, not {self.digest}: numbers do not compare"
+                f"digest: the text here, cut into tokens, is {found.digest} and not {self.digest}: numbers "
+                "do not compare. Another Python has other documentation, another version of tokenizers may "
+                "cut it elsewhere"
             )
         object.__setattr__(self, "digest", found.digest)
         shortest = min(len(found.train), len(found.held_out))
@@ -96,8 +99,21 @@ class TextTask(Task):
         return bits, self._corpus.sizes.to(answers.device)[answers]
 
     def yardsticks(self) -> Mapping[str, float]:
-        """Bits per byte of how often tokens come, whatever stood before."""
+        """Bits per byte of counts: of tokens whatever stood before, and of tokens after the one before.
+
+        A model without any mixing of tokens sees the token itself and no other: it can be a table of pairs,
+        and nothing more. Pairs are interpolated with frequencies by Witten and Bell's rule.
+        """
         found = self._corpus
-        share = (found.train.bincount(minlength=self.tokenizer) + 1).double()
-        bits = -(share / share.sum()).log2()[found.held_out].sum()
-        return {"token frequencies": float(bits / found.sizes[found.held_out].sum())}
+        first, second = found.held_out[:-1], found.held_out[1:]
+        alone = (found.train.bincount(minlength=self.tokenizer) + 1).double()
+        alone = alone / alone.sum()
+        pairs = (found.train[:-1] * self.tokenizer + found.train[1:]).bincount(minlength=self.tokenizer**2)
+        counts = pairs.view(self.tokenizer, self.tokenizer).double()
+        kinds = (counts > 0).sum(1, keepdim=True).clamp(min=1)
+        after = (counts + kinds * alone) / (counts.sum(1, keepdim=True) + kinds)
+        size = found.sizes[second].sum()
+        return {
+            "token frequencies": float(-alone.log2()[second].sum() / size),
+            "pairs of tokens": float(-after[first, second].log2().sum() / size),
+        }
