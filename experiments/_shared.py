@@ -9,11 +9,15 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from polyhead.league import Batch, Recipe, Task
 from polyhead.league.interval import mean_and_half_width
+from polyhead.league.seeds import seed_of
 from polyhead.report.assemble import processor
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "checks"
@@ -24,6 +28,46 @@ Numbers = Mapping[str, float]
 def machine() -> str:
     """One line about where this runs."""
     return f"{processor()}, one thread; torch {torch.__version__}, python {platform.python_version()}"
+
+
+def learn(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    *,
+    loss: Callable[[Batch], Tensor],
+    around: Callable[[int, Batch], AbstractContextManager[object]] = lambda step, batch: nullcontext(),
+) -> None:
+    """Train as a league does; every step is made within `around(step, batch)`."""
+    learned = list(model.parameters())
+    groups = [
+        {"params": [p for p in learned if p.ndim >= 2], "weight_decay": recipe.decay},
+        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    steps = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
+    model.train()
+    for number in range(recipe.steps):
+        torch.manual_seed(seed_of("step", seed, number))
+        batch = task.batch("train", number, recipe.batch, seed)
+        with around(number, batch):
+            steps.zero_grad(set_to_none=True)
+            loss(batch).backward()
+            nn.utils.clip_grad_norm_([p for p in learned if p.grad is not None], recipe.clip)
+            for group in steps.param_groups:
+                group["lr"] = recipe.rate_at(number)
+            steps.step()
+
+
+@torch.no_grad()
+def score(forward: Callable[[Batch], Tensor], task: Task, size: int, batches: int) -> float:
+    """The task's score on its first validation batches; the model stays in the mode that it is in."""
+    points = weights = 0.0
+    for number in range(batches):
+        batch = task.batch("validation", number, size, 0)
+        one, by = task.measure(forward(batch).float(), batch)
+        points, weights = points + float(one.sum()), weights + float(by.sum())
+    return points / weights
 
 
 def differences(runs: Iterable[Numbers], pairs: Mapping[str, tuple[str, str]]) -> list[dict[str, float]]:

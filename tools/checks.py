@@ -9,7 +9,7 @@ tools/checks/*.toml holds one [[check]] for each part of the small check of a pa
     check              what is to be tried, in our words
     where              what tries it: "tests/FILE.py::TEST", "benchmarks/FILE.py", "experiments/FILE.py", or
                        "league:NAME", whose verdicts on the claims of that paper are put in
-    outcome            what came out; it may be left out where the verdicts of a league say it
+    outcome            what came out; left out where a league says it, or an experiment has not run yet
     not_done           in place of these two: why it was not tried
 """
 
@@ -82,10 +82,9 @@ def _check(where: str, data: dict[str, Any], root: Path) -> Check:
     one = Check(**data | {"where": tuple(data.get("where", ()))})
     if bool(one.where) == bool(one.not_done) or (one.not_done and one.outcome):
         raise Malformed(f"{where}: it has either where, with an outcome, or not_done")
-    if one.where and not one.outcome and not one.of("league:"):
-        raise Malformed(
-            f"{where}: outcome is missing; only the verdicts of a league are put in by themselves"
-        )
+    told = one.outcome or one.of("league:") or not all(result_of(n).is_file() for n in one.of("experiments/"))
+    if one.where and not told:
+        raise Malformed(f"{where}: outcome is missing; leagues alone tell theirs by themselves")
     known = paper(one.paper)
     if known.number != one.paper:
         raise Malformed(f"{where}: its paper is written {known.number}")
