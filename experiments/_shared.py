@@ -95,6 +95,7 @@ def main(
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
@@ -110,7 +111,7 @@ def main(
     found = summary(runs)
     for name, one in found.items():
         print(f"{name:48s} {one['mean']:+.4f} ± {one['half']:.4f}")
-    file = OUT / Path(sys.argv[0]).with_suffix(".json").name
+    file = options.out / Path(sys.argv[0]).with_suffix(".json").name
     file.parent.mkdir(parents=True, exist_ok=True)
     data = {
         "about": (doc or "").partition("\n")[0],

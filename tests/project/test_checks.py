@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from polyhead.description import to_json
+from polyhead.league import TASKS, contender
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -75,18 +78,39 @@ def test_what_points_to_nothing_is_refused(tmp_path: Path, change: Any, message:
         read(tmp_path, **change)
 
 
+def played(name: str, better: str, worse: str) -> Any:
+    """A league of two contenders, of which one is better with every seed."""
+    scores = {better: (0.8, 0.83, 0.8), worse: (0.5, 0.52, 0.51)}
+    found = [
+        {
+            "contender": to_json(contender(spec)),
+            "runs": {
+                str(n): {"status": "finished", "scores": dict.fromkeys(TASKS[name]().splits, score)}
+                for n, score in enumerate(own)
+            },
+        }
+        for spec, own in scores.items()
+    ]
+    rules = {"task": {"part": TASKS[name].kind}, "budget": "params"}
+    data = {"rules": rules, "yardsticks": {"a guess": 0.5}, "contenders": found}
+    return checks.League(name, data, Path("nowhere"))
+
+
 def test_statuses_are_counted_and_verdicts_put_in(tmp_path: Path) -> None:
+    league = {"paper": "049", "mechanism": "dual_attention", "where": ["league:relational"], "outcome": None}
     texts = {
         "done": read(tmp_path),
         "not done": read(tmp_path, where=None, outcome=None, not_done="No data."),
-        "done by a league": read(tmp_path, paper="049", mechanism="dual_attention",
-                                 where=["league:relational"], outcome=None),
-        "waits": read(tmp_path, where=["league:relational"], outcome=None),
-    }  # fmt: skip
-    pages = {key: checks.page(found, checks.load(), checks.leagues()) for key, found in texts.items()}
+        "of a league": read(tmp_path, **league),
+        "no claim": read(tmp_path, **league | {"paper": "002", "mechanism": "moh"}),
+    }
+    found = [played("relational", "dual_attention", "mha")]
+    pages = {key: checks.page(one, checks.load(), found) for key, one in texts.items()}
     assert "| done | 1 |" in pages["done"]
     assert "| not done | 1 |" in pages["not done"]
     assert "| not done | It is so. |  | No data. |" in pages["not done"]
-    assert "| done | 1 |" in pages["done by a league"]
-    assert "*showed*" in pages["done by a league"]
-    assert "| written, not run yet | 1 |" in pages["waits"]  # 002 has no claim about this league
+    assert "| done | 1 |" in pages["of a league"]
+    assert pages["of a league"].count("*showed* (+0.3") == 2  # both of its claims
+    assert "| written, not run yet | 1 |" in pages["no claim"]
+    waiting = checks.page(texts["of a league"], checks.load(), [])
+    assert "Not run yet: relational." in waiting
