@@ -169,3 +169,28 @@ def test_refusals() -> None:
         MultiHeadMoE.matching(32, 4, experts=8, width=32, match="flops")
     with pytest.raises(UnsupportedPattern, match="multi_head_moe maps every token by itself"):
         built().new_context_cache(X)
+
+
+def test_experts_of_parts_and_of_whole_tokens_both_learn_what_two_attributes_mean() -> None:
+    """A token has two symbols, one in each half; each means a symbol of its own. Equal parameters within 2 %."""
+    sizes = []
+    for heads, width in ((2, 32), (1, 20)):
+        torch.manual_seed(0)
+        maps = {} if heads > 1 else {"head_layer": False, "merge_layer": False}
+        module = ph.build("multi_head_moe", dim=32, heads=heads, experts=8, top_k=1, width=width, **maps)
+        read = torch.nn.Linear(32, 32)
+        sizes.append(sum(p.numel() for p in module.parameters()))
+        table, means = torch.randn(2, 16, 16), torch.stack([torch.randperm(16) for _ in range(2)])
+        steps = torch.optim.Adam([*module.parameters(), *read.parameters()], lr=1e-2)
+        for _ in range(200):
+            said = torch.randint(16, (64, 1, 2))
+            x = torch.cat([table[0][said[..., 0]], table[1][said[..., 1]]], -1)
+            wanted = torch.stack([means[0][said[..., 0]], means[1][said[..., 1]]], -1)
+            loss = F.cross_entropy(read(module(x)).view(-1, 16), wanted.flatten())
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+        assert float(loss.detach()) < 0.02
+        active = module.choice(x)[1].flatten(0, 1).double().mean(0)
+        assert int((active > 0.01).sum()) >= 6  # of 8, with sub-tokens and without
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
