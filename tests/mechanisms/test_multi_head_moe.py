@@ -172,7 +172,7 @@ def test_refusals() -> None:
 
 
 def test_experts_of_parts_and_of_whole_tokens_both_learn_what_two_attributes_mean() -> None:
-    """A token has two symbols, one in each half; each means a symbol of its own. Equal parameters within 2 %."""
+    """A token has two symbols, one in each half; each means a symbol. Equal parameters within 2 %."""
     sizes = []
     for heads, width in ((2, 32), (1, 20)):
         torch.manual_seed(0)

@@ -80,7 +80,7 @@ def test_signs_of_queries_and_keys_cost_accuracy_until_they_are_tuned(
 
 
 def test_giving_query_heads_to_other_keys_breaks_a_converted_model(trained: Model, trained_on: Model) -> None:
-    """Paper 154: six key heads become three, their means. Before training, even groups alone pair as they did."""
+    """Paper 154: six key heads become three, their means; only in even groups do pairs stay as they were."""
     even = changed(trained, lambda plain: merged(weighted(plain, 3)))
     moved = changed(trained, lambda plain: key_driven(plain, 3))
     before = accuracy(even)
