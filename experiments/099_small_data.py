@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from _pictures import Pictures
 from _shared import main
 from _training import train
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from polyhead.league import Batch, Recipe, Sizes
-from polyhead.league.model import Model, layer_of
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.digits import DigitsTask
 from polyhead.nn.regularizers import drop_head, token_masking
@@ -69,15 +69,15 @@ def run(seed: int) -> dict[str, float]:
     task = Rows()
     for arm, options in ARMS.items():
         torch.manual_seed(seed)
-        model = Model(task, SIZES, [layer_of(task, "mha", options, SIZES.dim, SIZES.heads)])
+        model = Pictures(task, SIZES, "mha", options)
 
-        def loss(number: int, model: Model = model) -> Tensor:
+        def loss(number: int, model: Pictures = model) -> Tensor:
             chosen = rows[number]
             return model.loss(Batch(seen.inputs[chosen], seen.targets[chosen]))
 
         train(model, loss, RECIPE, seed)
 
-        def accuracy(asked: Batch, model: Model = model) -> float:
+        def accuracy(asked: Batch, model: Pictures = model) -> float:
             with torch.no_grad():
                 return float((model(asked).argmax(-1) == asked.targets).float().mean())
 

