@@ -1,6 +1,7 @@
 """One file a backend; `BACKENDS` has them in the planner's order, fastest first."""
 
 from polyhead.attend.backends.banded import Banded
+from polyhead.attend.backends.chosen import ChosenBlocks
 from polyhead.attend.backends.flex import Flex
 from polyhead.attend.backends.reference import Reference
 from polyhead.attend.backends.sdpa import Sdpa
@@ -14,4 +15,5 @@ __all__ = ["BACKENDS", "STREAMING"]
 
 # those with a forward and a backward of their own: one step of a graph each
 STREAMING: tuple[Backend, ...] = (Banded(), TritonHeads(), Tiles())
-BACKENDS: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
+_GENERAL: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
+BACKENDS: tuple[Backend, ...] = (Sdpa(), ChosenBlocks(_GENERAL), *_GENERAL[1:])

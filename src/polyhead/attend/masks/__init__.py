@@ -7,6 +7,7 @@ position i = r + (S - L); keys stand at j = 0..S-1.
 
 from polyhead.attend.masks.algebra import And, Mask, Not, Or
 from polyhead.attend.masks.bands import Band, band, span
+from polyhead.attend.masks.chosen import Chosen, chosen
 from polyhead.attend.masks.content import (
     Documents,
     Padding,
@@ -40,6 +41,7 @@ __all__ = [
     "And",
     "Band",
     "Blocks",
+    "Chosen",
     "Dilated",
     "Documents",
     "Gathered",
@@ -58,6 +60,7 @@ __all__ = [
     "band",
     "blocks",
     "causal",
+    "chosen",
     "densify",
     "dilated",
     "documents",

@@ -1,0 +1,182 @@
+"""Chosen blocks by torch's fused kernel on a CPU: exact softmax over the keys that were chosen, and no others.
+
+The call is cut into pieces p (`polyhead.attend.pieces`), whose outputs are merged by their log-sum-exps:
+
+    out_i = Σ_p e^{l_pi - l_i} out_pi,   l_i = log Σ_p e^{l_pi}
+
+Backward hands out and l of the whole row to the kernel's own backward, which then gives a piece's share of
+every gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.attend.masks import Chosen, Mask
+from polyhead.attend.normalizers import Softmax
+from polyhead.attend.pieces import HIDDEN, Piece, Sizes, pieces, split, whole
+from polyhead.attend.plan import Backend, Request
+from polyhead.errors import PolyheadError
+
+__all__ = ["ChosenBlocks"]
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class ChosenBlocks:
+    """Plain softmax over blocks of keys that were chosen, on a CPU.
+
+    Where everything that may be seen was chosen, the call goes on to `others` without the choice.
+    """
+
+    name = "chosen"
+    dense = False
+    opt_in = ""
+
+    def __init__(self, others: tuple[Backend, ...]) -> None:
+        self.others = others
+
+    def refuse(self, request: Request) -> str:
+        q, k, v, problem = request.q, request.k, request.v, request.problem
+        if split(problem.mask) is None:
+            return f"{problem.mask} is not one choice of blocks of keys, joined by & with other masks"
+        if problem.score is not None:
+            return f"it has no score maps, and the call has {problem.score}"
+        if problem.weight_map is not None:
+            return f"it has no maps of the weights, and the call has {problem.weight_map}"
+        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
+            return f"it normalises by plain softmax, not by {problem.normalizer}"
+        if problem.dropout:
+            return "it has no dropout"
+        if request.want_lse and request.needs_grad:
+            return "it has no gradient of the log-sum-exp"
+        if q.device.type != "cpu":
+            return f"it is for a CPU, not for {q.device.type}"
+        if v.shape[-1] != k.shape[-1]:
+            return "it needs values as wide as keys"
+        if 0 in (*q.shape, *k.shape):
+            return "there is nothing to choose from"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return (
+                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
+            )
+        return ""
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        q, k, v, problem = request.q, request.k, request.v, request.problem
+        found = split(problem.mask)
+        assert found is not None
+        choice, rest = found
+        sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], 2 * k.shape[3] * k.element_size())
+        if not request.want_lse and whole(choice, rest, sizes):
+            freed = replace(request, problem=replace(problem, mask=rest))
+            return next(b for b in self.others if not b.opt_in and not b.refuse(freed)).run(freed)
+        out, lse = _Chosen.apply(q, k, v, choice, rest, sizes, problem.scale)
+        return out, lse if request.want_lse else None
+
+
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, choice: Chosen, rest: Mask | None, sizes: Sizes, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        queries = _Rows(q)
+        keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
+        out = torch.zeros_like(queries.flat)
+        lse = out.new_full(out.shape[:1], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        for piece in pieces(choice, rest, sizes, q.dtype):
+            share, own = _fused(
+                *(queries[piece.rows], _gathered(keys, piece), _gathered(values, piece)),
+                attn_mask=piece.added,
+                scale=scale,
+            )
+            at = piece.rows.view(-1)
+            before, own = lse[at], own.reshape(-1)
+            both = torch.logaddexp(before, own)
+            share = share.reshape(-1, share.shape[-1])
+            out[at] = out[at].lerp(share, (own - both).exp_()[:, None].to(share.dtype))
+            lse[at] = both
+        nothing = lse < HIDDEN / 2
+        out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
+        out, lse = out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = choice, rest, sizes, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise PolyheadError(
+                "attend was asked for a gradient that can be differentiated again (create_graph=True), which "
+                "only the dense form gives: use backend='reference'"
+            )
+        q, k, v, out, lse = ctx.saved_tensors
+        choice, rest, sizes, scale = ctx.call
+        nothing = lse.isneginf()
+        queries, outs = _Rows(q), _Rows(out)
+        grads = _Rows(grad.masked_fill(nothing[..., None], 0.0))
+        totals = F.pad(lse.masked_fill(nothing, 0.0).reshape(-1), (0, 1))
+        keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (queries.flat, keys, values))
+        for piece in pieces(choice, rest, sizes, q.dtype):
+            found = _fused_backward(
+                *(grads[piece.rows], queries[piece.rows]),
+                *(_gathered(keys, piece), _gathered(values, piece), outs[piece.rows]),
+                totals[piece.rows].unsqueeze(1),
+                0.0,
+                False,
+                attn_mask=piece.added,
+                scale=scale,
+            )
+            at, blocks = piece.rows.view(-1), piece.blocks.view(-1)
+            dq.index_add_(0, at, found[0].reshape(len(at), -1).to(wide))
+            for total, share in zip((dk, dv), found[1:], strict=True):
+                total.index_add_(0, blocks, share.reshape(len(blocks), *total.shape[1:]).to(wide))
+        return (
+            dq[:-1].view(q.shape).to(q.dtype),
+            _joined(dk, k),
+            _joined(dv, v),
+            *(None,) * 4,
+        )
+
+
+class _Rows:
+    """Rows of `(B, H, L, D)` by their place in B·H·L, and one more row, of zeros."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.flat = F.pad(x.reshape(-1, x.shape[-1]), (0, 0, 0, 1))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.flat[rows].unsqueeze(1)
+
+
+def _blocks(x: Tensor, cols: int) -> Tensor:
+    """`(B, G, S, D)` as blocks `(B·G·blocks, C, D)`, the last ones filled up with zeros."""
+    missing = -x.shape[2] % cols
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return x.reshape(-1, cols, x.shape[-1])
+
+
+def _joined(blocks: Tensor, like: Tensor) -> Tensor:
+    batch, heads, keys, width = like.shape
+    return blocks.view(batch, heads, -1, width)[:, :, :keys].to(like.dtype)
+
+
+def _gathered(blocks: Tensor, piece: Piece) -> Tensor:
+    """The keys or values of a piece, `(m, 1, n·C, D)`."""
+    m, n = piece.blocks.shape
+    if m == n == 1:
+        return blocks[int(piece.blocks)][None, None]
+    found = blocks.index_select(0, piece.blocks.view(-1))
+    return found.view(m, 1, n * blocks.shape[1], blocks.shape[2])
+
+

@@ -1,0 +1,218 @@
+"""A call with chosen blocks, cut into pieces for a fused kernel: some queries by the keys that they all read.
+
+The keys of a piece are either gathered, where many queries in a row read the same blocks; or they are one
+block, and the queries that chose it are gathered, where every query, or every few, chose for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import And, Chosen, Mask
+
+__all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
+
+_BYTES = 1 << 22  # of gathered keys and values: more does not stay in the cache of a core
+_ROWS = 16  # fewer queries that share their blocks are too few to gather keys for
+HIDDEN = -1e30  # finite, so that a row that sees nothing of a piece gets a number, and weight 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A call: B, H, G, L, S, the width of its tensors in bytes, and where the first query stands."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    row_bytes: int
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.keys - self.queries
+
+    @property
+    def nobody(self) -> int:
+        """The place of no query: the one behind the last."""
+        return self.batch * self.heads * self.queries
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some groups of queries, and the blocks of keys that each of them reads.
+
+    Attributes:
+        rows: `(m, r)`, queries as places in the flat `(B·H·L)`; `Sizes.nobody`: none.
+        blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`.
+        added: `(m, 1, r, n·C)`, what is added to the scores; None: nothing is hidden.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    added: Tensor | None
+
+
+def split(mask: Mask | None) -> tuple[Chosen, Mask | None] | None:
+    """The one choice of blocks that a mask is made with, and the rest of it; None if there is none, or more."""
+    terms = mask.terms if isinstance(mask, And) else (mask,)
+    found = [term for term in terms if isinstance(term, Chosen)]
+    rest = tuple(term for term in terms if not isinstance(term, Chosen) and term is not None)
+    if len(found) != 1:
+        return None
+    return found[0], None if not rest else rest[0] if len(rest) == 1 else And(rest)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Pairs of a block of queries and a block of keys that it reads: (B, H, blocks of queries, K) each."""
+
+    index: Tensor  # the blocks, ascending
+    every: Tensor  # that are seen whole
+    some: Tensor  # of which something is seen
+
+
+def _looked_at(choice: Chosen, rest: Mask | None, sizes: Sizes) -> _Chosen:
+    index = choice.index.to(torch.int64).sort(-1).values
+    index = index.expand(sizes.batch, sizes.heads, -1, -1)
+    there = index >= 0
+    j0 = index.clamp(min=0) * choice.cols
+    j1 = j0 + choice.cols - 1
+    within = j1 < sizes.keys
+    if rest is None:
+        return _Chosen(index, there & within, there)
+    device = index.device
+    i0 = (sizes.offset + torch.arange(index.shape[2], device=device) * choice.rows)[:, None]
+    i1 = (i0 + choice.rows - 1).clamp(max=sizes.keys - 1)
+    b = torch.arange(sizes.batch, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(sizes.heads, device=device).view(-1, 1, 1)
+    some, every = rest.bounds(b, h, i0, i1, j0, j1.clamp(max=sizes.keys - 1))
+    return _Chosen(index, there & within & every, there & some)
+
+
+def whole(choice: Chosen, rest: Mask | None, sizes: Sizes) -> bool:
+    """Whether all that `rest` lets be seen was chosen, so that the choice makes no difference."""
+    blocks = -(-sizes.keys // choice.cols)
+    if choice.index.shape[-1] < blocks:
+        return False
+    found = _looked_at(choice, rest, sizes)
+    everything = torch.arange(blocks, device=found.index.device).expand(*found.index.shape[:3], -1)
+    visible = _looked_at(Chosen(everything, choice.rows, choice.cols, choice.first), rest, sizes)
+    return torch.equal(found.some.sum(-1), visible.some.sum(-1))
+
+
+def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) -> Iterator[Piece]:
+    """Pieces that hold every pair which is chosen, and which `rest` allows, exactly once."""
+    found = _looked_at(choice, rest, sizes)
+    repeat = sizes.heads // sizes.kv_heads
+    own = found.index[:, ::repeat].repeat_interleave(repeat, 1)
+    together = repeat if repeat > 1 and torch.equal(found.index, own) else 1
+    partly = found.some & ~found.every
+    if together > 1 and rest is not None:  # a block that one head of the group sees in part is so for all
+        partly = _of_group(partly, repeat)
+    wholly = found.every & ~partly
+    if sizes.queries == 1 or choice.rows * together >= _ROWS:
+        yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype)
+        yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype)
+    else:
+        yield from _by_blocks(choice, None, found.index, wholly, sizes, dtype)
+        yield from _by_blocks(choice, rest, found.index, partly, sizes, dtype)
+
+
+def _of_group(seen: Tensor, repeat: int) -> Tensor:
+    any_of = seen.unflatten(1, (-1, repeat)).any(2)
+    return any_of.repeat_interleave(repeat, 1)
+
+
+def _by_rows(
+    choice: Chosen,
+    rest: Mask | None,
+    index: Tensor,
+    which: Tensor,
+    sizes: Sizes,
+    together: int,
+    dtype: torch.dtype,
+) -> Iterator[Piece]:
+    """Blocks of queries that read equally many blocks of keys, some of them at a time."""
+    masked = rest is not None or bool((which & ((index + 1) * choice.cols > sizes.keys)).any())
+    index, which = index[:, ::together], which[:, ::together]
+    groups, width, blocks = index.shape[1], index.shape[3], -(-sizes.keys // choice.cols)
+    counts = which.sum(-1).view(-1)
+    device = index.device
+    base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
+    first = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
+    flat, seen, plain = first.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
+    rows = _rows_of_blocks(choice.rows, sizes, together, device)
+    for count in counts.unique().tolist():
+        if not count:
+            continue
+        items = (counts == count).nonzero().view(-1)
+        step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
+        if masked:  # scores as large as the mask are held besides
+            step = max(1, min(step, _BYTES // (count * choice.cols * rows.shape[1] * dtype.itemsize)))
+        for part in items.split(step):
+            keys = flat[part][seen[part]].view(-1, count)
+            added = None
+            if masked:
+                j = plain[part][seen[part]].view(-1, count, 1) * choice.cols
+                j = (j + torch.arange(choice.cols, device=device)).flatten(1)
+                added = _added(rest, rows[part], j, sizes, dtype)
+            yield Piece(rows[part], keys, added)
+
+
+def _rows_of_blocks(length: int, sizes: Sizes, together: int, device: torch.device) -> Tensor:
+    """The queries of every block, `(B·H/t·blocks, t·length)` for t heads together."""
+    blocks = -(-sizes.queries // length)
+    row = torch.arange(blocks * length, device=device)
+    row = row.view(1, blocks, length)
+    head = torch.arange(sizes.batch * sizes.heads, device=device).view(-1, 1, 1) * sizes.queries
+    rows = torch.where(row < sizes.queries, head + row, sizes.nobody)
+    return rows.view(-1, together, blocks, length).transpose(1, 2).reshape(-1, together * length)
+
+
+def _added(rest: Mask | None, rows: Tensor, j: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """What hides the pairs of rows `(m, r)` and keys `(m, c)` that may not be seen."""
+    row = rows.clamp(max=sizes.nobody - 1)
+    i = row % sizes.queries + sizes.offset
+    there = (j < sizes.keys)[:, None, :]
+    if rest is not None:
+        h = row // sizes.queries % sizes.heads
+        b = row // (sizes.queries * sizes.heads)
+        j = j.clamp(max=sizes.keys - 1)
+        there = there & rest.allowed(b[..., None], h[..., None], i[..., None], j[:, None, :])
+    added = torch.zeros(rows.shape[0], 1, rows.shape[1], j.shape[1], dtype=dtype, device=rows.device)
+    return added.masked_fill_(~there[:, None], HIDDEN)
+
+
+def _by_blocks(
+    choice: Chosen, rest: Mask | None, index: Tensor, which: Tensor, sizes: Sizes, dtype: torch.dtype
+) -> Iterator[Piece]:
+    """The queries that read a block, one block at a time."""
+    masked = rest is not None or bool((which & ((index + 1) * choice.cols > sizes.keys)).any())
+    blocks = -(-sizes.keys // choice.cols)
+    b, h, m, n = which.nonzero(as_tuple=True)
+    block = index[b, h, m, n]
+    flat = (b * sizes.kv_heads + h // (sizes.heads // sizes.kv_heads)) * blocks + block
+    flat, order = flat.sort(stable=True)
+    names, counts = flat.unique_consecutive(return_counts=True)
+    first = (b * sizes.heads + h) * sizes.queries
+    start = 0
+    within = torch.arange(choice.rows, device=index.device)
+    most = max(1, _BYTES // (choice.cols * dtype.itemsize)) if masked else math.inf
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        own = order[start : start + count]
+        start += count
+        row = m[own][:, None] * choice.rows + within
+        rows = (first[own][:, None] + row)[row < sizes.queries]
+        for some in rows.split(int(min(most, len(rows)))) if len(rows) else ():
+            added = None
+            if masked:
+                j = (name % blocks) * choice.cols + torch.arange(choice.cols, device=index.device)
+                added = _added(rest, some[None], j[None], sizes, dtype)
+            yield Piece(some[None], flat.new_tensor([[name]]), added)
