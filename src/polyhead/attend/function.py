@@ -18,6 +18,7 @@ from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
+from polyhead.attend.selectors import Selector, choose
 from polyhead.attend.tiles import Consumer, observe_tiles
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
@@ -36,6 +37,7 @@ def attend(
     v: Tensor,
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -53,6 +55,7 @@ def attend(
     v: Tensor,
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -69,6 +72,7 @@ def attend(
     v: Float[Tensor, "B G S Dv"],
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -88,6 +92,8 @@ def attend(
         k: keys `(B, G, S, D)`, G dividing H.
         v: values `(B, G, S, Dv)`.
         mask: who may look at whom, such as `causal() & window(255)`; None: everybody at everything.
+        select: of what the mask lets be seen, the blocks of keys that are read at all, decided from q and k:
+            `select(mean_keys(), keep_share(0.1))`. No gradient flows through the choice.
         score: maps of the logits, one or a sequence applied in order, such as `(alibi(8), soft_cap(30.0))`.
         normalizer: how a row's logits become weights. Default `softmax()`.
         weight_map: maps of the weights behind the normaliser, one or a sequence, such as `head_mix(matrix)`.
@@ -108,6 +114,7 @@ def attend(
     """
     if (
         backend == "auto"
+        and select is None
         and score is None
         and weight_map is None
         and type(normalizer) is Softmax
@@ -121,7 +128,7 @@ def attend(
     ):
         # the common call, decided without building a plan: the planner would say the same
         return plain(q, k, v, causal=mask is not None, scale=scale)
-    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, dropout, return_lse)
+    request = _request(q, k, v, mask, select, score, normalizer, weight_map, scale, dropout, return_lse)
     if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
         from polyhead.attend.opaque import attend_opaque  # imports the compiler, which is here already
 
@@ -140,6 +147,7 @@ def explain(
     v: Float[Tensor, "B G S Dv"],
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -149,7 +157,7 @@ def explain(
     backend: str = "auto",
 ) -> Plan:
     """The plan of the same call of `attend`: the chosen backend, and for each other one why not."""
-    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, dropout, return_lse)
+    request = _request(q, k, v, mask, select, score, normalizer, weight_map, scale, dropout, return_lse)
     return plan(request, BACKENDS, backend)
 
 
@@ -160,6 +168,7 @@ def observe(
     consumers: Iterable[Consumer],
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -171,7 +180,7 @@ def observe(
     which batch items, heads, query and key positions it holds; pairs outside the tiles have weight 0.
     The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
     """
-    request = _request(q, k, v, mask, score, normalizer, weight_map, scale, 0.0, False)
+    request = _request(q, k, v, mask, select, score, normalizer, weight_map, scale, 0.0, False)
     return observe_tiles(request.q, request.k, request.v, request.problem, _consumers(consumers))
 
 
@@ -180,6 +189,7 @@ def weights_of(
     k: Float[Tensor, "B G S D"],
     *,
     mask: Mask | None = None,
+    select: Selector | None = None,
     score: Score | Sequence[Score] | None = None,
     normalizer: Normalizer = _SOFTMAX,
     weight_map: WeightMap | Sequence[WeightMap] | None = None,
@@ -190,7 +200,7 @@ def weights_of(
     For what needs them whole, such as a loss on them. In float32, or float64 where q is. `observe` shows
     them strip by strip.
     """
-    request = _request(q, k, k, mask, score, normalizer, weight_map, scale, 0.0, False)
+    request = _request(q, k, k, mask, select, score, normalizer, weight_map, scale, 0.0, False)
     return dense_weights(request)[0]
 
 
@@ -242,6 +252,7 @@ def _request(
     k: Tensor,
     v: Tensor,
     mask: Mask | None,
+    select: Selector | None,
     score: Score | Sequence[Score] | None,
     normalizer: Normalizer,
     weight_map: WeightMap | Sequence[WeightMap] | None,
@@ -286,6 +297,13 @@ def _request(
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    if select is not None:
+        if not isinstance(select, Selector):
+            raise ConfigError(
+                f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
+            )
+        found = choose(select, q, k, mask, float(scale))
+        mask = found if mask is None else mask & found
     problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout), weight_chain(weight_map))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)

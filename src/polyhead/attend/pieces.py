@@ -60,7 +60,7 @@ class Piece:
 
 
 def split(mask: Mask | None) -> tuple[Chosen, Mask | None] | None:
-    """The one choice of blocks that a mask is made with, and the rest of it; None if there is none, or more."""
+    """The one choice of blocks in a mask, and the rest of it; None if there is none, or more than one."""
     terms = mask.terms if isinstance(mask, And) else (mask,)
     found = [term for term in terms if isinstance(term, Chosen)]
     rest = tuple(term for term in terms if not isinstance(term, Chosen) and term is not None)

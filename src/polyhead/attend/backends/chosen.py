@@ -1,4 +1,4 @@
-"""Chosen blocks by torch's fused kernel on a CPU: exact softmax over the keys that were chosen, and no others.
+"""Chosen blocks by torch's fused kernel on a CPU: exact softmax over the keys that were chosen, no others.
 
 The call is cut into pieces p (`polyhead.attend.pieces`), whose outputs are merged by their log-sum-exps:
 
@@ -74,7 +74,8 @@ class ChosenBlocks:
         found = split(problem.mask)
         assert found is not None
         choice, rest = found
-        sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], 2 * k.shape[3] * k.element_size())
+        batch, heads, queries, width = q.shape
+        sizes = Sizes(batch, heads, k.shape[1], queries, k.shape[2], 2 * width * k.element_size())
         if not request.want_lse and whole(choice, rest, sizes):
             freed = replace(request, problem=replace(problem, mask=rest))
             return next(b for b in self.others if not b.opt_in and not b.refuse(freed)).run(freed)
@@ -85,7 +86,14 @@ class ChosenBlocks:
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, choice: Chosen, rest: Mask | None, sizes: Sizes, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        choice: Chosen,
+        rest: Mask | None,
+        sizes: Sizes,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         queries = _Rows(q)
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
@@ -178,5 +186,3 @@ def _gathered(blocks: Tensor, piece: Piece) -> Tensor:
         return blocks[int(piece.blocks)][None, None]
     found = blocks.index_select(0, piece.blocks.view(-1))
     return found.view(m, 1, n * blocks.shape[1], blocks.shape[2])
-
-

@@ -1,4 +1,4 @@
-"""A mask of blocks that were chosen: for every block of queries of every head, the blocks of keys that it reads."""
+"""A mask of blocks that were chosen: which blocks of keys each block of queries of each head reads."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ class Chosen(Mask):
         there = -(-keys // self.cols)
         if self.index.numel() and not -1 <= int(self.index.amin()) <= int(self.index.amax()) < there:
             raise ShapeError(
-                f"chosen: index must hold blocks 0..{there - 1} of {self.cols} keys, or -1 for none; it holds "
-                f"{int(self.index.amin())}..{int(self.index.amax())}"
+                f"chosen: index must hold blocks 0..{there - 1} of {self.cols} keys, or -1 for none; it "
+                f"holds {int(self.index.amin())}..{int(self.index.amax())}"
             )
 
 

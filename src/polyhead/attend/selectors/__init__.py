@@ -1,0 +1,64 @@
+"""Selectors: which blocks of keys are worth reading, decided from the content.
+
+    selector = block scorer × budget rule
+
+A scorer gives every (head, block of queries, block of keys) a value, a budget keeps the best. The choice is a
+mask (`chosen`), so that all that takes masks takes it: `attend(q, k, v, mask=causal(), select=...)` runs it
+exactly, reading only what was chosen.
+"""
+
+from polyhead.attend.selectors.budgets import (
+    Budget,
+    KeepAbove,
+    KeepBlocks,
+    KeepMass,
+    KeepShare,
+    KeepTotal,
+    keep_above,
+    keep_blocks,
+    keep_mass,
+    keep_share,
+    keep_total,
+)
+from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.scorers import (
+    KeyBounds,
+    MeanKeys,
+    SampledMass,
+    Scorer,
+    Shared,
+    key_bounds,
+    mean_keys,
+    sampled_mass,
+    shared,
+)
+from polyhead.attend.selectors.selector import Either, Ranked, Selector, choose, select
+
+__all__ = [
+    "Budget",
+    "Either",
+    "Grid",
+    "KeepAbove",
+    "KeepBlocks",
+    "KeepMass",
+    "KeepShare",
+    "KeepTotal",
+    "KeyBounds",
+    "MeanKeys",
+    "Ranked",
+    "SampledMass",
+    "Scorer",
+    "Selector",
+    "Shared",
+    "choose",
+    "keep_above",
+    "keep_blocks",
+    "keep_mass",
+    "keep_share",
+    "keep_total",
+    "key_bounds",
+    "mean_keys",
+    "sampled_mass",
+    "select",
+    "shared",
+]

@@ -1,0 +1,231 @@
+"""Budget rules: how many of the blocks that a scorer has ranked are read.
+
+Every rule keeps the blocks that are always read first, and of a row that sees anything at least the best
+block: there is no choice that reads nothing where something may be read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyhead.checks import given, number
+from polyhead.description import Part
+from polyhead.errors import ConfigError, ShapeError
+
+__all__ = [
+    "Budget",
+    "KeepAbove",
+    "KeepBlocks",
+    "KeepMass",
+    "KeepShare",
+    "KeepTotal",
+    "keep_above",
+    "keep_blocks",
+    "keep_mass",
+    "keep_share",
+    "keep_total",
+]
+
+
+class Budget(Part):
+    """A rule that keeps some of the scored blocks."""
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        """Which blocks are read, bool `(B, H, m, N)`; only visible ones.
+
+        Args:
+            scores: `(B, H, m, N)`, any number at blocks that are not visible.
+            visible: bool of the same shape, blocks of which something may be seen.
+            forced: bool of the same shape, visible blocks that are always read.
+        """
+        raise NotImplementedError
+
+    def check(self, heads: int) -> None:
+        """Raise a `ShapeError` if the rule holds numbers for another number of heads."""
+
+
+def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+    """The place of every block in its row, 0 for the best: forced ones first, hidden ones last.
+
+    Of blocks with equal scores the later one is better: it is the nearer one.
+    """
+    order = _order(scores, visible, forced)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _order(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+    infinite = torch.tensor(float("inf"), dtype=scores.dtype, device=scores.device)
+    held = torch.where(
+        forced, infinite, torch.where(visible, scores.nan_to_num(nan=-3e38, neginf=-3e38), -infinite)
+    )
+    last = held.shape[-1] - 1
+    return last - held.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+
+
+def _per_head(
+    name: str, value: float | Tensor, least: float, most: float | None, whole: bool
+) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or value.dtype == torch.bool or value.is_complex():
+            raise ConfigError(f"{name} must be a number or a tensor (H,) of numbers; got {given(value)}")
+        numbers = value.detach().double()
+        if not bool(((numbers >= least) & (numbers <= (most if most is not None else float("inf")))).all()):
+            raise ConfigError(
+                f"{name} must be at least {least:g}"
+                + (f" and at most {most:g}" if most is not None else "")
+                + f" for every head; got {float(numbers.min()):g} to {float(numbers.max()):g}"
+            )
+        return value
+    found = number(name, value, least=least, most=most)
+    if whole and found != int(found):
+        raise ConfigError(f"{name} must be an integer; got {given(value)}")
+    return int(found) if whole else found
+
+
+def _heads_fit(name: str, value: float | Tensor, heads: int) -> None:
+    if isinstance(value, Tensor) and len(value) not in (1, heads):
+        raise ShapeError(f"{name} holds {len(value)} numbers, but the call has {heads} heads")
+
+
+def _column(value: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, device=like.device, dtype=torch.float64).view(-1, 1, 1)
+
+
+class KeepBlocks(Budget):
+    """The n best blocks of every row."""
+
+    blocks: int | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", _per_head("keep_blocks: blocks", self.blocks, 1, None, True))
+
+    def check(self, heads: int) -> None:
+        _heads_fit("keep_blocks", self.blocks, heads)
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        return (ranks(scores, visible, forced) < _column(self.blocks, scores)) & visible | forced
+
+
+def keep_blocks(blocks: int | Tensor) -> Budget:
+    """The `blocks` best blocks of every row, those that are always read among them.
+
+    Args:
+        blocks: at least 1; or a tensor `(H,)`, one number a head.
+    """
+    return KeepBlocks(blocks)
+
+
+class KeepShare(Budget):
+    """A share of the visible blocks of every row."""
+
+    share: float | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", _per_head("keep_share: share", self.share, 0.0, 1.0, False))
+
+    def check(self, heads: int) -> None:
+        _heads_fit("keep_share", self.share, heads)
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        count = (_column(self.share, scores) * visible.sum(-1, keepdim=True)).round().clamp(min=1)
+        return (ranks(scores, visible, forced) < count) & visible | forced
+
+
+def keep_share(share: float | Tensor) -> Budget:
+    """The best of every row's visible blocks, so large a share of them, rounded; at least one.
+
+    Args:
+        share: 0 to 1; or a tensor `(H,)`, one number a head, such as a row of `HeadScores` made into shares.
+    """
+    return KeepShare(share)
+
+
+class KeepMass(Budget):
+    """The fewest blocks that are taken to hold a share of the mass."""
+
+    mass: float | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mass", _per_head("keep_mass: mass", self.mass, 0.0, 1.0, False))
+
+    def check(self, heads: int) -> None:
+        _heads_fit("keep_mass", self.mass, heads)
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        own = scores.masked_fill(~visible, -torch.inf).double().softmax(-1).nan_to_num(0.0)
+        order = _order(scores, visible, forced)
+        taken = own.gather(-1, order)
+        before = taken.cumsum(-1) - taken
+        mass = _column(self.mass, scores)
+        # rounding must not leave out anything where all is asked for
+        enough = (before < mass) | (mass >= 1)
+        enough[..., 0] = True
+        return torch.empty_like(enough).scatter_(-1, order, enough) & visible | forced
+
+
+def keep_mass(mass: float | Tensor) -> Budget:
+    """The best blocks of every row until they are taken to hold so much of its mass (top-p).
+
+    The mass is the softmax of the scores over the visible blocks: an estimate as good as its scorer, see
+    `missed_mass` for the truth.
+
+    Args:
+        mass: 0 to 1; 1 keeps everything. Or a tensor `(H,)`.
+    """
+    return KeepMass(mass)
+
+
+class KeepAbove(Budget):
+    """Blocks whose score is above a threshold."""
+
+    threshold: float | Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, Tensor):
+            object.__setattr__(self, "threshold", number("keep_above: threshold", self.threshold))
+        elif self.threshold.ndim != 1:
+            raise ConfigError(
+                f"keep_above: threshold must be a number or a tensor (H,); got {given(self.threshold)}"
+            )
+
+    def check(self, heads: int) -> None:
+        _heads_fit("keep_above", self.threshold, heads)
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        best = ranks(scores, visible, forced) == 0
+        return ((scores > _column(self.threshold, scores)) | best) & visible | forced
+
+
+def keep_above(threshold: float | Tensor) -> Budget:
+    """The blocks that score above `threshold`, and the best one of every row in any case."""
+    return KeepAbove(threshold)
+
+
+class KeepTotal(Budget):
+    """A share of the visible blocks, over all heads together."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", number("keep_total: share", self.share, least=0, most=1))
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        own = scores.masked_fill(~visible, -torch.inf).double().softmax(-1).nan_to_num(0.0)
+        best = ranks(scores, visible, forced) == 0
+        first = (forced | best) & visible
+        together = (own, visible, first)
+        flat = [x.transpose(1, 2).flatten(2) for x in together]  # (B, m, H·N): heads compete
+        count = (self.share * flat[1].sum(-1, keepdim=True)).round()
+        found = (ranks(*flat) < count) & flat[1] | flat[2]
+        return found.unflatten(2, own.shape[1::2]).transpose(1, 2)
+
+
+def keep_total(share: float) -> Budget:
+    """So large a share of all heads' visible blocks, to the heads that are taken to gain most by them.
+
+    Heads compete by the mass that they are taken to find in a block (the softmax of their scores), so that
+    a head which looks everywhere gets more blocks than one which looks at a few places.
+    """
+    return KeepTotal(share)

@@ -1,0 +1,76 @@
+"""A call as a grid of blocks of queries by blocks of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Grid"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes of a call whose queries and keys are taken in blocks.
+
+    Attributes:
+        batch, heads, kv_heads, queries, keys: B, H, G, L and S.
+        rows, cols: length of a block of queries and of keys; the last ones may be shorter.
+        scale: factor of q·k.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    rows: int
+    cols: int
+    scale: float
+
+    @property
+    def row_blocks(self) -> int:
+        """M, blocks of queries."""
+        return -(-self.queries // self.rows)
+
+    @property
+    def col_blocks(self) -> int:
+        """N, blocks of keys."""
+        return -(-self.keys // self.cols)
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.keys - self.queries
+
+    @property
+    def repeat(self) -> int:
+        """Query heads of a key/value head."""
+        return self.heads // self.kv_heads
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Something of the key/value heads `(B, G, ...)`, for every query head `(B, H, ...)`."""
+        return x if self.repeat == 1 else x.repeat_interleave(self.repeat, 1)
+
+    def blocks_of_keys(self, k: Tensor, fill: float = 0.0) -> Tensor:
+        """Keys `(B, G, S, D)` in blocks `(B, G, N, C, D)`, the last one filled up."""
+        return F.pad(k, (0, 0, 0, -k.shape[2] % self.cols), value=fill).unflatten(2, (-1, self.cols))
+
+    def mean_keys(self, k: Tensor) -> Tensor:
+        """Mean key of every block, over its real keys: `(B, G, N, D)`."""
+        return _means(k, self.cols)
+
+    def mean_queries(self, q: Tensor, start: int, stop: int) -> Tensor:
+        """Mean query of the blocks start..stop-1, over real queries: `(B, H, m, D)`."""
+        part = q[:, :, start * self.rows : stop * self.rows]
+        return part if self.rows == 1 else _means(part, self.rows)
+
+
+def _means(x: Tensor, length: int) -> Tensor:
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    sums = F.pad(wide, (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length)).sum(3)
+    sizes = torch.full((sums.shape[2], 1), float(length), dtype=sums.dtype, device=x.device)
+    sizes[-1] = (x.shape[2] - 1) % length + 1
+    return sums / sizes

@@ -1,0 +1,180 @@
+"""Block scorers: what reading a block of keys may be worth to a block of queries.
+
+A scorer is asked once for a call (`prepare`), and then for one band of blocks of queries after another, so
+that no more than a band of scores is ever held. Its scores are like logits: larger is better, and where a
+budget speaks of mass, their softmax over the visible blocks is the share of the mass that each is taken for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.selectors.grid import Grid
+from polyhead.checks import given, whole
+from polyhead.description import Part
+from polyhead.errors import ConfigError, unknown_name
+
+__all__ = [
+    "KeyBounds",
+    "MeanKeys",
+    "SampledMass",
+    "Scorer",
+    "Shared",
+    "key_bounds",
+    "mean_keys",
+    "sampled_mass",
+    "shared",
+]
+
+Scores = Callable[[int, int], Tensor]
+
+
+class Scorer(Part):
+    """How much every block of queries of every head should like to read every block of keys."""
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
+        """What does not depend on the block of queries, worked out once.
+
+        Args:
+            q, k: `(B, H, L, D)` and `(B, G, S, D)`.
+            grid: their blocks.
+
+        Returns:
+            A function of `start, stop` that gives the scores `(B, H, stop - start, N)` of the blocks of
+            queries from start to stop - 1, in float32 or float64. Blocks that the call's mask hides are
+            scored like all others.
+        """
+        raise NotImplementedError
+
+
+class MeanKeys(Scorer):
+    """scale · mean(q of the block) · mean(k of the block)."""
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
+        keys = grid.spread(grid.mean_keys(k)).transpose(2, 3)
+
+        def scores(start: int, stop: int) -> Tensor:
+            return grid.mean_queries(q, start, stop).to(keys.dtype) @ keys * grid.scale
+
+        return scores
+
+
+def mean_keys() -> Scorer:
+    """A block of keys is worth the product of its mean key and the mean query: scale · q̄·k̄.
+
+    With blocks of one query it is the gate of MoBA (paper 063, arXiv 2502.13189), up to the scale, which
+    changes no ranking. O(N·D) a block of queries.
+    """
+    return MeanKeys()
+
+
+class KeyBounds(Scorer):
+    """The largest product that a key within the bounds of the block could have with the mean query."""
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
+        wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
+        most = grid.blocks_of_keys(wide, -math.inf).amax(3)
+        least = grid.blocks_of_keys(wide, math.inf).amin(3)
+        most, least = (grid.spread(x).transpose(2, 3) for x in (most, least))
+
+        def scores(start: int, stop: int) -> Tensor:
+            queries = grid.mean_queries(q, start, stop).to(most.dtype)
+            # each feature takes the bound of its query's sign
+            return (queries.clamp(min=0) @ most + queries.clamp(max=0) @ least) * grid.scale
+
+        return scores
+
+
+def key_bounds() -> Scorer:
+    """A block is worth the most that a key between its smallest and largest features could score.
+
+        scale · Σ_d max(q̄_d · min_j k_jd, q̄_d · max_j k_jd)
+
+    For one query (decoding) it bounds the scores of the block from above: no key of the block scores more.
+    Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774.
+    """
+    return KeyBounds()
+
+
+class SampledMass(Scorer):
+    """The log of the mass of a block, from every `stride`-th query and key."""
+
+    stride: int = 4
+
+    def __post_init__(self) -> None:
+        whole("sampled_mass: stride", self.stride, 1)
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
+        if self.stride > min(grid.rows, grid.cols) and self.stride > 1:
+            raise ConfigError(
+                f"sampled_mass: stride must be at most the length of a block, {min(grid.rows, grid.cols)}; "
+                f"got {self.stride}: it would pass over whole blocks"
+            )
+        wide = torch.promote_types(k.dtype, torch.float32)
+        taken = torch.arange(0, grid.keys, self.stride, device=k.device)
+        keys = grid.spread(k[:, :, :: self.stride].to(wide)).transpose(2, 3)
+        own = taken // grid.cols
+
+        def scores(start: int, stop: int) -> Tensor:
+            first = start * grid.rows
+            at = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
+            logits = q[:, :, at].to(wide) @ keys * grid.scale
+            # a sampled query weighs its own past alone, or the whole future would share in its mass
+            logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
+            weights = logits.softmax(-1).nan_to_num(0.0)
+            mass = weights.new_zeros(*weights.shape[:3], grid.col_blocks).index_add_(3, own, weights)
+            blocks = at // grid.rows - start
+            total = mass.new_zeros(*mass.shape[:2], stop - start, grid.col_blocks)
+            return total.index_add_(2, blocks, mass).log()
+
+        return scores
+
+
+def sampled_mass(stride: int = 4) -> Scorer:
+    """A block is worth the log of its mass over sampled queries and keys, softmax over the causal past.
+
+    stride s: 1/s² of the products of dense attention. With s = 1 under a causal mask it is exact. Papers
+    that score blocks by their mass differ in which pairs they sample.
+    """
+    return SampledMass(stride)
+
+
+class Shared(Scorer):
+    """The scores of another scorer, joined over heads."""
+
+    scorer: Scorer
+    over: Literal["group", "all"] = "group"
+    by: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scorer, Scorer):
+            raise ConfigError(f"shared: scorer must be one such as mean_keys(); got {given(self.scorer)}")
+        for name, allowed in (("over", ("group", "all")), ("by", ("mean", "max"))):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(f"shared: {name}", getattr(self, name), allowed)
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
+        each = self.scorer.prepare(q, k, grid)
+        size = grid.repeat if self.over == "group" else grid.heads
+
+        def scores(start: int, stop: int) -> Tensor:
+            own = each(start, stop).unflatten(1, (-1, size))
+            joined = own.mean(2, keepdim=True) if self.by == "mean" else own.amax(2, keepdim=True)
+            return joined.expand_as(own).flatten(1, 2)
+
+        return scores
+
+
+def shared(
+    scorer: Scorer, over: Literal["group", "all"] = "group", by: Literal["mean", "max"] = "mean"
+) -> Scorer:
+    """Heads score together: the query heads of a key/value head, or all heads of a layer, get one ranking.
+
+    A group that reads the same blocks gathers them once.
+    """
+    return Shared(scorer, over, by)

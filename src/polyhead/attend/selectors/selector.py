@@ -1,0 +1,186 @@
+"""Selectors: which blocks of keys every block of queries reads, decided from the content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import Mask, chosen, tile_map
+from polyhead.attend.selectors.budgets import Budget
+from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.scorers import Scorer
+from polyhead.checks import given, whole
+from polyhead.description import Part
+from polyhead.errors import ConfigError
+
+__all__ = ["Either", "Ranked", "Selector", "choose", "select"]
+
+Kept = Callable[[int, int, Tensor], Tensor]
+
+_HELD = 1 << 22  # scores of one band of blocks of queries
+
+
+class Selector(Part):
+    """Which blocks of keys every block of queries of every head reads."""
+
+    @property
+    def rows(self) -> int:
+        """Queries that choose together."""
+        raise NotImplementedError
+
+    @property
+    def cols(self) -> int:
+        """Keys that are chosen together."""
+        raise NotImplementedError
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        """What does not depend on the block of queries, worked out once.
+
+        Returns:
+            A function of `start, stop, visible`: which blocks those of queries from start to stop - 1 read,
+            bool `(B, H, stop - start, N)`, of the `visible` ones, bool of the same shape.
+        """
+        raise NotImplementedError
+
+    def check(self, heads: int) -> None:
+        """Raise a `ShapeError` if the selector holds numbers for another number of heads."""
+
+    def __or__(self, other: Selector) -> Selector:
+        return Either((self, other))
+
+
+class Ranked(Selector):
+    """A scorer ranks the blocks, a budget keeps the best. See `select`."""
+
+    scorer: Scorer
+    budget: Budget
+    rows: int = 64
+    cols: int = 64
+    always: Mask | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scorer, Scorer):
+            raise ConfigError(f"select: scorer must be one such as mean_keys(); got {given(self.scorer)}")
+        if not isinstance(self.budget, Budget):
+            raise ConfigError(f"select: budget must be one such as keep_share(0.1); got {given(self.budget)}")
+        for name in ("rows", "cols"):
+            whole(f"select: {name}", getattr(self, name), 1)
+        if self.always is not None and not isinstance(self.always, Mask):
+            raise ConfigError(f"select: always must be a mask such as sink(4); got {given(self.always)}")
+
+    def check(self, heads: int) -> None:
+        self.budget.check(heads)
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        scores = self.scorer.prepare(q, k, grid)
+
+        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
+            forced = torch.zeros_like(visible)
+            if self.always is not None:
+                forced = visible & tiles(self.always, grid, start, stop, q.device)
+            return self.budget.kept(scores(start, stop), visible, forced)
+
+        return kept
+
+
+class Either(Selector):
+    """What any of several selectors reads. Made by `a | b`."""
+
+    terms: tuple[Selector, ...]
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(term, Selector) for term in self.terms) or not self.terms:
+            raise ConfigError(f"|: both sides must be selectors; got {given(self.terms)}")
+        flat = tuple(
+            one for term in self.terms for one in (term.terms if isinstance(term, Either) else (term,))
+        )
+        object.__setattr__(self, "terms", flat)
+        if len({(term.rows, term.cols) for term in flat}) > 1:
+            said = ", ".join(f"{term.rows} × {term.cols}" for term in flat)
+            raise ConfigError(f"|: selectors must have blocks of one size; they have {said}")
+
+    @property
+    def rows(self) -> int:
+        return self.terms[0].rows
+
+    @property
+    def cols(self) -> int:
+        return self.terms[0].cols
+
+    def check(self, heads: int) -> None:
+        for term in self.terms:
+            term.check(heads)
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        each = [term.prepare(q, k, mask, grid) for term in self.terms]
+
+        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
+            found = each[0](start, stop, visible)
+            for one in each[1:]:
+                found = found | one(start, stop, visible)
+            return found
+
+        return kept
+
+
+def select(
+    scorer: Scorer, budget: Budget, *, rows: int = 64, cols: int = 64, always: Mask | None = None
+) -> Selector:
+    """Blocks of keys ranked by `scorer`, as many as `budget` keeps.
+
+    Args:
+        scorer: what a block may be worth, such as `mean_keys()`.
+        budget: how many are read, such as `keep_share(0.1)` or `keep_mass(0.95)`.
+        rows: queries that choose together; with 1 every query chooses for itself.
+        cols: keys that are chosen together. Neither has to divide the length of the call.
+        always: blocks of which this mask lets something be seen are read in any case, and count as kept:
+            `sink(1) | window(64)` for the first and the nearest ones.
+    """
+    return Ranked(scorer, budget, rows, cols, always)
+
+
+def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
+    """Of which blocks of keys a mask lets something be seen by blocks of queries: bool `(B, H, m, N)`."""
+    shape = (grid.batch, grid.heads, stop - start, grid.col_blocks)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    first = start * grid.rows
+    found = tile_map(
+        mask,
+        batch=grid.batch,
+        heads=grid.heads,
+        queries=min(stop * grid.rows, grid.queries) - first,
+        keys=grid.keys,
+        offset=grid.offset + first,
+        rows=grid.rows,
+        cols=grid.cols,
+        device=device,
+    )
+    return found.some.expand(shape)
+
+
+@torch.no_grad()
+def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Mask:
+    """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held."""
+    batch, heads, queries, _ = q.shape
+    grid = Grid(batch, heads, k.shape[1], queries, k.shape[2], selector.rows, selector.cols, scale)
+    selector.check(grid.heads)
+    kept = selector.prepare(q.detach(), k.detach(), mask, grid)
+    band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
+    found = []
+    places = torch.arange(grid.col_blocks, device=q.device)
+    for start in range(0, grid.row_blocks, band):
+        stop = min(start + band, grid.row_blocks)
+        visible = tiles(mask, grid, start, stop, q.device)
+        here = kept(start, stop, visible) & visible
+        width = int(here.sum(-1).amax()) if here.numel() else 0
+        found.append(torch.where(here, places, -1).sort(-1, descending=True).values[..., :width])
+    width = max((part.shape[-1] for part in found), default=0)
+    index = q.new_full((grid.batch, grid.heads, grid.row_blocks, width), -1, dtype=torch.int64)
+    row = 0
+    for part in found:
+        index[:, :, row : row + part.shape[2], : part.shape[3]] = part
+        row += part.shape[2]
+    return chosen(index, rows=grid.rows, cols=grid.cols, first=grid.offset)
