@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 # The operator shares its name with the package that it lives in: imported here, the function wins.
 from polyhead.attend.across_heads import head_mix
 from polyhead.attend.across_pairs import pair_convolution
+from polyhead.attend.certificate import Missed, missed_mass
 from polyhead.attend.function import attend, explain, observe
 from polyhead.attend.masks import (
     Mask,
     blocks,
     causal,
+    chosen,
     dilated,
     documents,
     neighborhood,
@@ -27,6 +29,23 @@ from polyhead.attend.masks import (
 from polyhead.attend.normalizers import Normalizer, entmax, sigmoid, softmax, sparsemax
 from polyhead.attend.plan import Plan, strict
 from polyhead.attend.scores import Score, alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
+from polyhead.attend.selectors import (
+    Budget,
+    Scorer,
+    Selector,
+    guarded,
+    keep_above,
+    keep_blocks,
+    keep_mass,
+    keep_share,
+    keep_total,
+    key_bounds,
+    mean_keys,
+    sampled_mass,
+    select,
+    selections,
+    shared,
+)
 from polyhead.attend.tile import Tile
 from polyhead.attend.tiles import Consumer
 from polyhead.attend.top_k import top_k
@@ -63,13 +82,17 @@ _LAZY = {
 _ROOMS = ("cache", "heads", "hf", "league", "nn", "tasks")
 
 __all__ = [
+    "Budget",
     "Consumer",
     "HeadScores",
     "Mask",
+    "Missed",
     "Normalizer",
     "Plan",
     "PolyheadError",
     "Score",
+    "Scorer",
+    "Selector",
     "Tile",
     "WeightMap",
     "__version__",
@@ -83,6 +106,7 @@ __all__ = [
     "cache",
     "catalog",
     "causal",
+    "chosen",
     "compare",
     "dilated",
     "documents",
@@ -90,10 +114,19 @@ __all__ = [
     "entry",
     "explain",
     "from_json",
+    "guarded",
     "head_mix",
     "heads",
     "hf",
+    "keep_above",
+    "keep_blocks",
+    "keep_mass",
+    "keep_share",
+    "keep_total",
+    "key_bounds",
     "league",
+    "mean_keys",
+    "missed_mass",
     "neighborhood",
     "nn",
     "observe",
@@ -106,7 +139,11 @@ __all__ = [
     "reference",
     "relative_bias",
     "roofline",
+    "sampled_mass",
     "score_function",
+    "select",
+    "selections",
+    "shared",
     "sigmoid",
     "sink",
     "soft_cap",

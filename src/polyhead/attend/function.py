@@ -24,7 +24,7 @@ from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["attend", "explain", "observe", "weights_of"]
+__all__ = ["attend", "explain", "observe", "resolved", "weights_of"]
 
 _SOFTMAX = softmax()
 _NUMBER = (float, int)
@@ -298,15 +298,20 @@ def _request(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     if select is not None:
-        if not isinstance(select, Selector):
-            raise ConfigError(
-                f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
-            )
-        found = choose(select, q, k, mask, float(scale))
-        mask = found if mask is None else mask & found
+        mask = resolved(q, k, mask, select, float(scale))
     problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout), weight_chain(weight_map))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)
+
+
+def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Mask:
+    """A mask with the blocks that a selector chooses in this call."""
+    if not isinstance(select, Selector):
+        raise ConfigError(
+            f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
+        )
+    found = choose(select, q, k, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return found if mask is None else mask & found
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -22,6 +22,7 @@ from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.pieces import HIDDEN, Piece, Sizes, pieces, split, whole
 from polyhead.attend.plan import Backend, Request
+from polyhead.attend.precision import wide
 from polyhead.errors import PolyheadError
 
 __all__ = ["ChosenBlocks"]
@@ -97,9 +98,9 @@ class _Chosen(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         queries = _Rows(q)
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
-        out = torch.zeros_like(queries.flat)
-        lse = out.new_full(out.shape[:1], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        for piece in pieces(choice, rest, sizes, q.dtype):
+        out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
+        lse = out.new_full(out.shape[:1], -math.inf)
+        for piece in pieces(choice, rest, sizes, wide(q.dtype)):
             share, own = _fused(
                 *(queries[piece.rows], _gathered(keys, piece), _gathered(values, piece)),
                 attn_mask=piece.added,
@@ -109,11 +110,11 @@ class _Chosen(torch.autograd.Function):
             before, own = lse[at], own.reshape(-1)
             both = torch.logaddexp(before, own)
             share = share.reshape(-1, share.shape[-1])
-            out[at] = out[at].lerp(share, (own - both).exp_()[:, None].to(share.dtype))
+            out[at] = out[at].lerp(share.to(out.dtype), (own - both).exp_()[:, None])
             lse[at] = both
         nothing = lse < HIDDEN / 2
         out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
-        out, lse = out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
+        out, lse = out[:-1].view(q.shape).to(q.dtype), lse[:-1].view(q.shape[:3])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = choice, rest, sizes, scale
         ctx.mark_non_differentiable(lse)
@@ -133,9 +134,9 @@ class _Chosen(torch.autograd.Function):
         grads = _Rows(grad.masked_fill(nothing[..., None], 0.0))
         totals = F.pad(lse.masked_fill(nothing, 0.0).reshape(-1), (0, 1))
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (queries.flat, keys, values))
-        for piece in pieces(choice, rest, sizes, q.dtype):
+        dtype = wide(q.dtype)
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
+        for piece in pieces(choice, rest, sizes, wide(q.dtype)):
             found = _fused_backward(
                 *(grads[piece.rows], queries[piece.rows]),
                 *(_gathered(keys, piece), _gathered(values, piece), outs[piece.rows]),
@@ -146,9 +147,9 @@ class _Chosen(torch.autograd.Function):
                 scale=scale,
             )
             at, blocks = piece.rows.view(-1), piece.blocks.view(-1)
-            dq.index_add_(0, at, found[0].reshape(len(at), -1).to(wide))
+            dq.index_add_(0, at, found[0].reshape(len(at), -1).to(dtype))
             for total, share in zip((dk, dv), found[1:], strict=True):
-                total.index_add_(0, blocks, share.reshape(len(blocks), *total.shape[1:]).to(wide))
+                total.index_add_(0, blocks, share.reshape(len(blocks), *total.shape[1:]).to(dtype))
         return (
             dq[:-1].view(q.shape).to(q.dtype),
             _joined(dk, k),

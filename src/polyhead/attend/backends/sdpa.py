@@ -61,8 +61,8 @@ class Sdpa:
             return f"it has no maps of the weights, and the call has {problem.weight_map}"
         if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
             return f"it normalises by plain softmax, not by {problem.normalizer}"
-        if request.want_lse:
-            return "it does not return the log-sum-exp"
+        if request.want_lse and (q.device.type != "cpu" or request.needs_grad or v.shape[-1] != k.shape[-1]):
+            return "it does not return the log-sum-exp on this device, nor with gradients"
         if 0 in (*q.shape, *k.shape, *v.shape):
             return "it does not define attention over nothing"
         cpu = q.device.type == "cpu"
@@ -76,6 +76,10 @@ class Sdpa:
         mask, queries, keys = problem.mask, q.shape[2], k.shape[2]
         if mask is None or (mask == _CAUSAL and queries in (1, keys)):
             return ""
+        if request.want_lse:
+            return (
+                "it returns the log-sum-exp without a mask, and with a causal one for as many queries as keys"
+            )
         if queries * keys <= _SMALL and not problem.dropout:
             return ""
         if mask == _CAUSAL:
@@ -88,6 +92,8 @@ class Sdpa:
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         problem = request.problem
+        if request.want_lse:
+            return _with_lse(request)
         allowed = self._allowed(request)
         causal = problem.mask == _CAUSAL and allowed is None
         if problem.dropout:
@@ -117,6 +123,20 @@ class Sdpa:
             return real.mask.to(request.q.device)[:, None, None, :]
         batch, heads = request.q.shape[:2]
         return densify(mask, batch=batch, heads=heads, queries=queries, keys=keys, device=request.q.device)
+
+
+def _with_lse(request: Request) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by the kernel that SDPA runs on a CPU, which gives both."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (request.q, request.k, request.v))
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1:  # every query head reads the keys where they are
+        k, v = (x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(0, 1) for x in (k, v))
+        q = q.unflatten(1, (-1, repeat)).flatten(0, 1)
+    causal = request.problem.mask is not None and q.shape[2] > 1
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, scale=request.problem.scale
+    )
+    return out.reshape(request.q.shape), lse.reshape(request.q.shape[:3])
 
 
 def _only_padding(mask: Mask, queries: int) -> Padding | None:

@@ -21,6 +21,7 @@ from polyhead.attend.selectors.budgets import (
     keep_total,
 )
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
@@ -38,6 +39,7 @@ __all__ = [
     "Budget",
     "Either",
     "Grid",
+    "Guarded",
     "KeepAbove",
     "KeepBlocks",
     "KeepMass",
@@ -48,9 +50,11 @@ __all__ = [
     "Ranked",
     "SampledMass",
     "Scorer",
+    "Selections",
     "Selector",
     "Shared",
     "choose",
+    "guarded",
     "keep_above",
     "keep_blocks",
     "keep_mass",
@@ -60,5 +64,6 @@ __all__ = [
     "mean_keys",
     "sampled_mass",
     "select",
+    "selections",
     "shared",
 ]

@@ -1,0 +1,129 @@
+"""A guard: heads of which a selector misses too much read everything; how often that happens is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polyhead.attend.masks import Chosen, Mask
+from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.selector import Kept, Selector, choose
+from polyhead.checks import given, number, whole
+from polyhead.errors import ConfigError
+
+__all__ = ["Guarded", "Selections", "guarded", "selections"]
+
+_SEEN: ContextVar[Selections | None] = ContextVar("polyhead_selections", default=None)
+
+
+@dataclass
+class Selections:
+    """What guarded selectors did while `selections()` was open.
+
+    Attributes:
+        calls: of guarded selectors.
+        heads: heads of sequences that chose, over all calls.
+        fell_back: those of them that read everything in the end.
+        missed: of every call the missed mass `(B, H)`, mean over the probes.
+    """
+
+    calls: int = 0
+    heads: int = 0
+    fell_back: int = 0
+    missed: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def selections() -> Iterator[Selections]:
+    """Count what guarded selectors do within this context."""
+    seen = Selections()
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+class Guarded(Selector):
+    """Another selector, but heads of which it misses too much read everything. See `guarded`."""
+
+    selector: Selector
+    most: float
+    probes: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selector, Selector):
+            raise ConfigError(
+                f"guarded: selector must be one such as select(mean_keys(), keep_share(0.1)); "
+                f"got {given(self.selector)}"
+            )
+        object.__setattr__(self, "most", number("guarded: most", self.most, least=0, most=1))
+        whole("guarded: probes", self.probes, 1)
+
+    @property
+    def rows(self) -> int:
+        return self.selector.rows
+
+    @property
+    def cols(self) -> int:
+        return self.selector.cols
+
+    def check(self, heads: int) -> None:
+        self.selector.check(heads)
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        found = choose(self.selector, q, k, mask, grid.scale)
+        assert isinstance(found, Chosen)
+        missed = _missed(q, k, mask, found, grid, min(self.probes, grid.queries))
+        dense = missed > self.most
+        seen = _SEEN.get()
+        if seen is not None:
+            seen.calls += 1
+            seen.heads += dense.numel()
+            seen.fell_back += int(dense.sum())
+            seen.missed.append(missed.cpu())
+
+        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
+            index = found.index[:, :, start:stop]
+            table = torch.zeros(*visible.shape[:3], visible.shape[3] + 1, dtype=torch.bool, device=q.device)
+            table.scatter_(-1, index.masked_fill(index < 0, visible.shape[3]), True)
+            return table[..., :-1] | dense[..., None, None]
+
+        return kept
+
+
+def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selector:
+    """`selector`, but a head of which it misses more than `most` of the mass reads everything.
+
+    The missed mass is that of `missed_mass`, measured at `probes` queries of every head, evenly over the
+    call, and taken in the mean: an estimate for the other queries, exact where the call has no more than
+    `probes`. It costs `probes` rows of dense scores. `selections()` counts how often heads fell back.
+
+    Args:
+        selector: what is guarded.
+        most: missed mass that is let pass, 0 to 1.
+        probes: queries that are looked at.
+    """
+    return Guarded(selector, most, probes)
+
+
+def _missed(q: Tensor, k: Tensor, mask: Mask | None, found: Chosen, grid: Grid, probes: int) -> Tensor:
+    """Mean missed mass `(B, H)` of some queries."""
+    rows = torch.linspace(0, grid.queries - 1, probes, device=q.device).round().long()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = q[:, :, rows].to(wide).unflatten(1, (grid.kv_heads, -1)) @ k.to(wide)[:, :, None].transpose(
+        -1, -2
+    )
+    logits = logits.flatten(1, 2) * grid.scale
+    b = torch.arange(grid.batch, device=q.device).view(-1, 1, 1, 1)
+    h = torch.arange(grid.heads, device=q.device).view(-1, 1, 1)
+    i, j = (rows + grid.offset)[:, None], torch.arange(grid.keys, device=q.device)
+    if mask is not None:
+        logits = logits.masked_fill(~mask.allowed(b, h, i, j), -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return weights.masked_fill(found.allowed(b, h, i, j), 0.0).sum(-1).mean(-1)

@@ -1,0 +1,114 @@
+"""What was not read is measured exactly, and the bound of the error holds for every query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import polyhead as ph
+from polyhead.attend import attend
+from polyhead.attend.masks import densify
+from polyhead.attend.selectors import choose
+from polyhead.errors import ConfigError
+
+OWN = ph.select(ph.mean_keys(), ph.keep_share(0.3), rows=8, cols=8, always=ph.window(3))
+
+
+def tensors(
+    batch: int, heads: int, kv_heads: int, queries: int, keys: int, sharp: float = 3.0
+) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(queries)
+    shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    return [sharp * torch.randn(batch, n, m, 16, generator=draw, dtype=torch.float64) for n, m in shapes]
+
+
+@pytest.mark.parametrize(
+    "read", [{"select": OWN}, {"read": ph.sink(2) | ph.window(10)}], ids=["selector", "mask"]
+)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 100, 100), (1, 4, 1, 37, 90), (1, 2, 2, 1, 70)])
+def test_mass_is_exact_and_the_bound_holds(read: dict[str, Any], shape: tuple[int, ...]) -> None:
+    q, k, v = tensors(*shape)
+    batch, heads, kv_heads, queries, keys = shape
+    padded = ph.padding(torch.arange(keys).expand(batch, -1) >= 3)
+    for mask in (ph.causal(), None, ph.causal() & padded):
+        found = ph.missed_mass(q, k, v, mask=mask, **read)
+        error = (attend(q, k, v, mask=mask) - found.output).norm(dim=-1)
+        assert (error <= found.bound + 1e-12).all()
+        largest = v.norm(dim=-1).amax(-1).repeat_interleave(heads // kv_heads, 1)[..., None]
+        assert (found.bound <= 2 * found.mass * largest + 1e-12).all()
+        size = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
+        seen = choose(OWN, q, k, mask, 0.25) if "select" in read else read["read"]
+        scores = 0.25 * q @ k.repeat_interleave(heads // kv_heads, 1).mT
+        if mask is not None:
+            scores = scores.masked_fill(~densify(mask, **size), -torch.inf)
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        torch.testing.assert_close(found.mass, (weights * ~densify(seen, **size)).sum(-1))
+
+
+def test_the_bound_is_reached() -> None:
+    """One key read, one missed, with opposite values: nothing smaller would hold."""
+    q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 2, 1, dtype=torch.float64)
+    v = torch.tensor([[[[-1.0], [1.0]]]], dtype=torch.float64)
+    found = ph.missed_mass(q, k, v, read=ph.window(0))
+    assert found.mass.item() == pytest.approx(0.5)
+    assert (attend(q, k, v) - found.output).abs().item() == pytest.approx(found.bound.item())
+
+
+def test_nothing_missed_and_nothing_seen() -> None:
+    q, k, v = tensors(2, 4, 2, 40, 40)
+    assert ph.missed_mass(q, k, v, mask=ph.causal(), read=ph.causal()).mass.abs().max() < 1e-12
+    padded = ph.causal() & ph.padding(torch.arange(40).expand(2, -1) >= 8)
+    assert (ph.missed_mass(q, k, v, mask=padded, read=ph.window(0)).mass[:, :, :8] == 0).all()
+    nothing = ph.missed_mass(q, k, v, mask=ph.causal(), read=~ph.causal())
+    assert (nothing.mass == 1).all()
+    assert (nothing.output == 0).all()
+
+
+def test_float32_agrees() -> None:
+    x = tensors(1, 4, 2, 200, 200, sharp=1.0)
+    wide = ph.missed_mass(*x, mask=ph.causal(), select=OWN)
+    small = ph.missed_mass(*(t.float() for t in x), mask=ph.causal(), select=OWN)
+    torch.testing.assert_close(small.mass.double(), wide.mass, rtol=1e-4, atol=1e-5)
+
+
+def test_a_guard_reads_everything_where_too_much_is_missed() -> None:
+    q, k, v = tensors(1, 4, 4, 100, 100, sharp=1.0)
+    q[:, 1] *= 0  # a head that looks everywhere alike: whatever it leaves out, it misses
+    with ph.selections() as seen:
+        out = attend(q, k, v, mask=ph.causal(), select=ph.guarded(OWN, 0.9 * 0.5, probes=100))
+    true = ph.missed_mass(q, k, v, mask=ph.causal(), select=OWN).mass.mean(-1)
+    torch.testing.assert_close(seen.missed[0], true)
+    assert (seen.calls, seen.heads) == (1, 4)
+    assert seen.fell_back == int((true > 0.45).sum()) > 0
+    dense, sparse = attend(q, k, v, mask=ph.causal()), attend(q, k, v, mask=ph.causal(), select=OWN)
+    for head in range(4):
+        expected = dense if true[0, head] > 0.45 else sparse
+        torch.testing.assert_close(out[:, head], expected[:, head])
+    assert (
+        ph.missed_mass(q, k, v, mask=ph.causal(), select=ph.guarded(OWN, 0.0, probes=100)).mass.max() < 1e-12
+    )
+    torch.testing.assert_close(attend(q, k, v, mask=ph.causal(), select=ph.guarded(OWN, 1.0)), sparse)
+
+
+def test_counting_ends_with_its_context() -> None:
+    q, k, v = tensors(1, 2, 2, 40, 40)
+    with ph.selections() as seen:
+        pass
+    attend(q, k, v, select=ph.guarded(OWN, 0.1))
+    assert seen.calls == 0
+
+
+def test_wrong_input_is_said() -> None:
+    q, k, v = tensors(1, 2, 2, 40, 40)
+    for both in ({}, {"read": ph.causal(), "select": OWN}):
+        with pytest.raises(ConfigError, match="give read, .* or select, .*; one of them"):
+            ph.missed_mass(q, k, v, **both)
+    with pytest.raises(ConfigError, match="read must be a mask"):
+        ph.missed_mass(q, k, v, read=OWN)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="most must be a finite number at least 0 and at most 1"):
+        ph.guarded(OWN, 2)
+    with pytest.raises(ConfigError, match="selector must be one such as"):
+        ph.guarded(ph.mean_keys(), 0.1)  # type: ignore[arg-type]

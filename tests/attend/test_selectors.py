@@ -1,0 +1,271 @@
+"""Selectors: what scorers score, what budgets keep, what is read in the end."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import polyhead as ph
+from polyhead.attend import attend
+from polyhead.attend.function import explain
+from polyhead.attend.masks import Chosen, Mask, densify
+from polyhead.attend.selectors import Grid, Scorer, choose
+from polyhead.errors import ConfigError, ShapeError, UnknownName
+
+SHAPES = [
+    (2, 4, 2, 100, 100, 16, 8),
+    (1, 4, 1, 37, 90, 8, 16),
+    (1, 2, 2, 1, 70, 1, 8),
+    (1, 4, 2, 64, 64, 1, 8),
+]
+
+
+def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 16) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(queries + keys)
+    shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    return [torch.randn(batch, n, m, width, generator=draw, dtype=torch.float64) for n, m in shapes]
+
+
+def scores_of(scorer: Scorer, q: Tensor, k: Tensor, rows: int, cols: int, scale: float = 0.25) -> Tensor:
+    grid = Grid(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], rows, cols, scale)
+    found = scorer.prepare(q, k, grid)
+    middle = grid.row_blocks // 2
+    return torch.cat([found(0, middle), found(middle, grid.row_blocks)], dim=2)
+
+
+def blocks(x: Tensor, length: int) -> list[Tensor]:
+    return list(x.split(length, dim=2))
+
+
+def test_mean_keys() -> None:
+    q, k, _ = tensors(2, 4, 2, 37, 90)
+    found = scores_of(ph.mean_keys(), q, k, 8, 16)
+    every = k.repeat_interleave(2, 1)
+    for m, queries in enumerate(blocks(q, 8)):
+        for n, keys in enumerate(blocks(every, 16)):
+            expected = 0.25 * (queries.mean(2) * keys.mean(2)).sum(-1)
+            torch.testing.assert_close(found[:, :, m, n], expected)
+
+
+def test_key_bounds_are_never_below_the_score_of_a_key() -> None:
+    q, k, _ = tensors(2, 4, 2, 9, 90)
+    found = scores_of(ph.key_bounds(), q, k, 1, 16)
+    for n, keys in enumerate(blocks(k.repeat_interleave(2, 1), 16)):
+        products = 0.25 * q @ keys.mT
+        assert (found[..., n] >= products.amax(-1) - 1e-12).all()
+        least, most = keys.amin(2, keepdim=True), keys.amax(2, keepdim=True)
+        torch.testing.assert_close(found[..., n], 0.25 * torch.maximum(q * least, q * most).sum(-1))
+    one = scores_of(ph.key_bounds(), q, k, 1, 1)  # a bound of one key is its score
+    torch.testing.assert_close(one, 0.25 * q @ k.repeat_interleave(2, 1).mT)
+
+
+def test_sampled_mass_of_every_pair_is_the_mass() -> None:
+    q, k, _ = tensors(1, 4, 2, 37, 90)
+    found = scores_of(ph.sampled_mass(1), q, k, 8, 16)
+    weights = (0.25 * q @ k.repeat_interleave(2, 1).mT).masked_fill(
+        ~densify(ph.causal(), queries=37, keys=90), -math.inf
+    )
+    weights = weights.softmax(-1)
+    for m, rows in enumerate(blocks(weights, 8)):
+        for n, part in enumerate(rows.split(16, dim=-1)):
+            torch.testing.assert_close(found[:, :, m, n].exp(), part.sum((-1, -2)))
+    sampled = scores_of(ph.sampled_mass(4), q, k, 8, 16)
+    assert sampled.shape == found.shape
+    assert torch.equal(sampled.isneginf(), found.isneginf())
+
+
+def test_shared_scores_are_joined_over_heads() -> None:
+    q, k, _ = tensors(1, 4, 2, 37, 90)
+    each = scores_of(ph.mean_keys(), q, k, 8, 16)
+    group = scores_of(ph.shared(ph.mean_keys()), q, k, 8, 16)
+    torch.testing.assert_close(group[:, 0], each[:, :2].mean(1))
+    assert torch.equal(group[:, 0], group[:, 1])
+    everybody = scores_of(ph.shared(ph.mean_keys(), "all", "max"), q, k, 8, 16)
+    torch.testing.assert_close(everybody, each.amax(1, keepdim=True).expand_as(each))
+
+
+SCORES = torch.tensor([[[[3.0, 1.0, 2.0, 0.0, 9.0]], [[0.0, 0.0, 0.0, 4.0, 9.0]]]])
+VISIBLE = torch.tensor([[[[True, True, True, True, False]], [[True, True, True, True, False]]]])
+NOTHING = torch.zeros_like(VISIBLE)
+
+
+def kept(budget: Any, forced: Tensor = NOTHING) -> list[list[int]]:
+    found = budget.kept(SCORES, VISIBLE, forced)
+    assert found.dtype == torch.bool
+    assert not (found & ~VISIBLE).any()
+    return [found[0, h, 0].nonzero().view(-1).tolist() for h in range(2)]
+
+
+def test_budgets_keep_the_best_visible_blocks() -> None:
+    assert kept(ph.keep_blocks(2)) == [[0, 2], [2, 3]]  # of equals the later one
+    assert kept(ph.keep_blocks(torch.tensor([1, 3]))) == [[0], [1, 2, 3]]
+    assert kept(ph.keep_blocks(9)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert kept(ph.keep_share(0.5)) == [[0, 2], [2, 3]]
+    assert kept(ph.keep_share(torch.tensor([0.25, 1.0]))) == [[0], [0, 1, 2, 3]]
+    assert kept(ph.keep_above(1.5)) == [[0, 2], [3]]
+    # softmax of 3, 1, 2, 0: .644 .087 .237 .032, and of 0, 0, 0, 4: .948 for the last
+    assert kept(ph.keep_mass(0.6)) == [[0], [3]]
+    assert kept(ph.keep_mass(0.9)) == [[0, 1, 2], [3]]
+    assert kept(ph.keep_mass(0.95)) == [[0, 1, 2], [2, 3]]
+    assert kept(ph.keep_mass(1.0)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert kept(ph.keep_total(0.5)) == [[0, 1, 2], [3]]  # .948 .644 .237 .087 over both heads
+
+
+@pytest.mark.parametrize(
+    "budget", [ph.keep_share(0.0), ph.keep_mass(0.0), ph.keep_above(100.0), ph.keep_total(0.0)]
+)
+def test_no_budget_reads_nothing(budget: Any) -> None:
+    assert kept(budget) == [[0], [3]]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [ph.keep_blocks(2), ph.keep_share(0.5), ph.keep_mass(0.5), ph.keep_above(2.5), ph.keep_total(0.5)],
+)
+def test_forced_blocks_are_kept_and_count(budget: Any) -> None:
+    forced = NOTHING.clone()
+    forced[..., 1] = True
+    found = kept(budget, forced)
+    assert all(1 in row for row in found)
+    if isinstance(budget, type(ph.keep_blocks(1)) | type(ph.keep_share(1))):
+        assert found == [[0, 1], [1, 3]]
+
+
+SCORERS = [ph.mean_keys(), ph.key_bounds(), ph.shared(ph.mean_keys()), ph.sampled_mass(1)]
+BUDGETS = [ph.keep_blocks(2), ph.keep_share(0.3), ph.keep_mass(0.8), ph.keep_above(0.0), ph.keep_total(0.3)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda s: type(s).__name__)
+def test_what_is_chosen_is_read_exactly(scorer: Scorer, budget: Any) -> None:
+    for batch, heads, kv_heads, queries, keys, rows, cols in SHAPES:
+        x = tensors(batch, heads, kv_heads, queries, keys)
+        own = ph.select(scorer, budget, rows=rows, cols=cols, always=ph.sink(1) | ph.window(3))
+        for mask in (ph.causal(), None):
+            dense = attend(*x, mask=mask, select=own, backend="reference")
+            torch.testing.assert_close(attend(*x, mask=mask, select=own), dense)
+            found = choose(own, x[0], x[1], mask, 0.25)
+            torch.testing.assert_close(attend(*x, mask=found if mask is None else mask & found), dense)
+
+
+def test_everything_kept_is_plain_attention() -> None:
+    x = tensors(2, 4, 2, 100, 100)
+    for own in (
+        ph.select(ph.mean_keys(), ph.keep_share(1.0), rows=16, cols=8),
+        ph.select(ph.mean_keys(), ph.keep_mass(1.0), rows=7, cols=9),
+        ph.select(ph.mean_keys(), ph.keep_blocks(1000), rows=1000, cols=1000),
+    ):
+        torch.testing.assert_close(attend(*x, mask=ph.causal(), select=own), attend(*x, mask=ph.causal()))
+
+
+def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = tensors(2, 4, 2, 100, 100)
+    own = ph.select(ph.sampled_mass(2), ph.keep_mass(0.7), rows=8, cols=8)
+    whole = choose(own, q, k, ph.causal(), 0.25)
+    monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)
+    assert choose(own, q, k, ph.causal(), 0.25) == whole
+
+
+def test_choice_is_causal_where_queries_choose_for_themselves() -> None:
+    q, k, v = tensors(1, 2, 2, 64, 64)
+    own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=1, cols=8, always=ph.window(0))
+    before = attend(q, k, v, mask=ph.causal(), select=own)
+    for x in (q, k, v):
+        x[:, :, 40:] += torch.randn_like(x[:, :, 40:])
+    torch.testing.assert_close(attend(q, k, v, mask=ph.causal(), select=own)[:, :, :40], before[:, :, :40])
+
+
+def test_either_reads_what_any_reads() -> None:
+    q, k, _ = tensors(1, 2, 2, 64, 64)
+    a = ph.select(ph.mean_keys(), ph.keep_blocks(1), rows=8, cols=8)
+    b = ph.select(ph.key_bounds(), ph.keep_blocks(1), rows=8, cols=8)
+
+    def table(own: Any) -> Tensor:
+        found: Mask = choose(own, q, k, ph.causal(), 0.25)
+        return densify(found, heads=2, queries=64, keys=64)
+
+    assert torch.equal(table(a | b), table(a) | table(b))
+    assert (a | b | a).terms == (a, b, a)
+    with pytest.raises(ConfigError, match="blocks of one size"):
+        a | ph.select(ph.mean_keys(), ph.keep_blocks(1), rows=8, cols=4)
+
+
+def test_padding_is_never_chosen_and_rows_without_keys_give_zeros() -> None:
+    x = tensors(2, 2, 2, 40, 40)
+    real = torch.arange(40) >= torch.tensor([[0], [24]])
+    own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)
+    mask = ph.causal() & ph.padding(real)
+    out = attend(*x, mask=mask, select=own)
+    assert (out[1, :, :24] == 0).all()
+    found = choose(own, x[0], x[1], mask, 0.25)
+    assert isinstance(found, Chosen)
+    assert int(found.index[1][found.index[1] >= 0].min()) >= 3
+
+
+def test_gradients_flow_through_what_is_read() -> None:
+    x = [t.requires_grad_() for t in tensors(1, 2, 2, 40, 40)]
+    own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)
+    up = torch.randn(1, 2, 40, 16, dtype=torch.float64)
+    found = [
+        torch.autograd.grad(attend(*x, mask=ph.causal(), select=own, backend=backend), x, up)
+        for backend in ("chosen", "tiles", "reference")
+    ]
+    for one in found[:2]:
+        for a, b in zip(one, found[2], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_other_normalisers_and_scores_are_run_by_the_tile_engine() -> None:
+    x = tensors(1, 2, 2, 300, 300)
+    own = ph.select(ph.mean_keys(), ph.keep_share(0.2), rows=16, cols=16)
+    call: dict[str, Any] = {
+        "mask": ph.causal(),
+        "select": own,
+        "normalizer": ph.entmax(1.5),
+        "score": ph.alibi(2),
+    }
+    assert explain(*x, **call).backend == "tiles"
+    torch.testing.assert_close(attend(*x, **call), attend(*x, **call, backend="reference"))
+
+
+def test_selectors_are_values() -> None:
+    own = ph.select(ph.shared(ph.key_bounds()), ph.keep_mass(0.9), rows=8, cols=8, always=ph.sink(1))
+    guard = ph.guarded(own | own, 0.02)
+    assert ph.from_json(ph.to_json(guard)) == guard
+    assert hash(own) == hash(
+        ph.select(ph.shared(ph.key_bounds()), ph.keep_mass(0.9), rows=8, cols=8, always=ph.sink(1))
+    )
+
+
+def test_wrong_input_is_said() -> None:
+    x = tensors(1, 2, 2, 40, 40)
+    with pytest.raises(ConfigError, match=r"select must be a selector such as select\(mean_keys"):
+        attend(*x, select=ph.mean_keys())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="scorer must be one such as mean_keys"):
+        ph.select(ph.keep_share(0.1), ph.mean_keys())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="budget must be one such as keep_share"):
+        ph.select(ph.mean_keys(), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cols must be at least 1"):
+        ph.select(ph.mean_keys(), ph.keep_share(0.1), cols=0)
+    with pytest.raises(ConfigError, match="always must be a mask"):
+        ph.select(ph.mean_keys(), ph.keep_share(0.1), always=4)  # type: ignore[arg-type]
+    for wrong in (-0.1, 1.1, "half", math.nan):
+        with pytest.raises(ConfigError, match="keep_share: share must be a finite number"):
+            ph.keep_share(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 1"):
+        ph.keep_blocks(0)
+    with pytest.raises(ConfigError, match="must be an integer"):
+        ph.keep_blocks(1.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="for every head; got -1 to 2"):
+        ph.keep_share(torch.tensor([-1.0, 2.0]))
+    with pytest.raises(ShapeError, match="holds 3 numbers, but the call has 2 heads"):
+        attend(*x, select=ph.select(ph.mean_keys(), ph.keep_share(torch.full((3,), 0.5))))
+    with pytest.raises(ConfigError, match="stride must be at most the length of a block, 8; got 16"):
+        attend(*x, select=ph.select(ph.sampled_mass(16), ph.keep_share(0.1), rows=8, cols=8))
+    with pytest.raises(UnknownName, match="group"):
+        ph.shared(ph.mean_keys(), over="grou")  # type: ignore[arg-type]
