@@ -315,7 +315,16 @@ def test_explain_names_every_backend_and_force_refuses_with_the_reason() -> None
     q, k, v = operands(queries=300, keys=300, dtype=torch.float32)
     plan = ph.explain(q, k, v, mask=ph.causal())
     assert plan.backend == "sdpa"
-    assert set(plan.refused) == {"staircase", "banded", "triton_heads", "tiles", "flex", "signs", "reference"}
+    assert set(plan.refused) == {
+        "chosen",
+        "staircase",
+        "banded",
+        "triton_heads",
+        "tiles",
+        "flex",
+        "signs",
+        "reference",
+    }
     assert ph.explain(q, k, v, mask=ph.window(9)).backend == "banded"
     assert ph.explain(q, k, v, mask=ph.window(9), score=ph.soft_cap(3.0)).backend == "tiles"
     capped = {"mask": ph.causal(), "score": ph.soft_cap(3.0)}
