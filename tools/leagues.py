@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def machine() -> str:
 
 def play(name: str, league: dict[str, Any], first: int | None, jobs: int | None) -> None:
     """One league, or its first contenders."""
-    task = tasks.find(league["task"])
+    task = replace(tasks.find(league["task"]), **league.get("options", {}))
     budget, _, limit = league.get("budget", "params").partition("=")
     folder = OUT / name
     job.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,17 @@ from polyhead.league.folder import Folder
 from polyhead.league.tasks import TASKS, Batch, Task, changed, find, with_data
 from polyhead.league.tasks.base import Recipe, Sizes
 from polyhead.league.tasks.corpus import corpus
-from polyhead.league.tasks.listops import value_of
+from polyhead.league.tasks.listops import ListOpsTask, value_of
 from polyhead.league.tasks.text import TextTask
+
+
+class MeanOfLists(ListOpsTask):
+    """Lists whose value is read from the mean of their tokens."""
+
+    @property
+    def read_from(self) -> str:
+        return "mean"
+
 
 SPLITS = [(name, split) for name in TASKS for split in ("train", *find(name).splits)]
 
@@ -412,3 +422,26 @@ def test_a_file_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest
         NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size, 4).long())\n"
     )
     assert plan(["mha"], "own.py").task_file == str(tmp_path / "own.py")
+
+
+def test_a_label_is_read_from_a_class_token_or_from_the_mean_of_real_tokens() -> None:
+    small = Sizes(dim=16, heads=2, layers=1, mlp=16)
+    own = find("relational")
+    mean = replace(own, read="mean")  # type: ignore[call-arg]
+    for task in (own, mean):
+        (one,) = plan(["mha"], task, sizes=small).contenders
+        model = one.model(task)
+        assert (model.label is not None) == (task.read_from == "token")
+        assert model(task.batch("train", 0, 4, 0)).shape == (4, 2)
+        assert one.counted.params == sum(p.numel() for p in model.parameters())
+    with pytest.raises(UnknownName, match="did you mean 'mean'"):
+        replace(own, read="means")  # type: ignore[call-arg]
+    # padding has no part in either
+    batch = find("listops").batch("train", 0, 8, 0)
+    assert batch.padding is not None
+    other = Batch(batch.inputs.masked_fill(~batch.padding, 5), batch.targets, batch.padding)
+    for task in (find("listops"), MeanOfLists()):
+        (one,) = plan(["mha"], task, sizes=small).contenders
+        model = one.model(task).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch), model(other))

@@ -80,7 +80,11 @@ def layer_of(task: Task, name: str, options: Mapping[str, Any], dim: int, heads:
 
 def tokens_of(task: Task) -> int:
     """Tokens of a training sequence in the layers, with the class token that a label is read from."""
-    return task.length + (task.answer == "label")
+    return task.length + _has_token(task)
+
+
+def _has_token(task: Task) -> bool:
+    return task.answer == "label" and task.read_from == "token"
 
 
 def _with_token(
@@ -104,7 +108,8 @@ class Model(nn.Module):
 
     Args:
         task: says what comes in and what goes out. A label is read from a class token, a learned vector
-            that stands before the sequence, or after it where the task is causal.
+            that stands before the sequence, or after it where the task is causal; or from the mean of the
+            real tokens.
         sizes: width, query heads, layers and width of the MLPs.
         layers: the mechanisms, taken in turn until there are `sizes.layers`.
         device, dtype: of the parameters.
@@ -128,7 +133,7 @@ class Model(nn.Module):
         added = {layer.positions for layer in taken}
         self.places: nn.Parameter | None = None
         self.label: nn.Parameter | None = None
-        if task.answer == "label":
+        if _has_token(task):
             self.label = nn.Parameter(torch.empty(dim, **kind))
             nn.init.normal_(self.label, std=dim**-0.5)
         if "learned" in added:
@@ -158,7 +163,12 @@ class Model(nn.Module):
         if added is not None:
             x = x + added.to(x.dtype)
         x = self.stack(x, mask=self.mask, padding=padding)
-        return self.read(x[read])
+        if read is not None:
+            return self.read(x[read])
+        if padding is None:
+            return self.read(x.mean(1))
+        real = padding[..., None].to(x.dtype)
+        return self.read((x * real).sum(1) / real.sum(1).clamp(min=1))
 
     def loss(self, batch: Batch) -> Tensor:
         """The task's loss and the auxiliary losses of the mechanisms."""

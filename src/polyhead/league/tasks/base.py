@@ -131,8 +131,8 @@ class Task(Part):
     Attributes:
         name: as `--task` calls it.
         summary: one line, for people.
-        answer: "symbols", a class at every position that is asked; "label", one class of a sequence, read
-            from a class token; "numbers", a vector at every position that is asked.
+        answer: "symbols", a class at every position that is asked; "label", one class of a sequence,
+            see `read_from`; "numbers", a vector at every position that is asked.
         metric: what the score is called.
         better: "higher" or "lower".
         causal: whether a token may look at earlier tokens only.
@@ -173,6 +173,11 @@ class Task(Part):
     def length(self) -> int:
         """Tokens of a training sequence."""
         raise NotImplementedError("a task must say its length")
+
+    @property
+    def read_from(self) -> str:
+        """What a label is read from: "token", a class token; "mean", the mean of the real tokens."""
+        return "token"
 
     @property
     def splits(self) -> tuple[str, ...]:

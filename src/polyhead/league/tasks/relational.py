@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from polyhead.checks import whole
+from polyhead.errors import unknown_name
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
@@ -28,6 +30,7 @@ class RelationalTask(Task):
         samples: training samples.
         objects: in a codebook.
         features: width of an object.
+        read: what the answer is read from: "token", a class token; "mean", the mean of the objects.
     """
 
     name = "relational"
@@ -42,8 +45,11 @@ class RelationalTask(Task):
     samples: int = 30_000
     objects: int = 256
     features: int = 32
+    read: Literal["token", "mean"] = "token"
 
     def __post_init__(self) -> None:
+        if self.read not in ("token", "mean"):
+            raise unknown_name("read", self.read, ("token", "mean"))
         whole("samples", self.samples, 1)
         whole("objects", self.objects, 2)
         whole("features", self.features, 1)
@@ -59,6 +65,10 @@ class RelationalTask(Task):
     @property
     def length(self) -> int:
         return 4
+
+    @property
+    def read_from(self) -> str:
+        return self.read
 
     @property
     def splits(self) -> tuple[str, ...]:
