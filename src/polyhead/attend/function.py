@@ -310,7 +310,13 @@ def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, s
         raise ConfigError(
             f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
         )
-    found = choose(select, q, k, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if torch.compiler.is_compiling():
+        from polyhead.attend.opaque_choice import choose_opaque  # imports the compiler, which is here already
+
+        found = choose_opaque(select, q, k, mask, scale)
+    else:
+        found = choose(select, q, k, mask, scale)
     return found if mask is None else mask & found
 
 

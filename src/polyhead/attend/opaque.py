@@ -23,19 +23,19 @@ from polyhead.attend.problem import Problem
 from polyhead.attend.spelling import Spelling, function_name, read, spell
 from polyhead.attend.stream import Kernel, leaves_of
 
-__all__ = ["attend_opaque"]
+__all__ = ["attend_opaque", "constant_name"]
 
 _T = TypeVar("_T")
 
 # The compiler does not look into it: a name is a constant of the graph.
-_constant_name = torch.compiler.assume_constant_result(function_name)
+constant_name = torch.compiler.assume_constant_result(function_name)
 
 
 def attend_opaque(request: Request, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run a call as one step of the graph that is being compiled; `backend` is "auto" or a streaming one."""
     problem = request.problem
     found = Spelling()
-    text = spell((problem.mask, problem.score, problem.normalizer, problem.weight_map), found, _constant_name)
+    text = spell((problem.mask, problem.score, problem.normalizer, problem.weight_map), found, constant_name)
     seed = torch.randint(2**62, ()) if problem.dropout else torch.zeros((), dtype=torch.int64)
     out, lse = _attend(
         request.q,

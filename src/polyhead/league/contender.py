@@ -9,6 +9,18 @@ from typing import Any
 from polyhead.attend.masks import blocks, causal, dilated, neighborhood, prefix, sink, strided, window
 from polyhead.attend.normalizers import entmax, sigmoid, softmax, sparsemax
 from polyhead.attend.scores import alibi, relative_bias, soft_cap, t5_bias, temperature
+from polyhead.attend.selectors import (
+    keep_above,
+    keep_blocks,
+    keep_mass,
+    keep_share,
+    keep_total,
+    key_bounds,
+    mean_keys,
+    sampled_mass,
+    select,
+    shared,
+)
 from polyhead.attend.top_k import top_k
 from polyhead.checks import given
 from polyhead.description import Part
@@ -26,6 +38,8 @@ MAKERS: dict[str, Any] = {
         *(blocks, causal, dilated, neighborhood, prefix, sink, strided, window),
         *(entmax, sigmoid, softmax, sparsemax, top_k),
         *(alibi, relative_bias, soft_cap, t5_bias, temperature),
+        *(select, mean_keys, key_bounds, sampled_mass, shared),
+        *(keep_above, keep_blocks, keep_mass, keep_share, keep_total),
         *(alibi_position, no_position, rope, sinusoidal),
         *(attention_diversification, drop_head, token_masking),
     )

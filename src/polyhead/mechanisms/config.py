@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score
+from polyhead.attend.selectors import Selector
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.checks import given
 from polyhead.description import Part
@@ -59,6 +60,7 @@ class AttentionConfig(MechanismConfig):
         normalizer: how logits become weights.
         weight_map: maps of the weights behind the normaliser.
         mask: a mask that holds in every call.
+        select: of what masks let be seen, the blocks of keys that are read, decided from the content.
         dropout: probability with which a weight is dropped in training.
         regularizers: what else acts in training only, such as `drop_head(0.1)`.
     """
@@ -74,6 +76,7 @@ class AttentionConfig(MechanismConfig):
     normalizer: Normalizer = softmax()
     weight_map: WeightMap | tuple[WeightMap, ...] | None = None
     mask: Mask | None = None
+    select: Selector | None = None
     dropout: float = 0.0
     regularizers: Regularizer | tuple[Regularizer, ...] = ()
 
@@ -114,6 +117,7 @@ class AttentionConfig(MechanismConfig):
             normalizer=self.normalizer,
             weight_map=self.weight_map,
             mask=self.mask,
+            select=self.select,
             dropout=self.dropout,
             regularizers=self.regularizers,
         )

@@ -42,6 +42,7 @@ class DecoupledHeadAttention(MultiHeadAttention):
     """Multi-head attention whose projection is a `DecoupledProjection`."""
 
     projection: DecoupledProjection
+    takes_select = True
 
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         k, v = rows

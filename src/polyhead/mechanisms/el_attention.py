@@ -184,6 +184,8 @@ def el_attention(module: MultiHeadAttention, *, scheme: str = "auto") -> LatentA
     new = LatentAttention(
         maps, module.output, scheme=scheme, position=module.position.position, dropout=module.dropout
     )
+    if module.select is not None:
+        new._check_select(module.select.spec)
     for part in ("score", "normalizer", "weight_map", "mask"):
         setattr(new, part, getattr(module, part))
     new.regularizers = module.regularizers

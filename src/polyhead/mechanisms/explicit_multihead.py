@@ -134,7 +134,7 @@ def merged(attention: MultiHeadAttention) -> MultiHeadAttention:
         dropout=attention.dropout,
         regularizers=attention.regularizers,
     )
-    for name in ("position", "score", "normalizer", "weight_map", "mask"):
+    for name in ("position", "score", "normalizer", "weight_map", "mask", "select"):
         setattr(plain, name, copy.deepcopy(getattr(attention, name)))
     return plain.train(attention.training)
 

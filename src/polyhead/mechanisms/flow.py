@@ -73,7 +73,7 @@ def flow_of(module: AttentionModule) -> Flow:
     )
 
 
-_KNOWN = ("projection", "position", "score", "normalizer", "weight_map", "mask", "output")
+_KNOWN = ("projection", "position", "score", "normalizer", "weight_map", "mask", "select", "output")
 # what a subclass may do in its own way, in words
 _OWN = {
     "forward": "the whole call",
@@ -123,6 +123,8 @@ def _joined(module: MultiHeadAttention, at: dict[str, list[Step]]) -> Iterator[S
     yield from at["scores"]
     fixed = "" if module.mask is None else f"{module.mask.spec!r}, "
     yield Step("mask", f"{fixed}that of the call, padding")
+    if module.select is not None:
+        yield Step("selector", _brief(module.select.spec))
     yield Step("normaliser", _brief(softmax() if module.normalizer is None else module.normalizer.spec))
     for weight_map in _terms(_spec(module.weight_map)):
         yield Step("weight map", _brief(weight_map))

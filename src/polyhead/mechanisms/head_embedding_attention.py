@@ -44,6 +44,7 @@ class HeadEmbeddingAttention(MultiHeadAttention):
     """Multi-head attention whose projection is an `EmbeddedProjection`."""
 
     projection: EmbeddedProjection
+    takes_select = True
 
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         k, v = rows

@@ -137,6 +137,7 @@ def soft_mixture(attentions: Sequence[MultiHeadAttention], *, share_kv: bool = F
         "score": first.score,
         "weight_map": first.weight_map,
         "mask": first.mask,
+        "select": first.select,
         "normalizer": first.normalizer,
         "position": first.position.score,
     }

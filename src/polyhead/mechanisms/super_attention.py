@@ -59,6 +59,7 @@ class SlicedAttention(MultiHeadAttention):
     """Multi-head attention whose projection is a `SlicedProjection`; keys that are values are kept once."""
 
     projection: SlicedProjection
+    takes_select = True
 
     @property
     def _once(self) -> bool:

@@ -15,6 +15,7 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
+from polyhead.attend.selectors import Selector
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
@@ -41,7 +42,7 @@ class MultiHeadAttention(AttentionModule):
         q, k, v = projection(x, context)
         q, k    = position turns them
         k, v    = cache, if there is one: the earlier rows and these
-        y       = attend(q, k, v, mask, score, normalizer, weight_map)
+        y       = attend(q, k, v, mask, select, score, normalizer, weight_map)
         return output(y)
 
     Args:
@@ -53,6 +54,10 @@ class MultiHeadAttention(AttentionModule):
         normalizer: how logits become weights; its tensors likewise. Default softmax.
         weight_map: maps of the weights behind the normaliser, one or a sequence; their tensors likewise.
         mask: a mask that holds in every call, besides that of the call.
+        select: of what masks let be seen, the blocks of keys that are read, decided anew in every call from
+            its queries and from all keys so far. Where `rows` is 1, and `always` holds the query's own block,
+            decoding and causal calls choose alike; larger blocks of queries are cut as the calls come. Keys
+            must be there: a cache that forgets is refused, and so are queries that do not stand at the end.
         scale: factor of q·k. Default 1/√D.
         dropout: probability with which a weight is dropped in training.
         regularizers: what else acts in training only, such as `drop_head(0.1)`.
@@ -62,6 +67,9 @@ class MultiHeadAttention(AttentionModule):
 
     Paper: Attention Is All You Need, arXiv 1706.03762.
     """
+
+    # whether a subclass that attends in a way of its own still hands `select` to the operator
+    takes_select = False
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class MultiHeadAttention(AttentionModule):
         normalizer: Normalizer | None = None,
         weight_map: WeightMap | Sequence[WeightMap] | None = None,
         mask: Mask | None = None,
+        select: Selector | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
         regularizers: Regularizer | Sequence[Regularizer] = (),
@@ -93,10 +102,11 @@ class MultiHeadAttention(AttentionModule):
         for name, part, kind in (
             ("position", position, Position),
             ("normalizer", normalizer, Normalizer),
-            ("mask", mask, Mask | None),
+            ("mask", mask, Mask),
+            ("select", select, Selector),
         ):
-            if not isinstance(part, kind):
-                raise ConfigError(f"{name} must be a {getattr(kind, '__name__', 'Mask')}; got {given(part)}")
+            if part is not None and not isinstance(part, kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}; got {given(part)}")
         dropout = number("dropout", dropout, least=0, below=1)
         weight = projection.query.weight
         device, dtype = weight.device, weight.dtype
@@ -125,6 +135,9 @@ class MultiHeadAttention(AttentionModule):
         if self.weight_map is not None:
             self.weight_map.acts_on = "weights"
         self.mask = None if mask is None else PartModule(mask, device=device, dtype=dtype)
+        if select is not None:
+            self._check_select(select)
+        self.select = None if select is None else PartModule(select, device=device, dtype=dtype)
         self.scale = scale
         self.dropout = dropout
         self.regularizers = check_regularizers(regularizers)
@@ -146,6 +159,24 @@ class MultiHeadAttention(AttentionModule):
     @property
     def streams(self) -> Streams:
         return self.projection.streams
+
+    def _check_select(self, select: Selector) -> None:
+        own = type(self)
+        ways = ("_mix", "_attend", "_options")
+        if not own.takes_select and any(
+            getattr(own, way) is not getattr(MultiHeadAttention, way) for way in ways
+        ):
+            raise ConfigError(
+                f"select must be None in {own.__name__}, which attends in a way of its own; got "
+                f"{given(select)}"
+            )
+
+    def _cache_of(
+        self, streams: Streams, batch: int, max_length: int | None, window: int | None, *more: Any
+    ) -> KeyValueCache:
+        if window is not None and self.select is not None:
+            raise _chooses(self.select.spec, f"a cache of the {window} most recent")
+        return super()._cache_of(streams, batch, max_length, window, *more)
 
     def forward(
         self,
@@ -357,6 +388,12 @@ class MultiHeadAttention(AttentionModule):
             allowed = known if allowed is None else allowed & known
         # an argument that is not needed is left out: the operator knows its most common call by that
         options: dict[str, Any] = {"mask": allowed, "score": score, "scale": self.scale}
+        if self.select is not None:
+            if kept.positions is not None:
+                raise _chooses(self.select.spec, "a cache that drops some")
+            if shift:
+                raise _chooses(self.select.spec, f"queries that stand {-shift} before their end")
+            options["select"] = self.select()
         if self.normalizer is not None:
             options["normalizer"] = self.normalizer()
         after = self._weight_map()
@@ -443,3 +480,10 @@ class MultiHeadAttention(AttentionModule):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"
+
+
+def _chooses(select: Selector, what: str) -> ConfigError:
+    return ConfigError(
+        f"a selector chooses among all keys up to the last query, and cannot serve {what}; got "
+        f"{given(select)}"
+    )

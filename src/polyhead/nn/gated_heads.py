@@ -108,6 +108,8 @@ class GatedHeads(MultiHeadAttention):
         parts: those of `MultiHeadAttention`.
     """
 
+    takes_select = True
+
     def __init__(
         self, projection: Projection, output: OutputProjection | None = None, *, gate: Gate, **parts: Any
     ) -> None:
