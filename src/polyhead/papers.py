@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "048": ("mechanisms/facets.py",),
     "054": ("nn/head_mask.py",),
     "061": ("attend/normalizers.py", "attend/entmax.py"),
+    "064": ("attend/selectors/prism.py",),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
     "099": ("nn/regularizers/token_masking.py",),

@@ -20,8 +20,10 @@ from polyhead.attend.selectors.budgets import (
     keep_share,
     keep_total,
 )
+from polyhead.attend.selectors.fixed import Fixed, a_shape, fixed
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
+from polyhead.attend.selectors.prism import BandMeans, band_means, prism
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
@@ -36,8 +38,10 @@ from polyhead.attend.selectors.scorers import (
 from polyhead.attend.selectors.selector import Either, Ranked, Selector, choose, select
 
 __all__ = [
+    "BandMeans",
     "Budget",
     "Either",
+    "Fixed",
     "Grid",
     "Guarded",
     "KeepAbove",
@@ -53,7 +57,10 @@ __all__ = [
     "Selections",
     "Selector",
     "Shared",
+    "a_shape",
+    "band_means",
     "choose",
+    "fixed",
     "guarded",
     "keep_above",
     "keep_blocks",
@@ -62,6 +69,7 @@ __all__ = [
     "keep_total",
     "key_bounds",
     "mean_keys",
+    "prism",
     "sampled_mass",
     "select",
     "selections",
