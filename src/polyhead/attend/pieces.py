@@ -52,11 +52,13 @@ class Piece:
         rows: `(m, r)`, queries as places in the flat `(B·H·L)`; `Sizes.nobody`: none.
         blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`.
         added: `(m, 1, r, n·C)`, what is added to the scores; None: nothing is hidden.
+        first: whether no piece before had any of these queries.
     """
 
     rows: Tensor
     blocks: Tensor
     added: Tensor | None
+    first: bool = False
 
 
 def split(mask: Mask | None) -> tuple[Chosen, Mask | None] | None:
@@ -118,8 +120,8 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) 
         partly = _of_group(partly, repeat)
     wholly = found.every & ~partly
     if sizes.queries == 1 or choice.rows * together >= _ROWS:
-        yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype)
-        yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype)
+        yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype, first=True)
+        yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype, first=False)
     else:
         yield from _by_blocks(choice, None, found.index, wholly, sizes, dtype)
         yield from _by_blocks(choice, rest, found.index, partly, sizes, dtype)
@@ -138,6 +140,8 @@ def _by_rows(
     sizes: Sizes,
     together: int,
     dtype: torch.dtype,
+    *,
+    first: bool,
 ) -> Iterator[Piece]:
     """Blocks of queries that read equally many blocks of keys, some of them at a time."""
     masked = rest is not None or bool((which & ((index + 1) * choice.cols > sizes.keys)).any())
@@ -146,8 +150,8 @@ def _by_rows(
     counts = which.sum(-1).view(-1)
     device = index.device
     base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
-    first = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
-    flat, seen, plain = first.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
+    places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
+    flat, seen, plain = places.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
     rows = _rows_of_blocks(choice.rows, sizes, together, device)
     for count in counts.unique().tolist():
         if not count:
@@ -163,7 +167,7 @@ def _by_rows(
                 j = plain[part][seen[part]].view(-1, count, 1) * choice.cols
                 j = (j + torch.arange(choice.cols, device=device)).flatten(1)
                 added = _added(rest, rows[part], j, sizes, dtype)
-            yield Piece(rows[part], keys, added)
+            yield Piece(rows[part], keys, added, first=first)
 
 
 def _rows_of_blocks(length: int, sizes: Sizes, together: int, device: torch.device) -> Tensor:

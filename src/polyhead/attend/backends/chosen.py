@@ -96,7 +96,8 @@ class _Chosen(torch.autograd.Function):
         sizes: Sizes,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        queries = _Rows(q)
+        spare = bool(sizes.queries % choice.rows)
+        queries = _Rows(q, spare)
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
         out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
         lse = out.new_full(out.shape[:1], -math.inf)
@@ -106,15 +107,16 @@ class _Chosen(torch.autograd.Function):
                 attn_mask=piece.added,
                 scale=scale,
             )
-            at = piece.rows.view(-1)
-            before, own = lse[at], own.reshape(-1)
-            both = torch.logaddexp(before, own)
-            share = share.reshape(-1, share.shape[-1])
-            out[at] = out[at].lerp(share.to(out.dtype), (own - both).exp_()[:, None])
-            lse[at] = both
+            at, own = piece.rows.view(-1), own.reshape(-1)
+            share = share.reshape(-1, share.shape[-1]).to(out.dtype)
+            if not piece.first:
+                both = torch.logaddexp(lse[at], own)
+                share, own = out[at].lerp_(share, (own - both).exp_()[:, None]), both
+            out[at], lse[at] = share, own
         nothing = lse < HIDDEN / 2
         out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
-        out, lse = out[:-1].view(q.shape).to(q.dtype), lse[:-1].view(q.shape[:3])
+        out, lse = (_without_spare(x, q.shape) for x in (out, lse))
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = choice, rest, sizes, scale
         ctx.mark_non_differentiable(lse)
@@ -130,9 +132,11 @@ class _Chosen(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         choice, rest, sizes, scale = ctx.call
         nothing = lse.isneginf()
-        queries, outs = _Rows(q), _Rows(out)
-        grads = _Rows(grad.masked_fill(nothing[..., None], 0.0))
-        totals = F.pad(lse.masked_fill(nothing, 0.0).reshape(-1), (0, 1))
+        spare = bool(sizes.queries % choice.rows)
+        if bool(nothing.any()):
+            grad, lse = grad.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, 0.0)
+        queries, outs, grads = _Rows(q, spare), _Rows(out, spare), _Rows(grad, spare)
+        totals = F.pad(lse.reshape(-1), (0, int(spare)))
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
         dtype = wide(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
@@ -151,7 +155,7 @@ class _Chosen(torch.autograd.Function):
             for total, share in zip((dk, dv), found[1:], strict=True):
                 total.index_add_(0, blocks, share.reshape(len(blocks), *total.shape[1:]).to(dtype))
         return (
-            dq[:-1].view(q.shape).to(q.dtype),
+            _without_spare(dq, q.shape).to(q.dtype),
             _joined(dk, k),
             _joined(dv, v),
             *(None,) * 4,
@@ -159,13 +163,20 @@ class _Chosen(torch.autograd.Function):
 
 
 class _Rows:
-    """Rows of `(B, H, L, D)` by their place in B·H·L, and one more row, of zeros."""
+    """Rows of `(B, H, L, D)` by their place in B·H·L; with `spare` one more row, of zeros, for nobody."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.flat = F.pad(x.reshape(-1, x.shape[-1]), (0, 0, 0, 1))
+    def __init__(self, x: Tensor, spare: bool) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        self.flat = F.pad(flat, (0, 0, 0, 1)) if spare else flat
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return self.flat[rows].unsqueeze(1)
+        return self.flat.index_select(0, rows.view(-1)).view(rows.shape[0], 1, rows.shape[1], -1)
+
+
+def _without_spare(flat: Tensor, shape: torch.Size) -> Tensor:
+    """`(B, H, L, ...)` of rows by their place."""
+    count = shape[:3].numel()
+    return flat[:count].view(*shape[:3], *flat.shape[1:])
 
 
 def _blocks(x: Tensor, cols: int) -> Tensor:
