@@ -63,7 +63,7 @@ from polyhead.reference import reference
 if TYPE_CHECKING:
     from polyhead import cache, heads, hf, league, nn, tasks
     from polyhead.heads import profile
-    from polyhead.hf import attach
+    from polyhead.hf import attach, sparse
     from polyhead.intensity import roofline
     from polyhead.league import compare
     from polyhead.mechanisms import build, build_stack, catalog, entry
@@ -82,6 +82,7 @@ _LAZY = {
     "entry": "polyhead.mechanisms",
     "profile": "polyhead.heads",
     "roofline": "polyhead.intensity",
+    "sparse": "polyhead.hf",
 }
 _ROOMS = ("cache", "heads", "hf", "league", "nn", "tasks")
 
@@ -156,6 +157,7 @@ __all__ = [
     "sink",
     "soft_cap",
     "softmax",
+    "sparse",
     "sparsemax",
     "strict",
     "strided",

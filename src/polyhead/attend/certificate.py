@@ -16,7 +16,7 @@ from polyhead.attend.selectors import Selector
 from polyhead.checks import given
 from polyhead.errors import ConfigError
 
-__all__ = ["Missed", "missed_mass"]
+__all__ = ["Missed", "certified", "missed_mass"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,27 @@ def missed_mass(
     seen = resolved(q, k, mask, select, scale) if read is None else read if mask is None else mask & read
     part, own = attend(q, k, v, mask=seen, score=score, scale=scale, return_lse=True)
     _, whole = attend(q, k, v, mask=mask, score=score, scale=scale, return_lse=True)
+    return certified(part, own, whole, v, mask)
+
+
+def certified(part: Tensor, own: Tensor, whole: Tensor, v: Tensor, mask: Mask | None) -> Missed:
+    """What was missed, from the output of what was read and the log-sum-exps of that and of all.
+
+    Args:
+        part, own: output `(B, H, L, Dv)` and log-sum-exps `(B, H, L)` of the keys that were read. Those of a
+            softmax with a sink count it in: it is a key with value 0 that is always read.
+        whole: log-sum-exps of all keys that `mask` lets be seen, `(B, H, L)`.
+        v: `(B, G, S, Dv)`.
+    """
     mass = -torch.expm1(own.clamp(max=whole) - whole)
     mass = torch.where(whole.isneginf(), 0.0, mass)
     sizes = v.to(own.dtype).norm(dim=-1)
-    if _is_causal(mask) and k.shape[2] >= q.shape[2]:
-        largest = sizes.cummax(-1).values[..., k.shape[2] - q.shape[2] :]
+    queries, keys = part.shape[2], v.shape[2]
+    if _is_causal(mask) and keys >= queries:
+        largest = sizes.cummax(-1).values[..., keys - queries :]
     else:
         largest = sizes.amax(-1, keepdim=True)
-    largest = largest.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    largest = largest.repeat_interleave(part.shape[1] // v.shape[1], 1)
     return Missed(mass, mass * (part.to(own.dtype).norm(dim=-1) + largest), part)
 
 

@@ -3,17 +3,20 @@
 from polyhead.heads import measurements
 from polyhead.heads.amplify import amplified
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
+from polyhead.heads.missed import HeadsMissed, missed_mass
 from polyhead.heads.pictures import Lookups, Pictures
 from polyhead.heads.profile import Profile, profile
 from polyhead.heads.retrieval import CopyScores, copy_scores, retrieval_mass, retrieval_score
 from polyhead.heads.roles import RoleRule, RoleRules, Roles
 from polyhead.heads.rows import Rows, View
+from polyhead.heads.shares import shares
 from polyhead.heads.watch import Watcher, measure, watch
 
 __all__ = [
     "MEASUREMENTS",
     "CopyScores",
     "Gauge",
+    "HeadsMissed",
     "Lookups",
     "Measurement",
     "Pictures",
@@ -29,9 +32,11 @@ __all__ = [
     "copy_scores",
     "measure",
     "measurements",
+    "missed_mass",
     "profile",
     "register",
     "retrieval_mass",
     "retrieval_score",
+    "shares",
     "watch",
 ]

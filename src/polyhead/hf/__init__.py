@@ -7,5 +7,6 @@ from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
 from polyhead.hf.loading import Loaded, load
+from polyhead.hf.selecting import sparse
 
-__all__ = ["Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "Loaded", "attach", "load"]
+__all__ = ["Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "Loaded", "attach", "load", "sparse"]

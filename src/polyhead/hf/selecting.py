@@ -1,0 +1,144 @@
+"""`sparse`: a pretrained model whose attention reads what a selector chooses, in prefill and in decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from polyhead.attend.function import resolved
+from polyhead.attend.selectors import Selector
+from polyhead.checks import flag, given, several
+from polyhead.errors import ConfigError, ShapeError
+from polyhead.hf.attachment import Attachment, attach
+from polyhead.hf.call import Call, LayerInfo
+from polyhead.hf.handles import KVHandle
+
+__all__ = ["LayerSelectors", "Selecting", "by_layer", "densely", "keys_of", "sparse"]
+
+LayerSelectors = Selector | Mapping[int, Selector | None] | Sequence[Selector | None]
+
+_SUCH = "a selector such as select(mean_keys(), keep_share(0.1))"
+
+
+class Selecting:
+    """The handler of `sparse`: it adds a layer's choice of blocks to the mask of the call."""
+
+    def __init__(self, selectors: Sequence[Selector | None], decode: bool) -> None:
+        self.selectors = tuple(selectors)
+        self.decode = decode
+
+    def __call__(self, call: Call) -> Tensor:
+        selector = self.selectors[call.layer.index]
+        call = densely(call)
+        if selector is None or (call.q.shape[2] == 1 and not self.decode):
+            return call.proceed()
+        keys = keys_of(call)
+        if keys.shape[2] <= selector.cols:  # one block, of which the best one would be read
+            return call.proceed()
+        return call.replace(mask=resolved(call.q, keys, call.mask, selector, call.scale)).proceed()
+
+
+def densely(call: Call) -> Call:
+    """The call without what other `sparse` blocks would choose further down: the innermost one decides."""
+    below = tuple(entry for entry in call.below if not isinstance(entry[0], Selecting))
+    return call.replace(below=below)
+
+
+def keys_of(call: Call) -> Tensor:
+    """The keys of a call that chooses among them.
+
+    Raises:
+        ConfigError: they are in a cache that only knows how to attend.
+    """
+    if isinstance(call.k, KVHandle):
+        raise ConfigError(
+            f"layer {call.layer.name!r} attends to keys in a {type(call.k).__name__}, which cannot be chosen "
+            "from; use a cache that holds tensors, such as DynamicCache, or no selector for this layer"
+        )
+    return call.k
+
+
+def by_layer(selector: LayerSelectors, layers: Sequence[LayerInfo]) -> list[Selector | None]:
+    """One selector, or None for a dense layer, for each attention layer of a model.
+
+    Raises:
+        ConfigError: something is no selector, or names a layer that is not there.
+        ShapeError: a selector holds numbers for another number of heads than its layer has.
+    """
+    last = len(layers) - 1
+    if isinstance(selector, Selector):
+        found: list[Selector | None] = [selector] * len(layers)
+    elif isinstance(selector, Mapping):
+        found = [None] * len(layers)
+        for key, value in selector.items():
+            if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key <= last:
+                raise ConfigError(f"selector: the model's attention layers are 0..{last}; got {given(key)}")
+            found[key] = value
+    elif several(selector):
+        found = list(selector)
+        if len(found) != len(layers):
+            raise ConfigError(
+                f"selector: the model has {len(layers)} attention layers, but {len(found)} are given; give "
+                "one selector a layer (None: dense), or a mapping {layer: selector}"
+            )
+    else:
+        raise ConfigError(
+            f"selector must be {_SUCH}, or such by layer, a mapping or sequence; got {given(selector)}"
+        )
+    for layer, one in zip(layers, found, strict=True):
+        if one is None:
+            continue
+        if not isinstance(one, Selector):
+            raise ConfigError(f"selector of layer {layer.index} must be {_SUCH}, or None; got {given(one)}")
+        try:
+            one.check(layer.heads)
+        except ShapeError as error:
+            raise ShapeError(f"selector of layer {layer.index}, {layer.name!r}: {error}") from error
+    return found
+
+
+@contextmanager
+def sparse(model: nn.Module, selector: LayerSelectors, *, decode: bool = True) -> Iterator[Attachment]:
+    """Within the block, the model's attention reads only the blocks of keys that a selector chooses.
+
+        own = ph.select(ph.key_bounds(), ph.keep_share(0.1), always=ph.sink(1) | ph.window(63))
+        with ph.sparse(model, own):
+            model.generate(**inputs)
+
+    Every attention layer runs as `attend(q, k, v, select=selector, ...)` with the mask (sliding window,
+    padding), score (soft cap, position bias), sinks and scale that it has anyway: of what its mask lets be
+    seen, the chosen blocks are read. Queries and keys are ranked as the layer hands them over, rotary
+    positions included, without its score. A call on no more keys than one block holds reads them all. Blocks
+    are counted from the first key that is held.
+
+    Positions are not changed. On contexts longer than the model was made for, it does what it does without
+    selectors: rotary positions go on, a table of learned positions ends with an IndexError.
+
+    Handlers (`attach`) that are put on top within the block come first, those below get the choice as a part
+    of the mask; so `profile` within the block measures what the sparse model reads. Of several nested
+    `sparse` the innermost one decides alone, for every layer, also where it says None.
+
+    Args:
+        model: any model that `attach` accepts. It is as it was after the block, also after an error.
+        selector: for all attention layers, those of encoders and to encoders among them; or layer -> selector
+            as a mapping, where layers that are left out are dense, or as a sequence with one entry a
+            layer, None for dense ones. Layers are counted as in `attach(model).layers`.
+        decode: whether calls with a single query, the steps of decoding, choose too; False: they are dense.
+
+    Yields:
+        The `Attachment`.
+
+    Raises:
+        ConfigError: the selectors do not fit the model; or, in a forward pass, the keys are in a cache that
+            holds no tensors, such as `ph.cache.per_head`.
+        ShapeError: a budget holds numbers for another number of heads than a layer has.
+        UnsupportedModel: the model's attention cannot be replaced.
+        MissingExtra: transformers is not installed.
+    """
+    flag("decode", decode)
+    with attach(model) as attachment:
+        choosing = Selecting(by_layer(selector, attachment.layers), decode)
+        with attachment.handling(choosing):
+            yield attachment
