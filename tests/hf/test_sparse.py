@@ -1,7 +1,5 @@
 """`ph.sparse`: selectors inside pretrained models."""
 
-import math
-
 import pytest
 import torch
 import transformers as t
