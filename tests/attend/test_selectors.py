@@ -207,6 +207,36 @@ def test_padding_is_never_chosen_and_rows_without_keys_give_zeros() -> None:
     assert int(found.index[1][found.index[1] >= 0].min()) >= 3
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize(
+    "scorer", [ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(1), ph.sampled_mass(4)], ids=repr
+)
+def test_what_stands_at_padding_counts_in_no_score(scorer: Scorer, left: bool) -> None:
+    q, k, _ = tensors(2, 4, 2, 40, 40)
+    places = torch.arange(40)
+    real = places >= torch.tensor([[0], [21]]) if left else places < torch.tensor([[40], [19]])
+    mask = ph.causal() & ph.padding(real)
+    own = ph.select(scorer, ph.keep_blocks(2), rows=8, cols=8)
+    found = choose(own, q, k, mask, 0.25)
+    for poison in (1e6, math.nan):
+        k[1, :, ~real[1]] = poison
+        assert choose(own, q, k, mask, 0.25) == found
+
+
+def test_means_and_bounds_are_those_of_the_real_keys() -> None:
+    q, k, _ = tensors(2, 4, 2, 20, 20)
+    real = torch.arange(20) >= torch.tensor([[0], [11]])
+    grid = Grid(2, 4, 2, 20, 20, 1, 8, 0.25, real)
+    means, bounds = grid.mean_keys(k), ph.key_bounds().prepare(q, k, grid)(0, 20)
+    torch.testing.assert_close(means[0, :, 2], k[0, :, 16:].mean(1))
+    torch.testing.assert_close(means[1, :, 1], k[1, :, 11:16].mean(1))
+    assert (means[1, :, 0] == 0).all()
+    assert (bounds[1, ..., 0] == 0).all()
+    every = k.repeat_interleave(2, 1)[1, :, 11:16]
+    own = torch.maximum(q[1] * every.amin(1, keepdim=True), q[1] * every.amax(1, keepdim=True)).sum(-1)
+    torch.testing.assert_close(bounds[1, ..., 1], 0.25 * own)
+
+
 def test_gradients_flow_through_what_is_read() -> None:
     x = [t.requires_grad_() for t in tensors(1, 2, 2, 40, 40)]
     own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)

@@ -19,6 +19,8 @@ class Grid:
         batch, heads, kv_heads, queries, keys: B, H, G, L and S.
         rows, cols: length of a block of queries and of keys; the last ones may be shorter.
         scale: factor of q·k.
+        real: bool `(B or 1, S)`, which keys are no padding, as far as the mask says so; None: all are.
+            Scorers leave the others out, whatever stands there.
     """
 
     batch: int
@@ -29,6 +31,7 @@ class Grid:
     rows: int
     cols: int
     scale: float
+    real: Tensor | None = None
 
     @property
     def row_blocks(self) -> int:
@@ -55,12 +58,17 @@ class Grid:
         return x if self.repeat == 1 else x.repeat_interleave(self.repeat, 1)
 
     def blocks_of_keys(self, k: Tensor, fill: float = 0.0) -> Tensor:
-        """Keys `(B, G, S, D)` in blocks `(B, G, N, C, D)`, the last one filled up."""
+        """Keys `(B, G, S, D)` in blocks `(B, G, N, C, D)`; `fill` for padding and behind the end."""
+        k = k if self.real is None else torch.where(self.real[:, None, :, None], k, fill)
         return F.pad(k, (0, 0, 0, -k.shape[2] % self.cols), value=fill).unflatten(2, (-1, self.cols))
 
     def mean_keys(self, k: Tensor) -> Tensor:
-        """Mean key of every block, over its real keys: `(B, G, N, D)`."""
-        return _means(k, self.cols)
+        """Mean key of every block, over its real keys, 0 where it has none: `(B, G, N, D)`."""
+        if self.real is None:
+            return _means(k, self.cols)
+        sums = self.blocks_of_keys(_wide(k)).sum(3)
+        counts = F.pad(self.real, (0, -self.keys % self.cols)).unflatten(1, (-1, self.cols)).sum(2)
+        return sums / counts.clamp(min=1)[:, None, :, None].to(sums.dtype)
 
     def mean_queries(self, q: Tensor, start: int, stop: int) -> Tensor:
         """Mean query of the blocks start..stop-1, over real queries: `(B, H, m, D)`."""
@@ -68,9 +76,12 @@ class Grid:
         return part if self.rows == 1 else _means(part, self.rows)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _means(x: Tensor, length: int) -> Tensor:
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    sums = F.pad(wide, (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length)).sum(3)
+    sums = F.pad(_wide(x), (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length)).sum(3)
     sizes = torch.full((sums.shape[2], 1), float(length), dtype=sums.dtype, device=x.device)
     sizes[-1] = (x.shape[2] - 1) % length + 1
     return sums / sizes

@@ -42,7 +42,7 @@ class Scorer(Part):
 
         Args:
             q, k: `(B, H, L, D)` and `(B, G, S, D)`.
-            grid: their blocks.
+            grid: their blocks, and which keys are real: what stands at padding must not count.
 
         Returns:
             A function of `start, stop` that gives the scores `(B, H, stop - start, N)` of the blocks of
@@ -67,8 +67,8 @@ class MeanKeys(Scorer):
 def mean_keys() -> Scorer:
     """A block of keys is worth the product of its mean key and the mean query: scale · q̄·k̄.
 
-    With blocks of one query it is the gate of MoBA (paper 063, arXiv 2502.13189), up to the scale, which
-    changes no ranking. O(N·D) a block of queries.
+    Means are over real keys: padding does not count. With blocks of one query it is the gate of MoBA (paper
+    063, arXiv 2502.13189), up to the scale, which changes no ranking. O(N·D) a block of queries.
     """
     return MeanKeys()
 
@@ -80,7 +80,8 @@ class KeyBounds(Scorer):
         wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
         most = grid.blocks_of_keys(wide, -math.inf).amax(3)
         least = grid.blocks_of_keys(wide, math.inf).amin(3)
-        most, least = (grid.spread(x).transpose(2, 3) for x in (most, least))
+        none = most < least  # no real key
+        most, least = (grid.spread(x.masked_fill(none, 0.0)).transpose(2, 3) for x in (most, least))
 
         def scores(start: int, stop: int) -> Tensor:
             queries = grid.mean_queries(q, start, stop).to(most.dtype)
@@ -118,6 +119,7 @@ class SampledMass(Scorer):
         wide = torch.promote_types(k.dtype, torch.float32)
         taken = torch.arange(0, grid.keys, self.stride, device=k.device)
         keys = grid.spread(k[:, :, :: self.stride].to(wide)).transpose(2, 3)
+        hidden = None if grid.real is None else ~grid.real[:, None, None, :: self.stride]
         own = taken // grid.cols
 
         def scores(start: int, stop: int) -> Tensor:
@@ -126,6 +128,8 @@ class SampledMass(Scorer):
             logits = q[:, :, at].to(wide) @ keys * grid.scale
             # a sampled query weighs its own past alone, or the whole future would share in its mass
             logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
+            if hidden is not None:
+                logits = logits.masked_fill(hidden, -math.inf)
             weights = logits.softmax(-1).nan_to_num(0.0)
             mass = weights.new_zeros(*weights.shape[:3], grid.col_blocks).index_add_(3, own, weights)
             blocks = at // grid.rows - start

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Mask, chosen, tile_map
+from polyhead.attend.masks import And, Mask, Padding, chosen, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer
@@ -161,11 +162,19 @@ def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.de
     return found.some.expand(shape)
 
 
+def real_keys(mask: Mask | None, device: torch.device) -> Tensor | None:
+    """Which keys are no padding `(B or 1, S)`, by the paddings that a mask is a conjunction of; None: all."""
+    terms = mask.terms if isinstance(mask, And) else (mask,)
+    found = [term.mask.to(device) for term in terms if isinstance(term, Padding)]
+    return reduce(torch.logical_and, found) if found else None
+
+
 @torch.no_grad()
 def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Mask:
     """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held."""
     batch, heads, queries, _ = q.shape
-    grid = Grid(batch, heads, k.shape[1], queries, k.shape[2], selector.rows, selector.cols, scale)
+    rows, cols = selector.rows, selector.cols
+    grid = Grid(batch, heads, k.shape[1], queries, k.shape[2], rows, cols, scale, real_keys(mask, q.device))
     selector.check(grid.heads)
     kept = selector.prepare(q.detach(), k.detach(), mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
