@@ -237,6 +237,15 @@ def test_means_and_bounds_are_those_of_the_real_keys() -> None:
     torch.testing.assert_close(bounds[1, ..., 1], 0.25 * own)
 
 
+@pytest.mark.parametrize("scorer", [*SCORERS, ph.sampled_mass(2)], ids=repr)
+def test_of_nothing_nothing_is_chosen(scorer: Scorer) -> None:
+    own = ph.guarded(ph.select(scorer, ph.keep_blocks(2), rows=8, cols=8, always=ph.window(0)))
+    for queries, keys in ((0, 0), (3, 0), (0, 9)):
+        out = attend(*tensors(2, 4, 2, queries, keys), select=own)
+        assert out.shape == (2, 4, queries, 16)
+        assert not out.any()
+
+
 def test_gradients_flow_through_what_is_read() -> None:
     x = [t.requires_grad_() for t in tensors(1, 2, 2, 40, 40)]
     own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)

@@ -176,6 +176,9 @@ def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: f
     rows, cols = selector.rows, selector.cols
     grid = Grid(batch, heads, k.shape[1], queries, k.shape[2], rows, cols, scale, real_keys(mask, q.device))
     selector.check(grid.heads)
+    if not grid.keys or not grid.queries:
+        nothing = torch.empty(batch, heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
+        return chosen(nothing, rows=rows, cols=cols, first=grid.offset)
     kept = selector.prepare(q.detach(), k.detach(), mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
     found = []

@@ -1,0 +1,158 @@
+"""Mixture of block attention: every query of every head reads its own block of keys, and the few before it
+whose mean key it likes best.
+
+    k̄_i = mean of k_j over block i,   s_ti = q_t · k̄_i,   b(t) = ⌊t / C⌋
+    S_t = b(t) and the k - 1 blocks i < b(t) with the largest s_ti, all of them where there are no more
+    head_t = softmax over the j <= t in blocks of S_t of (q_t · k_j / √D) v_j,   y = concat_h(head_h) W_O
+
+q: (B, H, L, D); k, v: (B, G, L, D), read by H/G heads each, and every head chooses for itself; positions are
+turned before. A block may be chosen only when all of it is past, and the own block is never scored: no later
+key has a part in a choice, and decoding chooses as the whole call does. No gradient flows through the choice;
+queries and keys learn by what is read. With k blocks or fewer in the call it is `mha`, whose weights it takes
+over, and which takes over its own.
+
+Cost: the parameters and the cache of grouped-query attention; min(k·C, t) keys a query are read, and L/C
+means are scored besides. `cost` counts all pairs, as it does with masks. A step takes all means anew.
+
+Paper 063: MoBA, Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189. Defaults are those of its
+runs of 8,192 tokens. Our readings: k counts the own block; k = 1 is attention within blocks, where the
+official code is dense; decoding chooses too, where that is dense. Of equal scores the later block is taken.
+Blocks are counted from the first token of a row, padding or not; padding has no part in means, and a block of
+nothing else is not chosen. Masks other than the causal one are refused: a document that shares a block with
+another would choose by its keys.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from polyhead.attend.masks import Mask, causal, window
+from polyhead.attend.selectors import keep_blocks, mean_keys, select
+from polyhead.checks import given, whole
+from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.registry import register
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.projections import check_inputs, check_real
+
+__all__ = ["Moba"]
+
+_CAUSAL = causal()
+
+
+class BlockMixture(MultiHeadAttention):
+    """Causal self-attention whose queries choose blocks of keys by their means.
+
+    Args:
+        parts, options: those of `MultiHeadAttention`, without `select`.
+        block_size: C.
+        top_k: blocks that a query reads, its own among them.
+    """
+
+    def __init__(self, *parts: Any, block_size: int, top_k: int, **options: Any) -> None:
+        own = window(0)  # the block of the query itself
+        chosen = select(mean_keys(), keep_blocks(top_k), rows=1, cols=block_size, always=own)
+        super().__init__(*parts, **options | {"select": chosen})
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        padding: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """Attend; see `MultiHeadAttention.forward`. The mask is `causal()`; there is no context."""
+        check_inputs("x", x, self.projection.dim)
+        if context is not None or getattr(cache, "holds_context", False):
+            self._refuse_context()
+        if padding is not None:
+            check_real("x", padding, x)
+        if mask is None:
+            raise UnsupportedPattern(
+                "moba chooses among blocks that are past and does not support attention to what comes later; "
+                "pass mask=causal()"
+            )
+        if not isinstance(mask, Mask):
+            raise ConfigError(f"mask must be causal(); got {given(mask)}")
+        if mask != _CAUSAL:
+            raise UnsupportedPattern(
+                "moba does not support a mask other than causal(), because blocks are chosen by the mean of "
+                f"all their keys; got {given(mask)}; say in padding= which tokens are none"
+            )
+        return super().forward(x, mask=mask, padding=padding, cache=cache, **call)
+
+    def new_cache(self, batch: int = 1, *, window: int | None = None, **options: Any) -> KeyValueCache:
+        if window is not None:
+            raise UnsupportedPattern(
+                "moba does not support a cache of recent tokens: it chooses among all that are past; "
+                f"leave window out; got {given(window)}"
+            )
+        return super().new_cache(batch, **options)
+
+    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
+        self._refuse_context()
+
+    def _refuse_context(self) -> NoReturn:
+        raise UnsupportedPattern(
+            "moba attends within one causal sequence and does not support a context; leave context out, and "
+            "take grouped_query for cross-attention"
+        )
+
+
+@register(
+    "moba",
+    aliases=("mixture_of_block_attention",),
+    paper="063",
+    title="MoBA: Mixture of Block Attention for Long-Context LLMs",
+    family="sparse",
+    summary="every query reads its own block of keys and the few earlier ones whose mean key it likes best",
+    equation=(
+        "S_t = {b(t)} ∪ top_(k-1) over i < b(t) of q_t·k̄_i;  head_t = Σ_j softmax_j(q_t·k_j / √D) v_j over "
+        "j ≤ t in blocks of S_t"
+    ),
+    supports=frozenset({"causal_self"}),
+    facets=Facets(positions="hard"),
+    any_mask=False,
+)
+class Moba(AttentionConfig):
+    """Mixture of block attention.
+
+    Attributes:
+        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
+        block_size: C, keys that are chosen together.
+        top_k: k, blocks that a query reads, its own among them.
+    """
+
+    kv_heads: int | None = None
+    block_size: int = 512
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", key_value_heads("Moba", self.heads, self.kv_heads))
+        without_context(self)
+        for name in ("block_size", "top_k"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        if self.select is not None:
+            raise ConfigError(
+                f"moba: what is read is what block_size= and top_k= say; got select={given(self.select)}; "
+                "take grouped_query with a selector of your own"
+            )
+        if self.mask is not None:
+            raise ConfigError(f"moba: mask must be None: calls are causal; got {given(self.mask)}")
+        super().__post_init__()
+
+    def build(self, *, device: Any = None, dtype: Any = None) -> BlockMixture:
+        """The module."""
+        assert self.kv_heads is not None
+        module = partial(BlockMixture, block_size=self.block_size, top_k=self.top_k)
+        return self.assemble(
+            heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module
+        )
