@@ -36,6 +36,7 @@ _ELSEWHERE = {
     "104": ("mechanisms/multi_head_moe.py",),
     "105": ("cache/duo.py",),
     "109": ("nn/latent_plan.py",),
+    "117": ("attend/selectors/proxy_attn.py",),
     "141": ("cache/razor.py",),
     "142": ("heads/measurements/repeats.py",),
     "162": ("heads/measurements/received.py",),

@@ -24,6 +24,13 @@ from polyhead.attend.selectors.fixed import Fixed, a_shape, fixed
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
 from polyhead.attend.selectors.prism import BandMeans, band_means, prism
+from polyhead.attend.selectors.proxy_attn import (
+    KeepLastMass,
+    ProxyHeads,
+    keep_last_mass,
+    proxy_attn,
+    proxy_heads,
+)
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
@@ -36,6 +43,7 @@ from polyhead.attend.selectors.scorers import (
     shared,
 )
 from polyhead.attend.selectors.selector import Either, Ranked, Selector, choose, select
+from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
     "BandMeans",
@@ -46,17 +54,20 @@ __all__ = [
     "Guarded",
     "KeepAbove",
     "KeepBlocks",
+    "KeepLastMass",
     "KeepMass",
     "KeepShare",
     "KeepTotal",
     "KeyBounds",
     "MeanKeys",
+    "ProxyHeads",
     "Ranked",
     "SampledMass",
     "Scorer",
     "Selections",
     "Selector",
     "Shared",
+    "VerticalSlash",
     "a_shape",
     "band_means",
     "choose",
@@ -64,14 +75,18 @@ __all__ = [
     "guarded",
     "keep_above",
     "keep_blocks",
+    "keep_last_mass",
     "keep_mass",
     "keep_share",
     "keep_total",
     "key_bounds",
     "mean_keys",
     "prism",
+    "proxy_attn",
+    "proxy_heads",
     "sampled_mass",
     "select",
     "selections",
     "shared",
+    "vertical_slash",
 ]

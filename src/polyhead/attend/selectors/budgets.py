@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyhead.attend.masks import Mask
+from polyhead.attend.selectors.grid import Grid
 from polyhead.checks import given, number
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
@@ -44,6 +46,10 @@ class Budget(Part):
     def check(self, heads: int) -> None:
         """Raise a `ShapeError` if the rule holds numbers for another number of heads."""
 
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Budget:
+        """The rule for this call: itself, unless how much is read depends on the content."""
+        return self
+
 
 def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
     """The place of every block in its row, 0 for the best: forced ones first, hidden ones last.
@@ -64,7 +70,7 @@ def _order(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
     return last - held.flip(-1).sort(dim=-1, descending=True, stable=True).indices
 
 
-def _per_head(
+def per_head(
     name: str, value: float | Tensor, least: float, most: float | None, whole: bool
 ) -> float | Tensor:
     if isinstance(value, Tensor):
@@ -84,7 +90,7 @@ def _per_head(
     return int(found) if whole else found
 
 
-def _heads_fit(name: str, value: float | Tensor, heads: int) -> None:
+def heads_fit(name: str, value: float | Tensor, heads: int) -> None:
     if isinstance(value, Tensor) and len(value) not in (1, heads):
         raise ShapeError(f"{name} holds {len(value)} numbers, but the call has {heads} heads")
 
@@ -99,10 +105,10 @@ class KeepBlocks(Budget):
     blocks: int | Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", _per_head("keep_blocks: blocks", self.blocks, 1, None, True))
+        object.__setattr__(self, "blocks", per_head("keep_blocks: blocks", self.blocks, 1, None, True))
 
     def check(self, heads: int) -> None:
-        _heads_fit("keep_blocks", self.blocks, heads)
+        heads_fit("keep_blocks", self.blocks, heads)
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         return (ranks(scores, visible, forced) < _column(self.blocks, scores)) & visible | forced
@@ -123,10 +129,10 @@ class KeepShare(Budget):
     share: float | Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "share", _per_head("keep_share: share", self.share, 0.0, 1.0, False))
+        object.__setattr__(self, "share", per_head("keep_share: share", self.share, 0.0, 1.0, False))
 
     def check(self, heads: int) -> None:
-        _heads_fit("keep_share", self.share, heads)
+        heads_fit("keep_share", self.share, heads)
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         count = (_column(self.share, scores) * visible.sum(-1, keepdim=True)).round().clamp(min=1)
@@ -148,10 +154,10 @@ class KeepMass(Budget):
     mass: float | Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mass", _per_head("keep_mass: mass", self.mass, 0.0, 1.0, False))
+        object.__setattr__(self, "mass", per_head("keep_mass: mass", self.mass, 0.0, 1.0, False))
 
     def check(self, heads: int) -> None:
-        _heads_fit("keep_mass", self.mass, heads)
+        heads_fit("keep_mass", self.mass, heads)
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         own = scores.masked_fill(~visible, -torch.inf).double().softmax(-1).nan_to_num(0.0)
@@ -191,7 +197,7 @@ class KeepAbove(Budget):
             )
 
     def check(self, heads: int) -> None:
-        _heads_fit("keep_above", self.threshold, heads)
+        heads_fit("keep_above", self.threshold, heads)
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         best = ranks(scores, visible, forced) == 0

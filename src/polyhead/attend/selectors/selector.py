@@ -76,12 +76,13 @@ class Ranked(Selector):
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         scores = self.scorer.prepare(q, k, grid)
+        budget = self.budget.prepare(q, k, mask, grid)
 
         def kept(start: int, stop: int, visible: Tensor) -> Tensor:
             forced = torch.zeros_like(visible)
             if self.always is not None:
                 forced = visible & tiles(self.always, grid, start, stop, q.device)
-            return self.budget.kept(scores(start, stop), visible, forced)
+            return budget.kept(scores(start, stop), visible, forced)
 
         return kept
 
