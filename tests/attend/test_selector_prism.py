@@ -180,6 +180,18 @@ def test_the_high_band_finds_a_slash_that_mean_keys_pass_over() -> None:
     assert held(ph.mean_keys()) < 0.7
 
 
+def test_what_stands_at_padding_does_not_count() -> None:
+    q, k, _ = turned(2, 4, 2, 64, 64)
+    mask = ph.causal() & ph.padding(torch.arange(64) >= torch.tensor([[0], [24]]))
+    own = ph.prism(0.6, rows=8, cols=8)
+    before = choose(own, q, k, mask, 0.25)
+    q[1, :, :24], k[1, :, :24] = 50.0, -70.0
+    after = choose(own, q, k, mask, 0.25)
+    assert isinstance(before, Chosen)
+    assert isinstance(after, Chosen)
+    assert torch.equal(before.index[:, :, 3:], after.index[:, :, 3:])  # rows 0 to 2 of one are padding
+
+
 def test_it_is_a_value() -> None:
     own = ph.prism(0.9, rows=64, cols=32)
     assert ph.from_json(ph.to_json(own)) == own

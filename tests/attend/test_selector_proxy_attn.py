@@ -159,6 +159,18 @@ def test_a_budget_from_the_last_queries_goes_with_other_scorers() -> None:
     assert torch.equal(found, read(fixed, q, k))
 
 
+def test_what_stands_at_padding_does_not_count() -> None:
+    q, k, _ = tensors(2, 4, 2, 64, 64)
+    mask = ph.causal() & ph.padding(torch.arange(64) >= torch.tensor([[0], [24]]))
+    own = ph.proxy_attn(0.6, least=1, rows=8, cols=8)
+    before = choose(own, q, k, mask, 0.25)
+    q[1, :, :24], k[1, :, :24] = 50.0, -70.0
+    after = choose(own, q, k, mask, 0.25)
+    assert isinstance(before, Chosen)
+    assert isinstance(after, Chosen)
+    assert torch.equal(before.index[:, :, 3:], after.index[:, :, 3:])  # rows 0 to 2 of one are padding
+
+
 def test_it_is_a_value_and_wrong_input_is_said() -> None:
     own = ph.proxy_attn(0.9, groups=2)
     assert ph.from_json(ph.to_json(own)) == own

@@ -52,7 +52,11 @@ class BandMeans(Scorer):
         queries, keys = queries.to(wide), keys.to(wide)
         part = math.sqrt(len(own) / q.shape[-1])
         if self.calibrated:
-            t = part * _kept(queries, own) * grid.spread(_kept(keys, own))
+            asked = queries
+            if grid.real is not None and grid.offset >= 0:  # what stands at padding must not count
+                real = torch.where(grid.real[:, None, grid.offset :, None], q, 0.0)
+                asked = grid.mean_queries(real, 0, grid.row_blocks).to(wide)
+            t = part * _kept(asked, own) * grid.spread(_kept(keys, own))
             queries = torch.where(t > 0, queries / t, 0.0)
         queries = queries[..., own] * (grid.scale / part)
         products = grid.spread(keys[..., own]).transpose(2, 3)

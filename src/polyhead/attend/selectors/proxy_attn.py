@@ -41,6 +41,7 @@ class ProxyHeads(Scorer):
         )
         keys = grid.spread(k[:, :, taken].to(wide)).unflatten(1, (self.groups, -1)).mean(2).mT
         queries = q[:, :, at].to(wide).unflatten(1, (self.groups, -1)).mean(2)
+        hidden = None if grid.real is None else ~grid.real[:, None, None, taken]
         of_row, of_col = at // grid.rows, taken // grid.cols
 
         def scores(start: int, stop: int) -> Tensor:
@@ -49,6 +50,8 @@ class ProxyHeads(Scorer):
             for some in here.split(max(1, _HELD // max(1, grid.batch * self.groups * len(taken)))):
                 logits = queries[:, :, some] @ keys * grid.scale
                 logits = logits.masked_fill(taken > (at[some] + grid.offset)[:, None], -math.inf)
+                if hidden is not None:
+                    logits = logits.masked_fill(hidden, -math.inf)
                 weights = logits.log_softmax(-1).nan_to_num(nan=-math.inf, neginf=-math.inf)
                 best = weights.new_full((*weights.shape[:3], grid.col_blocks), -math.inf)
                 best.scatter_reduce_(3, of_col.expand_as(weights), weights, "amax")
