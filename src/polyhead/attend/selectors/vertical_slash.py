@@ -77,8 +77,8 @@ def vertical_slash(
 
     A block of queries reads the blocks of keys that hold such a key, or through which such a diagonal passes
     within its rows. With `cols=1` columns are read alone, and a diagonal as the `rows` keys that it crosses,
-    as the authors' kernel does; wider blocks read more of their surroundings, and are gathered faster: on a
-    CPU, at 4096 tokens, 4 and 16 took equally long where 1 took nearly twice the time.
+    as the authors' kernel does; wider blocks read more of their
+    surroundings, and are gathered faster.
 
     Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse
     Attention", arXiv 2407.02490. There every head has numbers, or another pattern, that a search found for it
