@@ -163,7 +163,7 @@ def test_the_high_band_finds_a_slash_that_mean_keys_pass_over() -> None:
 
     That the union of both bands holds more than mean keys which may read as many blocks does not follow, and
     is not so here: at mass 0.95 it reads 5 blocks, which hold 0.625 of the attention, and so do mean keys.
-    This head is the one of several that were tried in which the band helps: it says that it can, not how often.
+    Of several heads that were tried this is the one where the band helps: it says that it can, not how often.
     """
     length, width, block = 1024, 64, 32
     at, rope = torch.arange(length), ph.reference("rope")
