@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from polyhead.attend import attend
@@ -308,3 +309,14 @@ def test_wrong_input_is_said() -> None:
         attend(*x, select=ph.select(ph.sampled_mass(16), ph.keep_share(0.1), rows=8, cols=8))
     with pytest.raises(UnknownName, match="group"):
         ph.shared(ph.mean_keys(), over="grou")  # type: ignore[arg-type]
+
+
+def test_operations_of_a_choice_are_those_that_torch_counts() -> None:
+    q, k, _ = tensors(2, 4, 2, 100, 100)
+    for scorer in (ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(4), ph.shared(ph.key_bounds())):
+        own = ph.select(scorer, ph.keep_blocks(2), rows=16, cols=8)
+        for selector, times in ((own, 1), (own | own, 2)):
+            with FlopCounterMode(display=False) as counter:
+                choose(selector, q, k, None, 0.25)
+            grid = Grid(2, 4, 2, 100, 100, 16, 8, 0.25)
+            assert counter.get_total_flops() == selector.flops(grid, 16) == times * scorer.flops(grid, 16) > 0

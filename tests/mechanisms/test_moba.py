@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -171,7 +172,10 @@ def test_attention_learns_through_what_is_read_alone() -> None:
 
 def test_what_it_does_not_do_is_said() -> None:
     for options, words in (
-        ({"select": ph.select(ph.mean_keys(), ph.keep_blocks(1))}, "block_size= and top_k= say; got select="),
+        (
+            {"select": ph.select(ph.mean_keys(), ph.keep_blocks(1))},
+            "select must be None in moba: what is read is what block_size= and top_k= say",
+        ),
         ({"mask": ph.window(3)}, "mask must be None: calls are causal"),
         ({"block_size": 0}, "block_size must be at least 1; got 0"),
         ({"top_k": 1.5}, "top_k must be an integer"),
@@ -190,4 +194,6 @@ def test_what_it_does_not_do_is_said() -> None:
 
 
 def test_it_costs_the_parameters_and_the_cache_of_plain_attention() -> None:
-    assert built(kv_heads=2).cost(64) == built("grouped_query", kv_heads=2).cost(64)
+    own, plain = built(kv_heads=2).cost(64), built("grouped_query", kv_heads=2).cost(64)
+    assert own.scores > plain.scores  # the means are scored besides
+    assert dataclasses.replace(own, scores=plain.scores) == plain

@@ -139,7 +139,8 @@ def test_losses_of_weights_see_what_is_read() -> None:
 def test_what_is_said_of_it() -> None:
     module = built(select=NEAR)
     assert "selector" in [step.name for step in flow_of(module).joined]
-    assert module.cost(64) == built().cost(64)
+    plain, means = built().cost(64), 2 * 4 * 64 * 16 * 8  # of blocks of four keys, 8 wide
+    assert module.cost(64) == dataclasses.replace(plain, scores=plain.scores + means)
     wrong: Selector = ph.mean_keys()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="select must be a Selector; got MeanKeys"):
         built(select=wrong)

@@ -12,7 +12,8 @@ queries and keys learn by what is read. With k blocks or fewer in the call it is
 over, and which takes over its own.
 
 Cost: the parameters and the cache of grouped-query attention; min(k·C, t) keys a query are read, and L/C
-means are scored besides. `cost` counts all pairs, as it does with masks. A step takes all means anew.
+means are scored besides. `cost` counts all pairs, as it does with masks, and the
+means. A step takes all means anew.
 
 Paper 063: MoBA, Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189. Defaults are those of its
 runs of 8,192 tokens. Our readings: k counts the own block; k = 1 is attention within blocks, where the
@@ -142,7 +143,8 @@ class Moba(AttentionConfig):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if self.select is not None:
             raise ConfigError(
-                f"moba: what is read is what block_size= and top_k= say; got select={given(self.select)}; "
+                "select must be None in moba: what is read is what block_size= and top_k= say; got "
+                f"select={given(self.select)}; "
                 "take grouped_query with a selector of your own"
             )
         if self.mask is not None:

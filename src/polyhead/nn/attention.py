@@ -15,7 +15,7 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.selectors import Selector
+from polyhead.attend.selectors import Grid, Selector
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
@@ -472,11 +472,20 @@ class MultiHeadAttention(AttentionModule):
         return Cost(
             parameters=sum(p.numel() for p in self.parameters()),
             projections=batch * (self.projection.flops(length, keys) + self.output.flops(length)),
-            scores=pairs * self.head_dim + mixing_flops(self._score(), batch * length * keys),
+            scores=pairs * self.head_dim
+            + mixing_flops(self._score(), batch * length * keys)
+            + self._choosing_flops(batch, length, keys),
             values=pairs * self.value_dim + mixing_flops(self._weight_map(), batch * length * keys),
             kv_bytes_per_token=per_token,
             cache_bytes=batch * keys * per_token,
         )
+
+    def _choosing_flops(self, batch: int, queries: int, keys: int) -> int:
+        if self.select is None or not queries or not keys:
+            return 0
+        own = self.select.spec
+        grid = Grid(batch, self.heads, self.kv_heads, queries, keys, own.rows, own.cols, 1.0)
+        return own.flops(grid, self.head_dim)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"

@@ -17,10 +17,10 @@ class Cost:
     left out, such as softmax, norms, activations and gates.
 
     A call may be run with more or fewer than these. A mask lets backends skip pairs, and so does a
-    selector, whose own scores of blocks are not counted either. Of heads that tokens
-    choose, the chosen ones are counted, at every length: those that are computed together are padded to the
-    one that most tokens chose, and short sequences go through all heads, since that takes less time. Strips
-    of rows of a convolution over pairs begin with rows that the strip before had too.
+    selector, whose own products count among the scores where its scorer says how many they are. Of heads that
+    tokens choose, the chosen ones are counted, at every length: those that are computed together are padded
+    to the one that most tokens chose, and short sequences go through all heads, since that takes less time.
+    Strips of rows of a convolution over pairs begin with rows that the strip before had too.
 
     Attributes:
         parameters: number of parameters.

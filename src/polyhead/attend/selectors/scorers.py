@@ -51,6 +51,10 @@ class Scorer(Part):
         """
         raise NotImplementedError
 
+    def flops(self, grid: Grid, width: int) -> int:
+        """Operations of the matrix products that score a call with heads so wide; 0 where nothing is said."""
+        return 0
+
 
 class MeanKeys(Scorer):
     """scale · mean(q of the block) · mean(k of the block)."""
@@ -62,6 +66,9 @@ class MeanKeys(Scorer):
             return grid.mean_queries(q, start, stop).to(keys.dtype) @ keys * grid.scale
 
         return scores
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return 2 * grid.batch * grid.heads * grid.row_blocks * grid.col_blocks * width
 
 
 def mean_keys() -> Scorer:
@@ -89,6 +96,9 @@ class KeyBounds(Scorer):
             return (queries.clamp(min=0) @ most + queries.clamp(max=0) @ least) * grid.scale
 
         return scores
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return 4 * grid.batch * grid.heads * grid.row_blocks * grid.col_blocks * width
 
 
 def key_bounds() -> Scorer:
@@ -138,6 +148,10 @@ class SampledMass(Scorer):
 
         return scores
 
+    def flops(self, grid: Grid, width: int) -> int:
+        queries, keys = (-(-tokens // self.stride) for tokens in (grid.queries, grid.keys))
+        return 2 * grid.batch * grid.heads * queries * keys * width
+
 
 def sampled_mass(stride: int = 4) -> Scorer:
     """A block is worth the log of its mass over sampled queries and keys, softmax over the causal past.
@@ -172,6 +186,9 @@ class Shared(Scorer):
             return joined.expand_as(own).flatten(1, 2)
 
         return scores
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return self.scorer.flops(grid, width)
 
 
 def shared(

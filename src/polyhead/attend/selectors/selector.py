@@ -48,6 +48,10 @@ class Selector(Part):
     def check(self, heads: int) -> None:
         """Raise a `ShapeError` if the selector holds numbers for another number of heads."""
 
+    def flops(self, grid: Grid, width: int) -> int:
+        """Operations of the matrix products of a choice, heads so wide; 0 where nothing is said."""
+        return 0
+
     def __or__(self, other: Selector) -> Selector:
         return Either((self, other))
 
@@ -73,6 +77,9 @@ class Ranked(Selector):
 
     def check(self, heads: int) -> None:
         self.budget.check(heads)
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return self.scorer.flops(grid, width)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         scores = self.scorer.prepare(q, k, grid)
@@ -114,6 +121,9 @@ class Either(Selector):
     def check(self, heads: int) -> None:
         for term in self.terms:
             term.check(heads)
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return sum(term.flops(grid, width) for term in self.terms)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         each = [term.prepare(q, k, mask, grid) for term in self.terms]
