@@ -93,6 +93,17 @@ def test_a_guard_reads_everything_where_too_much_is_missed() -> None:
     torch.testing.assert_close(attend(q, k, v, mask=ph.causal(), select=ph.guarded(OWN, 1.0)), sparse)
 
 
+def test_padding_does_not_dilute_what_a_guard_measures() -> None:
+    q, k, v = tensors(1, 2, 2, 100, 100, sharp=1.0)
+    real = torch.arange(100)[None] >= 40
+    mask = ph.causal() & ph.padding(real)
+    with ph.selections() as seen:
+        attend(q, k, v, mask=mask, select=ph.guarded(OWN, 1.0, probes=100))
+    true = ph.missed_mass(q, k, v, mask=mask, select=OWN).mass[:, :, 40:].mean(-1)
+    assert true.min() > 0.01
+    torch.testing.assert_close(seen.missed[0], true)
+
+
 def test_counting_ends_with_its_context() -> None:
     q, k, v = tensors(1, 2, 2, 40, 40)
     with ph.selections() as seen:

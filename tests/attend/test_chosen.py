@@ -117,6 +117,16 @@ def test_output_and_gradients_equal_the_dense_form(
         torch.testing.assert_close(own, expected)
 
 
+def test_heads_that_choose_together_may_see_different_pairs() -> None:
+    """What one head of a group sees whole, in part or not at all, is no other head's."""
+    for keys in (48, 53):
+        chosen, _ = choice(1, 4, keys, keys, 16, 8, most=7, groups=2)
+        heads = ph.per_head([ph.causal(), ph.window(3), ph.causal() & ph.sink(9), ph.window(20)])
+        x = [torch.randn(1, n, keys, 8, dtype=torch.float64) for n in (4, 2, 2)]
+        found = [attend(*x, mask=heads & chosen, backend=b) for b in ("chosen", "reference")]
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     mask = ph.causal() & choice(1, 4, 200, 200, 16, 8)[0]

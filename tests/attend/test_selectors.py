@@ -166,8 +166,9 @@ def test_everything_kept_is_plain_attention() -> None:
 
 def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = tensors(2, 4, 2, 100, 100)
-    own = ph.select(ph.sampled_mass(2), ph.keep_mass(0.7), rows=8, cols=8)
+    own = ph.select(ph.sampled_mass(3), ph.keep_mass(0.7), rows=8, cols=8)
     whole = choose(own, q, k, ph.causal(), 0.25)
+    monkeypatch.setattr(import_module("polyhead.attend.selectors.scorers"), "_HELD", 500)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)
     assert choose(own, q, k, ph.causal(), 0.25) == whole
 

@@ -115,10 +115,10 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) 
     repeat = sizes.heads // sizes.kv_heads
     own = found.index[:, ::repeat].repeat_interleave(repeat, 1)
     together = repeat if repeat > 1 and torch.equal(found.index, own) else 1
-    partly = found.some & ~found.every
-    if together > 1 and rest is not None:  # a block that one head of the group sees in part is so for all
-        partly = _of_group(partly, repeat)
-    wholly = found.every & ~partly
+    some, wholly = found.some, found.every
+    if together > 1:  # heads that read a block together see it whole only if each of them does
+        some, wholly = _any_of_group(some, repeat), ~_any_of_group(~wholly, repeat)
+    partly = some & ~wholly
     if sizes.queries == 1 or choice.rows * together >= _ROWS:
         yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype, first=True)
         yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype, first=False)
@@ -127,7 +127,7 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) 
         yield from _by_blocks(choice, rest, found.index, partly, sizes, dtype)
 
 
-def _of_group(seen: Tensor, repeat: int) -> Tensor:
+def _any_of_group(seen: Tensor, repeat: int) -> Tensor:
     any_of = seen.unflatten(1, (-1, repeat)).any(2)
     return any_of.repeat_interleave(repeat, 1)
 

@@ -73,6 +73,7 @@ def _order(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
 def per_head(
     name: str, value: float | Tensor, least: float, most: float | None, whole: bool
 ) -> float | Tensor:
+    """A number, or a tensor `(H,)` of such within the limits, or a `ConfigError`."""
     if isinstance(value, Tensor):
         if value.ndim != 1 or value.dtype == torch.bool or value.is_complex():
             raise ConfigError(f"{name} must be a number or a tensor (H,) of numbers; got {given(value)}")
@@ -91,6 +92,7 @@ def per_head(
 
 
 def heads_fit(name: str, value: float | Tensor, heads: int) -> None:
+    """Raise a `ShapeError` if a tensor `(H,)` is of another number of heads."""
     if isinstance(value, Tensor) and len(value) not in (1, heads):
         raise ShapeError(f"{name} holds {len(value)} numbers, but the call has {heads} heads")
 

@@ -71,7 +71,7 @@ class Grid:
         return sums / counts.clamp(min=1)[:, None, :, None].to(sums.dtype)
 
     def mean_queries(self, q: Tensor, start: int, stop: int) -> Tensor:
-        """Mean query of the blocks start..stop-1, over real queries: `(B, H, m, D)`."""
+        """Mean query of the blocks start..stop-1, those at padding too: `(B, H, m, D)`."""
         part = q[:, :, start * self.rows : stop * self.rows]
         return part if self.rows == 1 else _means(part, self.rows)
 

@@ -101,8 +101,9 @@ def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selecto
     """`selector`, but a head of which it misses more than `most` of the mass reads everything.
 
     The missed mass is that of `missed_mass`, measured at `probes` queries of every head, evenly over the
-    call, and taken in the mean: an estimate for the other queries, exact where the call has no more than
-    `probes`. It costs `probes` rows of dense scores. `selections()` counts how often heads fell back.
+    call, and taken in the mean over those that see anything: an estimate for the other queries, exact where
+    the call has no more than `probes`. It costs `probes` rows of dense scores. `selections()` counts how
+    often heads fell back.
 
     Args:
         selector: what is guarded.
@@ -125,5 +126,7 @@ def _missed(q: Tensor, k: Tensor, mask: Mask | None, found: Chosen, grid: Grid, 
     i, j = (rows + grid.offset)[:, None], torch.arange(grid.keys, device=q.device)
     if mask is not None:
         logits = logits.masked_fill(~mask.allowed(b, h, i, j), -torch.inf)
+    seeing = ~logits.isneginf().all(-1)  # padding, which sees nothing, would dilute the mean
     weights = logits.softmax(-1).nan_to_num(0.0)
-    return weights.masked_fill(found.allowed(b, h, i, j), 0.0).sum(-1).mean(-1)
+    missed = weights.masked_fill(found.allowed(b, h, i, j), 0.0).sum(-1)
+    return missed.sum(-1) / seeing.sum(-1).clamp(min=1)

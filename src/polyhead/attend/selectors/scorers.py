@@ -33,6 +33,8 @@ __all__ = [
 
 Scores = Callable[[int, int], Tensor]
 
+_HELD = 1 << 24  # products that are held at a time
+
 
 class Scorer(Part):
     """How much every block of queries of every head should like to read every block of keys."""
@@ -121,7 +123,7 @@ class SampledMass(Scorer):
         whole("sampled_mass: stride", self.stride, 1)
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
-        if self.stride > min(grid.rows, grid.cols) and self.stride > 1:
+        if self.stride > min(grid.rows, grid.cols):
             raise ConfigError(
                 f"sampled_mass: stride must be at most the length of a block, {min(grid.rows, grid.cols)}; "
                 f"got {self.stride}: it would pass over whole blocks"
@@ -133,18 +135,20 @@ class SampledMass(Scorer):
         own = taken // grid.cols
 
         def scores(start: int, stop: int) -> Tensor:
-            first = start * grid.rows
-            at = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
-            logits = q[:, :, at].to(wide) @ keys * grid.scale
-            # a sampled query weighs its own past alone, or the whole future would share in its mass
-            logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
-            if hidden is not None:
-                logits = logits.masked_fill(hidden, -math.inf)
-            weights = logits.softmax(-1).nan_to_num(0.0)
-            mass = weights.new_zeros(*weights.shape[:3], grid.col_blocks).index_add_(3, own, weights)
-            blocks = at // grid.rows - start
-            total = mass.new_zeros(*mass.shape[:2], stop - start, grid.col_blocks)
-            return total.index_add_(2, blocks, mass).log()
+            total = keys.new_zeros(grid.batch, grid.heads, stop - start, grid.col_blocks)
+            # every stride-th query of the call, so that the bands make no difference
+            first = -(-start * grid.rows // self.stride) * self.stride
+            sampled = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
+            for at in sampled.split(max(1, _HELD // (grid.batch * grid.heads * len(taken)))):
+                logits = q[:, :, at].to(wide) @ keys * grid.scale
+                # a sampled query weighs its own past alone, or the whole future would share in its mass
+                logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
+                if hidden is not None:
+                    logits = logits.masked_fill(hidden, -math.inf)
+                weights = logits.softmax(-1).nan_to_num(0.0)
+                mass = weights.new_zeros(*weights.shape[:3], grid.col_blocks).index_add_(3, own, weights)
+                total.index_add_(2, at // grid.rows - start, mass)
+            return total.log()
 
         return scores
 
