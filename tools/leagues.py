@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from polyhead.folder import write
 from polyhead.leaderboard import job
 from polyhead.league import tasks
-from polyhead.league.folder import write
 from polyhead.machine import processor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -387,7 +387,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "league"
     settled = plan(["mha"], "recall", steps=2, seeds=1, sizes=Sizes(dim=16, heads=2, layers=1))
     first, second = Folder(folder, settled.rules), Folder(folder, settled.rules)
-    with first.held(), pytest.raises(PolyheadError, match="another command is training in"):
+    with first.held(), pytest.raises(PolyheadError, match="another command is at work in"):
         play(settled, second)
     standings = play(settled, second)
     assert standings.rows[0].count("finished") == 1

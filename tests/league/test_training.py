@@ -13,9 +13,9 @@ import polyhead as ph
 from polyhead.errors import PolyheadError
 from polyhead.league import Look, Outcome, Recipe, Sizes, plan
 from polyhead.league.budget import Fitted
-from polyhead.league.memory import Peak
 from polyhead.league.tasks import Task, find
 from polyhead.league.training import evaluate, train
+from polyhead.memory import Peak
 
 TINY = Sizes(dim=16, heads=2, layers=1, mlp=16)
 SHORT = Recipe(steps=6, batch=4, rate=1e-3, looks=3)

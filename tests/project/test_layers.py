@@ -20,7 +20,7 @@ STOREYS = (
     ("nn",),
     ("attend",),
     ("reference",),
-    ("head_scores", "description", "checks", "errors", "console", "machine", "data"),
+    ("head_scores", "description", "checks", "errors", "console", "machine", "memory", "folder", "data"),
 )
 LEVEL = {room: -depth for depth, storey in enumerate(STOREYS) for room in storey}
 

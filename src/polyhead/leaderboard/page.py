@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from importlib import resources
 
 from polyhead import __version__
-from polyhead.leaderboard.plots import LINES_CSS, colour, costs, learning, scores
+from polyhead.leaderboard.plots import costs, learning, scores
 from polyhead.league import Standings
 from polyhead.league.standings import runs_of, spell
+from polyhead.report.drawing import LINES_CSS, colour
 from polyhead.report.page import require_jinja
 from polyhead.report.palette import css_variables
 from polyhead.report.svg import SHAPES_CSS

@@ -5,73 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from polyhead.league import Row, Standings
-from polyhead.report.svg import Scale, area, curve, document, element, figure, line, nested, printable, text
+from polyhead.report.drawing import LINES_CSS, Drawing, colour, dot, short, span, title
+from polyhead.report.svg import Scale, area, curve, document, element, line, nested, text
 
-__all__ = ["LINES_CSS", "Drawing", "colour", "costs", "learning", "plots", "scores"]
-
-# colours of contenders in turn; from the second round on their lines are dashed
-_COLOURS = (
-    *("--accent", "--other", "--role-broad", "--role-induction"),
-    *("--look", "--role-sink", "--role-local", "--chance"),
-)
-LINES_CSS = (
-    "".join(
-        f"\n.plot .c{n}{{stroke:var({name})}}.plot .dot.c{n},.plot .mark.c{n}{{fill:var({name});stroke:none}}"
-        f".plot .band.c{n}{{fill:var({name});opacity:.13;stroke:none}}"
-        for n, name in enumerate(_COLOURS)
-    )
-    + "\n.plot .again{stroke-dasharray:6 3}.plot .front{stroke-dasharray:2 4;stroke-width:1.5}"
-)
+__all__ = ["costs", "learning", "plots", "scores"]
 
 _ROW = 26.0
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A drawing with its heading and what is good on it."""
-
-    title: str
-    good: str
-    width: float
-    height: float
-    parts: tuple[str, ...]
-
-    @property
-    def figure(self) -> str:
-        """As it stands in a page."""
-        return figure(self.width, self.height, *self.parts, title=self.title)
-
-    @property
-    def file(self) -> str:
-        """As a file of its own."""
-        return document(self.width, self.height, *self.parts, title=self.title, shapes=LINES_CSS)
-
-
-def colour(place: int) -> str:
-    """The classes of the contender at a place, in the order in which they were named."""
-    return f"c{place % len(_COLOURS)}" + (" again" if place >= len(_COLOURS) else "")
-
-
-def _short(number: float) -> str:
-    if number == 0 or not math.isfinite(number):
-        return f"{number:g}"
-    if abs(number) >= 1e9:
-        return f"{number / 1e9:.3g}G"
-    if abs(number) >= 1e6:
-        return f"{number / 1e6:.3g}M"
-    if abs(number) >= 1e4:
-        return f"{number / 1e3:.3g}k"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
-
-
-def _span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
-    known = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
-    low, high = min(known), max(known)
-    rest = room * (high - low) or 0.05 * abs(high) or 0.5
-    return low - rest, high + rest
 
 
 def _better(standings: Standings) -> str:
@@ -83,16 +24,16 @@ def scores(standings: Standings) -> Drawing:
     rows, width, left, top = standings.ranked, 720.0, 210.0, 12.0
     bottom = top + _ROW * len(rows)
     values = [v for row in rows for v in row.scores("validation").values()]
-    x = Scale(*_span([*values, *standings.yardsticks.values()], 0.04), left, width - 16)
+    x = Scale(*span([*values, *standings.yardsticks.values()], 0.04), left, width - 16)
     parts = []
     for v in x.ticks(5):
         parts += [
             line(x(v), top, x(v), bottom, "grid"),
-            text(x(v), bottom + 18, _short(v), text_anchor="middle"),
+            text(x(v), bottom + 18, short(v), text_anchor="middle"),
         ]
     for name, v in standings.yardsticks.items():
         parts.append(
-            element("path", _title(f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole")
+            element("path", title(f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole")
         )
     for place, row in enumerate(rows):
         y, style = top + _ROW * (place + 0.5), colour(_place(standings, row))
@@ -105,8 +46,8 @@ def scores(standings: Standings) -> Drawing:
             if not math.isnan(half):
                 own.append(line(x(mean - half), y, x(mean + half), y, f"curve {style}"))
             for seed, v in row.scores("validation").items():
-                own.append(_dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {v:.4f}"))
-            own.append(_dot(x(mean), y, 4.5, style, f"{row.label}: {mean:.4f}, 95 % interval ±{half:.4f}"))
+                own.append(dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {v:.4f}"))
+            own.append(dot(x(mean), y, 4.5, style, f"{row.label}: {mean:.4f}, 95 % interval ±{half:.4f}"))
         parts.append(_of(standings, row, own))
     return Drawing("Scores", _better(standings), width, bottom + 28, tuple(parts))
 
@@ -116,12 +57,12 @@ def learning(standings: Standings) -> Drawing:
     width, height, left, right, top, bottom = 720.0, 330.0, 56.0, 704.0, 12.0, 286.0
     x = Scale(0, standings.rules.recipe.steps, left, right)
     looks = [look.score for row in standings.rows for o in row.outcomes.values() for look in o.curve]
-    y = Scale(*_span(looks), bottom, top)
+    y = Scale(*span(looks), bottom, top)
     parts = []
     for v in y.ticks(5):
         parts += [
             line(left, y(v), right, y(v), "grid"),
-            text(left - 6, y(v) + 4, _short(v), text_anchor="end"),
+            text(left - 6, y(v) + 4, short(v), text_anchor="end"),
         ]
     for v in x.ticks(5):
         parts.append(text(x(v), bottom + 20, f"{v:,.0f}", text_anchor="middle"))
@@ -144,7 +85,7 @@ def learning(standings: Standings) -> Drawing:
             curve([(x(n), y(sum(v) / len(v))) for n, v in series], style),
         ]
         if series:
-            own.append(_title(row.label))
+            own.append(title(row.label))
         parts.append(_of(standings, row, own))
     return Drawing("Learning curves", _better(standings), width, height, tuple(parts))
 
@@ -178,24 +119,24 @@ def _pareto(standings: Standings, cost: _Cost) -> Drawing:
         for row in standings.rows
         if math.isfinite(cost.of(row)) and math.isfinite(row.score("validation")[0])
     ]
-    x = Scale(*_span([c for _, c, _ in known], 0.1), left, right)
-    y = Scale(*_span([s for _, _, s in known], 0.1), bottom, top)
+    x = Scale(*span([c for _, c, _ in known], 0.1), left, right)
+    y = Scale(*span([s for _, _, s in known], 0.1), bottom, top)
     parts = []
     for v in y.ticks(4):
         parts += [
             line(left, y(v), right, y(v), "grid"),
-            text(left - 6, y(v) + 4, _short(v), text_anchor="end"),
+            text(left - 6, y(v) + 4, short(v), text_anchor="end"),
         ]
     for v in x.ticks(3):
-        parts.append(text(x(v), bottom + 18, _short(v), text_anchor="middle"))
+        parts.append(text(x(v), bottom + 18, short(v), text_anchor="middle"))
     parts += [line(left, bottom, right, bottom, "axis")]
     parts.append(text((left + right) / 2, bottom + 36, cost.title, text_anchor="middle"))
     good = standings.rules.task.looks_good
     front = [(c, s) for _, c, s in known if not any(_beats(cost, good, (c, s), (d, t)) for _, d, t in known)]
     parts.append(curve([(x(c), y(s)) for c, s in sorted(set(front))], "front chance"))
     for row, c, s in known:
-        said = f"{row.label}: {s:.4f} at {_short(c)}"
-        parts.append(_of(standings, row, [_dot(x(c), y(s), 4.5, colour(_place(standings, row)), said)]))
+        said = f"{row.label}: {s:.4f} at {short(c)}"
+        parts.append(_of(standings, row, [dot(x(c), y(s), 4.5, colour(_place(standings, row)), said)]))
     less = "less" if cost.less else "more"
     return Drawing(
         f"Score against {cost.title[0].lower()}{cost.title[1:]}"
@@ -215,14 +156,6 @@ def _beats(
     cheaper = (one[0] - other[0]) * (1 if cost.less else -1)
     better = good(other[1]) - good(one[1])
     return cheaper >= 0 and better >= 0 and (cheaper > 0 or better > 0)
-
-
-def _dot(x: float, y: float, radius: float, style: str, said: str) -> str:
-    return element("circle", _title(said), cx=x, cy=y, r=radius, class_=f"dot {style}")
-
-
-def _title(said: str) -> str:
-    return element("title", escape(printable(said)))
 
 
 def _place(standings: Standings, row: Row) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from polyhead.folder import write
 from polyhead.league import Standings
-from polyhead.league.folder import write
 
 __all__ = ["require", "write_leaderboard"]
 

@@ -24,10 +24,10 @@ from torch import nn
 
 from polyhead.errors import PolyheadError
 from polyhead.league.budget import Fitted
-from polyhead.league.memory import Peak
 from polyhead.league.model import Model
 from polyhead.league.seeds import seed_of
 from polyhead.league.tasks.base import Recipe, Task
+from polyhead.memory import Peak
 
 __all__ = ["Look", "Outcome", "evaluate", "train"]
 
