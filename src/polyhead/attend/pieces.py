@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.attend.fused_cpu import HIDDEN
 from polyhead.attend.masks import And, Chosen, Mask
 
 __all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
 
 _BYTES = 1 << 22  # of gathered keys and values: more does not stay in the cache of a core
 _ROWS = 16  # fewer queries that share their blocks are too few to gather keys for
-HIDDEN = -1e30  # finite, so that a row that sees nothing of a piece gets a number, and weight 0
 
 
 @dataclass(frozen=True)

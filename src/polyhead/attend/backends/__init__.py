@@ -3,6 +3,7 @@
 from polyhead.attend.backends.banded import Banded
 from polyhead.attend.backends.chosen import ChosenBlocks
 from polyhead.attend.backends.flex import Flex
+from polyhead.attend.backends.neighborhood import Neighborhoods
 from polyhead.attend.backends.reference import Reference
 from polyhead.attend.backends.sdpa import Sdpa
 from polyhead.attend.backends.signs import Signs
@@ -14,6 +15,6 @@ from polyhead.attend.plan import Backend
 __all__ = ["BACKENDS", "STREAMING"]
 
 # those with a forward and a backward of their own: one step of a graph each
-STREAMING: tuple[Backend, ...] = (Banded(), TritonHeads(), Tiles())
+STREAMING: tuple[Backend, ...] = (Banded(), Neighborhoods(), TritonHeads(), Tiles())
 _GENERAL: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
 BACKENDS: tuple[Backend, ...] = (Sdpa(), ChosenBlocks(_GENERAL), *_GENERAL[1:])

@@ -18,17 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward, unfit
 from polyhead.attend.masks import Chosen, Mask
-from polyhead.attend.normalizers import Softmax
-from polyhead.attend.pieces import HIDDEN, Piece, Sizes, pieces, split, whole
+from polyhead.attend.pieces import Piece, Sizes, pieces, split, whole
 from polyhead.attend.plan import Backend, Request
 from polyhead.attend.precision import wide
 from polyhead.errors import PolyheadError
 
 __all__ = ["ChosenBlocks"]
-
-_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class ChosenBlocks:
@@ -48,26 +45,15 @@ class ChosenBlocks:
         q, k, v, problem = request.q, request.k, request.v, request.problem
         if split(problem.mask) is None:
             return f"{problem.mask} is not one choice of blocks of keys, joined by & with other masks"
-        if problem.score is not None:
-            return f"it has no score maps, and the call has {problem.score}"
-        if problem.weight_map is not None:
-            return f"it has no maps of the weights, and the call has {problem.weight_map}"
-        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-            return f"it normalises by plain softmax, not by {problem.normalizer}"
-        if problem.dropout:
-            return "it has no dropout"
+        reason = unfit(request)
+        if reason:
+            return reason
         if request.want_lse and request.needs_grad:
             return "it has no gradient of the log-sum-exp"
-        if q.device.type != "cpu":
-            return f"it is for a CPU, not for {q.device.type}"
         if v.shape[-1] != k.shape[-1]:
             return "it needs values as wide as keys"
         if 0 in (*q.shape, *k.shape):
             return "there is nothing to choose from"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (
-                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
-            )
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +88,7 @@ class _Chosen(torch.autograd.Function):
         out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
         lse = out.new_full(out.shape[:1], -math.inf)
         for piece in pieces(choice, rest, sizes, wide(q.dtype)):
-            share, own = _fused(
+            share, own = fused(
                 *(queries[piece.rows], _gathered(keys, piece), _gathered(values, piece)),
                 attn_mask=piece.added,
                 scale=scale,
@@ -141,7 +127,7 @@ class _Chosen(torch.autograd.Function):
         dtype = wide(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
         for piece in pieces(choice, rest, sizes, wide(q.dtype)):
-            found = _fused_backward(
+            found = fused_backward(
                 *(grads[piece.rows], queries[piece.rows]),
                 *(_gathered(keys, piece), _gathered(values, piece), outs[piece.rows]),
                 totals[piece.rows].unsqueeze(1),

@@ -18,14 +18,14 @@ from polyhead.attend.masks.checks import per_axis
 from polyhead.checks import whole
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["Neighborhood", "neighborhood"]
+__all__ = ["Axis", "Neighborhood", "neighborhood"]
 
 Interval = tuple[Tensor, Tensor]
 Box = tuple[tuple[Interval, ...], Tensor]  # an interval on each axis, and whether the box holds anything
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """The rule on one axis. Places of the same remainder by `dilation` form a group; p counts within it."""
 
     length: int
@@ -45,6 +45,7 @@ class _Axis:
         return first, first + self.window - 1
 
     def allowed(self, x: Tensor, y: Tensor) -> Tensor:
+        """Whether place x may look at place y."""
         remainder = x % self.dilation
         first, last = self.keys(x // self.dilation, remainder)
         at = y // self.dilation
@@ -126,13 +127,14 @@ class Neighborhood(Mask):
         """Number of places on the grid."""
         return math.prod(self.grid)
 
-    def _axes(self) -> list[_Axis]:
+    def axes(self) -> list[Axis]:
+        """The rule on each axis."""
         settings = zip(self.grid, self.window, self.dilation, self.causal, self.stride, strict=True)
-        return [_Axis(*setting) for setting in settings]
+        return [Axis(*setting) for setting in settings]
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = (i >= 0) & (i < self.places) & (j < self.places)
-        for axis, x, y in zip(self._axes(), self._places(i), self._places(j), strict=True):
+        for axis, x, y in zip(self.axes(), self._places(i), self._places(j), strict=True):
             found = found & axis.allowed(x, y)
         return found
 
@@ -151,7 +153,7 @@ class Neighborhood(Mask):
         i0, i1, j0, j1 = (edge.clamp(0, self.places - 1) for edge in (i0, i1, j0, j1))
         known: dict[tuple[int, int, int], Bounds] = {}
         some, every = torch.zeros_like(beside), torch.ones_like(outside)
-        axes = self._axes()
+        axes = self.axes()
         boxes = [[box for box in _boxes(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
         for queries, filled in boxes[0]:
             for keys, taken in boxes[1]:
