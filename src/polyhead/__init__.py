@@ -52,6 +52,7 @@ from polyhead.attend.selectors import (
     select,
     selections,
     shared,
+    spans,
     vertical_slash,
 )
 from polyhead.attend.tile import Tile
@@ -164,6 +165,7 @@ __all__ = [
     "sink",
     "soft_cap",
     "softmax",
+    "spans",
     "sparse",
     "sparsemax",
     "strict",

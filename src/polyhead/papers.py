@@ -35,6 +35,7 @@ _ELSEWHERE = {
     "099": ("nn/regularizers/token_masking.py",),
     "104": ("mechanisms/multi_head_moe.py",),
     "105": ("cache/duo.py",),
+    "107": ("attend/selectors/spans.py", "cache/spans.py", "cache/influence.py"),
     "109": ("nn/latent_plan.py",),
     "117": ("attend/selectors/proxy_attn.py",),
     "141": ("cache/razor.py",),

@@ -3,11 +3,11 @@
     cache = per_head(model, full=profile["retrieval"].by_kv_head().top(0.2), sink=4, window=256)
     model.generate(**inputs, past_key_values=cache)
 
-`duo` and `razor` are two ways of finding the heads that need the whole context. Nothing here imports
-transformers before it is used.
+`duo` and `razor` are two ways of finding the heads that need the whole context, `spans` finds how far each
+head has to look. Nothing here imports transformers before it is used.
 """
 
-from polyhead.cache import duo, razor
+from polyhead.cache import duo, razor, spans
 from polyhead.cache.per_head import per_head
 
-__all__ = ["duo", "per_head", "razor"]
+__all__ = ["duo", "per_head", "razor", "spans"]

@@ -43,6 +43,7 @@ from polyhead.attend.selectors.scorers import (
     shared,
 )
 from polyhead.attend.selectors.selector import Either, Ranked, Selector, choose, select
+from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Selections",
     "Selector",
     "Shared",
+    "Spans",
     "VerticalSlash",
     "a_shape",
     "band_means",
@@ -88,5 +90,6 @@ __all__ = [
     "select",
     "selections",
     "shared",
+    "spans",
     "vertical_slash",
 ]

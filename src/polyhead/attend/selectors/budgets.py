@@ -71,13 +71,17 @@ def _order(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
 
 
 def per_head(
-    name: str, value: float | Tensor, least: float, most: float | None, whole: bool
+    name: str, value: float | Tensor, least: float | None, most: float | None, whole: bool
 ) -> float | Tensor:
-    """A number, or a tensor `(H,)` of such within the limits, or a `ConfigError`."""
+    """A finite number, or a tensor `(H,)` of such within the limits, or a `ConfigError`."""
     if isinstance(value, Tensor):
         if value.ndim != 1 or value.dtype == torch.bool or value.is_complex():
             raise ConfigError(f"{name} must be a number or a tensor (H,) of numbers; got {given(value)}")
         numbers = value.detach().double()
+        if not bool(numbers.isfinite().all()):
+            raise ConfigError(f"{name} must be finite for every head; got {numbers.tolist()}")
+        if least is None:
+            return value
         if not bool(((numbers >= least) & (numbers <= (most if most is not None else float("inf")))).all()):
             raise ConfigError(
                 f"{name} must be at least {least:g}"
