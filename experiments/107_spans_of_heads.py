@@ -2,8 +2,8 @@
 
 The small check of paper 107. SmolLM2-135M; influence of blocks of 16 × 16 by one backward pass over two
 stretches of the packaged prose and one with passkeys, at each of 256 and 512 tokens; alpha in 0..512 and beta
-in 0, 1/4, 1/2, 1; plans that keep up to 25 and 50 % of the keys, of which up to three are tried on prose of 768
-tokens. What they lose is measured on held-out prose of 512 and of 768 tokens (nats of the last half) and on
+in 0, 1/4, 1/2, 1; plans that keep up to 25 and 50 % of the keys, of which up to three are tried on prose of
+768 tokens. What they lose is measured on held-out prose of 512 and 768 tokens (nats of the last half) and on
 passkeys (nats of the answers), against the dense model, a window that grows with the length alike for all
 heads, and the plan's own spans dealt out to other heads. A seed draws the stretches, the passkeys and the
 dealing.
