@@ -55,6 +55,7 @@ from polyhead.attend.selectors import (
     spans,
     vertical_slash,
 )
+from polyhead.attend.simulate import Simulation, simulate
 from polyhead.attend.tile import Tile
 from polyhead.attend.tiles import Consumer
 from polyhead.attend.top_k import top_k
@@ -103,6 +104,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Selector",
+    "Simulation",
     "Tile",
     "WeightMap",
     "__version__",
@@ -162,6 +164,7 @@ __all__ = [
     "selections",
     "shared",
     "sigmoid",
+    "simulate",
     "sink",
     "soft_cap",
     "softmax",

@@ -41,6 +41,7 @@ _ELSEWHERE = {
     "141": ("cache/razor.py",),
     "142": ("heads/measurements/repeats.py",),
     "162": ("heads/measurements/received.py",),
+    "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),
 }
 
 _PACKAGE = Path(__file__).parent
