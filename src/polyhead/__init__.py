@@ -31,6 +31,9 @@ from polyhead.attend.plan import Plan, strict
 from polyhead.attend.scores import Score, alibi, relative_bias, score_function, soft_cap, t5_bias, temperature
 from polyhead.attend.selectors import (
     Budget,
+    ExactFar,
+    KeyGaussian,
+    NearGaussian,
     Scorer,
     Selector,
     a_shape,
@@ -48,6 +51,7 @@ from polyhead.attend.selectors import (
     prism,
     proxy_attn,
     proxy_heads,
+    qada,
     sampled_mass,
     select,
     selections,
@@ -95,9 +99,12 @@ _ROOMS = ("cache", "heads", "hf", "league", "nn", "tasks")
 __all__ = [
     "Budget",
     "Consumer",
+    "ExactFar",
     "HeadScores",
+    "KeyGaussian",
     "Mask",
     "Missed",
+    "NearGaussian",
     "Normalizer",
     "Plan",
     "PolyheadError",
@@ -155,6 +162,7 @@ __all__ = [
     "profile",
     "proxy_attn",
     "proxy_heads",
+    "qada",
     "reference",
     "relative_bias",
     "roofline",

@@ -2,6 +2,7 @@
 
 from polyhead.heads import measurements
 from polyhead.heads.amplify import amplified
+from polyhead.heads.key_gaussians import key_gaussians
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
 from polyhead.heads.missed import HeadsMissed, missed_mass
 from polyhead.heads.pictures import Lookups, Pictures
@@ -30,6 +31,7 @@ __all__ = [
     "Watcher",
     "amplified",
     "copy_scores",
+    "key_gaussians",
     "measure",
     "measurements",
     "missed_mass",

@@ -31,6 +31,14 @@ from polyhead.attend.selectors.proxy_attn import (
     proxy_attn,
     proxy_heads,
 )
+from polyhead.attend.selectors.qada import (
+    ExactFar,
+    FarMass,
+    KeyGaussian,
+    NearGaussian,
+    NearOrAll,
+    qada,
+)
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
@@ -50,6 +58,8 @@ __all__ = [
     "BandMeans",
     "Budget",
     "Either",
+    "ExactFar",
+    "FarMass",
     "Fixed",
     "Grid",
     "Guarded",
@@ -60,7 +70,10 @@ __all__ = [
     "KeepShare",
     "KeepTotal",
     "KeyBounds",
+    "KeyGaussian",
     "MeanKeys",
+    "NearGaussian",
+    "NearOrAll",
     "ProxyHeads",
     "Ranked",
     "SampledMass",
@@ -86,6 +99,7 @@ __all__ = [
     "prism",
     "proxy_attn",
     "proxy_heads",
+    "qada",
     "sampled_mass",
     "select",
     "selections",
