@@ -1,11 +1,11 @@
 """The mass of far keys told by their mean and covariance: is it right, and are the right queries kept near?
 
-The small check of paper 085. SmolLM2-135M reads 768 tokens of held-out prose, and 768 with passkeys; near are
-4 first and 128 nearest keys, in blocks of 16. The far mass of every query of every head among the last 256 is
-told by the moments of keys of other prose, by those of the near keys, and truly. Then, for 60 and for 85 % of
-these decisions near, the threshold of each way that gives so many with the dense model's queries; besides, the
-heads with the largest true share once for all (static), and decisions at random. Nats of the last 256 tokens,
-and of the answers. A seed draws the stretches.
+The small check of paper 085. SmolLM2-135M reads 768 tokens of held-out prose, and 768 with passkeys; near
+are 4 first and 128 nearest keys, in blocks of 16. The far mass of every query of every head among the last
+256 is told by the moments of keys of other prose, by those of the near keys, and truly. Then, for 60 and
+for 85 % of these decisions near, the threshold of each way that gives so many with the dense model's
+queries; besides, the heads with the largest true share once for all (static), and decisions at random. Nats
+of the last 256 tokens, and of the answers. A seed draws the stretches.
 
 It shows if deciding by moments loses less than by heads and at random, and how far it is from the truth.
 """

@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "064": ("attend/selectors/prism.py",),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
+    "085": ("attend/selectors/qada.py", "heads/key_gaussians.py"),
     "099": ("nn/regularizers/token_masking.py",),
     "104": ("mechanisms/multi_head_moe.py",),
     "105": ("cache/duo.py",),
