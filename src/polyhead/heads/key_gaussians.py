@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polyhead.attend.selectors import KeyGaussian
@@ -58,9 +59,11 @@ def key_gaussians(
 
     def look(call: Call) -> Tensor:
         keys = keys_of(call)[:, :, first:].double().transpose(0, 1).flatten(1, 2)  # (G, n, D)
-        count, total, squares = sums.get(call.layer.index, (0, 0.0, 0.0))
-        found = (count + keys.shape[1], total + keys.sum(1), squares + keys.mT @ keys)
-        sums[call.layer.index] = found  # type: ignore[assignment]
+        own = (keys.shape[1], keys.sum(1), keys.mT @ keys)
+        count, total, squares = sums.get(
+            call.layer.index, (0, torch.zeros_like(own[1]), torch.zeros_like(own[2]))
+        )
+        sums[call.layer.index] = (count + own[0], total + own[1], squares + own[2])
         return call.proceed()
 
     with evaluating(model), attach(model) as attachment, attachment.handling(look):

@@ -45,7 +45,8 @@ def qada(
             for row in range(queries):
                 i = keys - queries + row
                 x = q[b, h, row].double() / math.sqrt(width)
-                near, far = [], []
+                near: list[int] = []
+                far: list[int] = []
                 for j in range(i + 1):
                     block = range(j // cols * cols, (j // cols + 1) * cols)
                     own = block[0] < first or any(i - nearest < m <= i for m in block)
