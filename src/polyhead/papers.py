@@ -39,8 +39,10 @@ _ELSEWHERE = {
     "107": ("attend/selectors/spans.py", "cache/spans.py", "cache/influence.py"),
     "109": ("nn/latent_plan.py",),
     "117": ("attend/selectors/proxy_attn.py",),
+    "122": ("attend/selectors/less_is_more.py",),
     "141": ("cache/razor.py",),
     "142": ("heads/measurements/repeats.py",),
+    "150": ("attend/selectors/hisa.py",),
     "162": ("heads/measurements/received.py",),
     "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),
 }

@@ -306,6 +306,12 @@ def _request(
 
 def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Mask:
     """A mask with the blocks that a selector chooses in this call."""
+    found = choice(q, k, mask, select, scale)
+    return found if mask is None else mask & found
+
+
+def choice(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Mask:
+    """The blocks that a selector chooses in this call, as a mask."""
     if not isinstance(select, Selector):
         raise ConfigError(
             f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
@@ -314,10 +320,8 @@ def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, s
     if torch.compiler.is_compiling():
         from polyhead.attend.opaque_choice import choose_opaque  # imports the compiler, which is here already
 
-        found = choose_opaque(select, q, k, mask, scale)
-    else:
-        found = choose(select, q, k, mask, scale)
-    return found if mask is None else mask & found
+        return choose_opaque(select, q, k, mask, scale)
+    return choose(select, q, k, mask, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

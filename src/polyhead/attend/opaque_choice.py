@@ -48,7 +48,7 @@ def _choose(
     selector, mask = read(text, tensors, ints, floats)
     own = choose(selector, q, k, mask, scale)
     assert isinstance(own, Chosen)
-    index = own.index.new_full((*own.index.shape[:3], -(-k.shape[2] // cols)), -1)
+    index = own.index.new_full((*q.shape[:2], own.index.shape[2], -(-k.shape[2] // cols)), -1)
     index[..., : own.index.shape[3]] = own.index
     return index
 

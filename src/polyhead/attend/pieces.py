@@ -1,7 +1,8 @@
 """A call with chosen blocks, cut into pieces for a fused kernel: some queries by the keys that they all read.
 
-The keys of a piece are either gathered, where many queries in a row read the same blocks; or they are one
-block, and the queries that chose it are gathered, where every query, or every few, chose for itself.
+The keys of a piece are either gathered, where many queries in a row read the same blocks, or where blocks are
+small; or they are one block, and the queries that chose it are gathered, where every query, or every few,
+chose large blocks for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from polyhead.attend.masks import And, Chosen, Mask
 __all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
 
 _BYTES = 1 << 22  # of gathered keys and values: more does not stay in the cache of a core
-_ROWS = 16  # fewer queries that share their blocks are too few to gather keys for
+_ROWS = 16  # fewer queries that share their blocks are too few to gather keys for,
+_COLS = 16  # unless a block has at most so many keys for each of them
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) 
     if together > 1:  # heads that read a block together see it whole only if each of them does
         some, wholly = _any_of_group(some, repeat), ~_any_of_group(~wholly, repeat)
     partly = some & ~wholly
-    if sizes.queries == 1 or choice.rows * together >= _ROWS:
+    shared = choice.rows * together
+    if sizes.queries == 1 or shared >= _ROWS or choice.cols <= _COLS * shared:
         yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype, first=True)
         yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype, first=False)
     else:

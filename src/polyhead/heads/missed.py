@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from polyhead.attend import attend
 from polyhead.attend.certificate import certified
-from polyhead.attend.function import resolved
 from polyhead.attend.selectors import Selector
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.head_scores import HeadScores
 from polyhead.heads.inputs import Given, Reader, Source, Text
 from polyhead.hf import Call, LayerInfo, attach
-from polyhead.hf.selecting import LayerSelectors, by_layer, densely, keys_of
+from polyhead.hf.selecting import Choices, LayerSelectors, by_layer, densely, keys_of
 from polyhead.tasks.reading import evaluating, texts
 
 __all__ = ["HeadsMissed", "missed_mass"]
@@ -105,7 +104,7 @@ class _Measuring:
     """Sums over queries, layer by layer."""
 
     def __init__(self, selectors: Sequence[Selector | None], layers: Sequence[LayerInfo]) -> None:
-        self.selectors = selectors
+        self.choices = Choices(selectors)
         self.mass = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
         self.bound = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
         self.rows = [torch.zeros(layer.heads, dtype=torch.float64) for layer in layers]
@@ -114,7 +113,7 @@ class _Measuring:
     def means(self, sums: Sequence[Tensor]) -> tuple[Any, ...]:
         """Per layer the means `(H,)`; NaN for a layer that did not run, 0 for one that reads everything."""
         found = []
-        for selector, total, rows in zip(self.selectors, sums, self.rows, strict=True):
+        for selector, total, rows in zip(self.choices.selectors, sums, self.rows, strict=True):
             found.append(np.zeros(len(rows)) if selector is None else (total / rows).numpy())
         return tuple(found)
 
@@ -135,14 +134,13 @@ class _Measuring:
         return call.replace(below=((self._last, call.layer), *call.below)).proceed()
 
     def _last(self, call: Call) -> Tensor:
-        selector = self.selectors[call.layer.index]
-        if selector is None:
+        if self.choices.enter(call.layer) is None:
             return call.proceed()
         k, v = keys_of(call), call.v
         assert isinstance(v, Tensor)
         how: dict[str, Any] = {"score": call.score, "normalizer": call.normalizer, "scale": call.scale}
         dense, whole = attend(call.q, k, v, mask=call.mask, return_lse=True, **how)
-        read = resolved(call.q, k, call.mask, selector, call.scale)
+        read = self.choices.mask(call)
         part, own = attend(call.q, k, v, mask=read, return_lse=True, **how)
         missed = certified(part, own, whole, v, call.mask)
         counts = ~whole.isneginf() & self._real(call)

@@ -7,37 +7,90 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from polyhead.attend.function import resolved
-from polyhead.attend.selectors import Selector
+from polyhead.attend.function import choice
+from polyhead.attend.masks import Mask
+from polyhead.attend.selectors import Follow, Lead, Selector
 from polyhead.checks import flag, given, several
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, LayerInfo
 from polyhead.hf.handles import KVHandle
 
-__all__ = ["LayerSelectors", "Selecting", "by_layer", "densely", "keys_of", "sparse"]
+__all__ = ["Choices", "LayerSelectors", "Selecting", "by_layer", "densely", "keys_of", "sparse"]
 
 LayerSelectors = Selector | Mapping[int, Selector | None] | Sequence[Selector | None]
 
 _SUCH = "a selector such as select(mean_keys(), keep_share(0.1))"
 
 
+class Choices:
+    """What the layers of a model chose in the forward pass at hand.
+
+    A pass ends where a layer is called that does not stand behind the last one: what was chosen before is
+    forgotten then, so that no layer follows a choice of another pass.
+    """
+
+    def __init__(self, selectors: Sequence[Selector | None]) -> None:
+        self.selectors = tuple(selectors)
+        self._followed = {one.layer for one in selectors if isinstance(one, Follow)}
+        self._made: dict[int, tuple[tuple[int, ...], Mask | None]] = {}
+        self._last = -1
+
+    def enter(self, layer: LayerInfo) -> Selector | None:
+        """The selector of a layer that is called; every call of every layer has to be told."""
+        if layer.index <= self._last:
+            self._made.clear()
+        self._last = layer.index
+        return self.selectors[layer.index]
+
+    def mask(self, call: Call) -> Mask | None:
+        """The mask of a call of the layer that was entered, with what its selector chooses.
+
+        Raises:
+            ConfigError: it follows a layer that has chosen nothing in this pass, or among other keys.
+        """
+        index = call.layer.index
+        selector, keys = self.selectors[index], keys_of(call)
+        shape = (call.q.shape[0], call.q.shape[2], keys.shape[2], call.start)
+        if isinstance(selector, Follow):
+            made, found = self._made.get(selector.layer, (None, None))
+            if made is None:
+                raise ConfigError(
+                    f"layer {index} follows layer {selector.layer}, which has chosen nothing in this forward "
+                    "pass: layers must run in order, each pass from its start"
+                )
+            if made != shape:
+                raise ConfigError(
+                    f"layer {index} follows layer {selector.layer}, but its call is another (sequences, "
+                    f"queries, keys, tokens dropped before): {shape}, not {made}; follow a layer with the "
+                    "same keys"
+                )
+        else:
+            own = selector.selector if isinstance(selector, Lead) else selector
+            found = None
+            if own is not None and keys.shape[2] > own.cols:  # of one block the best one would be read
+                found = choice(call.q, keys, call.mask, own, call.scale)
+            if index in self._followed:
+                self._made[index] = shape, found
+            if isinstance(selector, Lead):
+                return call.mask
+        return found if call.mask is None else call.mask if found is None else call.mask & found
+
+
 class Selecting:
     """The handler of `sparse`: it adds a layer's choice of blocks to the mask of the call."""
 
-    def __init__(self, selectors: Sequence[Selector | None], decode: bool) -> None:
-        self.selectors = tuple(selectors)
+    def __init__(self, selectors: Sequence[Selector | None], prefill: bool, decode: bool) -> None:
+        self.choices = Choices(selectors)
+        self.prefill = prefill
         self.decode = decode
 
     def __call__(self, call: Call) -> Tensor:
-        selector = self.selectors[call.layer.index]
         call = densely(call)
-        if selector is None or (call.q.shape[2] == 1 and not self.decode):
+        selector = self.choices.enter(call.layer)
+        if selector is None or not (self.decode if call.q.shape[2] == 1 else self.prefill):
             return call.proceed()
-        keys = keys_of(call)
-        if keys.shape[2] <= selector.cols:  # one block, of which the best one would be read
-            return call.proceed()
-        return call.replace(mask=resolved(call.q, keys, call.mask, selector, call.scale)).proceed()
+        return call.replace(mask=self.choices.mask(call)).proceed()
 
 
 def densely(call: Call) -> Call:
@@ -92,6 +145,8 @@ def by_layer(selector: LayerSelectors, layers: Sequence[LayerInfo]) -> list[Sele
             continue
         if not isinstance(one, Selector):
             raise ConfigError(f"selector of layer {layer.index} must be {_SUCH}, or None; got {given(one)}")
+        if isinstance(one, Follow):
+            _followable(layer.index, one.layer, found)
         try:
             one.check(layer.heads)
         except ShapeError as error:
@@ -99,8 +154,22 @@ def by_layer(selector: LayerSelectors, layers: Sequence[LayerInfo]) -> list[Sele
     return found
 
 
+def _followable(layer: int, other: int, selectors: Sequence[Selector | None]) -> None:
+    """Raise a `ConfigError` unless the other layer comes earlier and chooses for itself."""
+    if other >= layer:
+        raise ConfigError(f"selector of layer {layer}: follow({other}) must name an earlier layer")
+    if selectors[other] is None or isinstance(selectors[other], Follow):
+        does = "reads everything" if selectors[other] is None else "follows itself"
+        raise ConfigError(
+            f"selector of layer {layer}: follow({other}) must name a layer that chooses, but layer {other} "
+            f"{does}; give it a selector, or lead(selector)"
+        )
+
+
 @contextmanager
-def sparse(model: nn.Module, selector: LayerSelectors, *, decode: bool = True) -> Iterator[Attachment]:
+def sparse(
+    model: nn.Module, selector: LayerSelectors, *, prefill: bool = True, decode: bool = True
+) -> Iterator[Attachment]:
     """Within the block, the model's attention reads only the blocks of keys that a selector chooses.
 
         own = ph.select(ph.key_bounds(), ph.keep_share(0.1), always=ph.sink(1) | ph.window(63))
@@ -124,7 +193,9 @@ def sparse(model: nn.Module, selector: LayerSelectors, *, decode: bool = True) -
         model: any model that `attach` accepts. It is as it was after the block, also after an error.
         selector: for all attention layers, those of encoders and to encoders among them; or layer -> selector
             as a mapping, where layers that are left out are dense, or as a sequence with one entry a
-            layer, None for dense ones. Layers are counted as in `attach(model).layers`.
+            layer, None for dense ones. Layers are counted as in `attach(model).layers`. A layer may `follow`
+            an earlier one: it reads what that one chose in the same forward pass.
+        prefill: whether calls with more than one query choose; False: they are dense.
         decode: whether calls with a single query, the steps of decoding, choose too; False: they are dense.
 
     Yields:
@@ -132,13 +203,15 @@ def sparse(model: nn.Module, selector: LayerSelectors, *, decode: bool = True) -
 
     Raises:
         ConfigError: the selectors do not fit the model; or, in a forward pass, the keys are in a cache that
-            holds no tensors, such as `ph.cache.per_head`.
+            holds no tensors, such as `ph.cache.per_head`, or a layer follows one that chose among other keys,
+            or did not run before it.
         ShapeError: a budget holds numbers for another number of heads than a layer has.
         UnsupportedModel: the model's attention cannot be replaced.
         MissingExtra: transformers is not installed.
     """
+    flag("prefill", prefill)
     flag("decode", decode)
     with attach(model) as attachment:
-        choosing = Selecting(by_layer(selector, attachment.layers), decode)
+        choosing = Selecting(by_layer(selector, attachment.layers), prefill, decode)
         with attachment.handling(choosing):
             yield attachment

@@ -23,6 +23,29 @@ from polyhead.attend.selectors.budgets import (
 from polyhead.attend.selectors.fixed import Fixed, a_shape, fixed
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
+from polyhead.attend.selectors.hisa import Hisa, hisa
+from polyhead.attend.selectors.indexer import (
+    ComputedIndexer,
+    Indexer,
+    IndexScores,
+    LearnedIndexer,
+    MeanIndexer,
+    computed_indexer,
+    index_scores,
+    indexer_loss,
+    learned_indexer,
+    mean_indexer,
+    token_indexer,
+)
+from polyhead.attend.selectors.less_is_more import (
+    Follow,
+    Lead,
+    UnifiedKeys,
+    follow,
+    lead,
+    less_is_more,
+    unified_keys,
+)
 from polyhead.attend.selectors.prism import BandMeans, band_means, prism
 from polyhead.attend.selectors.proxy_attn import (
     KeepLastMass,
@@ -50,19 +73,24 @@ from polyhead.attend.selectors.scorers import (
     sampled_mass,
     shared,
 )
-from polyhead.attend.selectors.selector import Either, Ranked, Selector, choose, select
+from polyhead.attend.selectors.selector import Either, Listing, Ranked, Selector, choose, select
 from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
     "BandMeans",
     "Budget",
+    "ComputedIndexer",
     "Either",
     "ExactFar",
     "FarMass",
     "Fixed",
+    "Follow",
     "Grid",
     "Guarded",
+    "Hisa",
+    "IndexScores",
+    "Indexer",
     "KeepAbove",
     "KeepBlocks",
     "KeepLastMass",
@@ -71,6 +99,10 @@ __all__ = [
     "KeepTotal",
     "KeyBounds",
     "KeyGaussian",
+    "Lead",
+    "LearnedIndexer",
+    "Listing",
+    "MeanIndexer",
     "MeanKeys",
     "NearGaussian",
     "NearOrAll",
@@ -82,12 +114,18 @@ __all__ = [
     "Selector",
     "Shared",
     "Spans",
+    "UnifiedKeys",
     "VerticalSlash",
     "a_shape",
     "band_means",
     "choose",
+    "computed_indexer",
     "fixed",
+    "follow",
     "guarded",
+    "hisa",
+    "index_scores",
+    "indexer_loss",
     "keep_above",
     "keep_blocks",
     "keep_last_mass",
@@ -95,6 +133,10 @@ __all__ = [
     "keep_share",
     "keep_total",
     "key_bounds",
+    "lead",
+    "learned_indexer",
+    "less_is_more",
+    "mean_indexer",
     "mean_keys",
     "prism",
     "proxy_attn",
@@ -105,5 +147,7 @@ __all__ = [
     "selections",
     "shared",
     "spans",
+    "token_indexer",
+    "unified_keys",
     "vertical_slash",
 ]

@@ -56,12 +56,12 @@ def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
 
     Of blocks with equal scores the later one is better: it is the nearer one.
     """
-    order = _order(scores, visible, forced)
+    order = ordered(scores, visible, forced)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def _order(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+def ordered(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
     infinite = torch.tensor(float("inf"), dtype=scores.dtype, device=scores.device)
     held = torch.where(
         forced, infinite, torch.where(visible, scores.nan_to_num(nan=-3e38, neginf=-3e38), -infinite)
@@ -167,7 +167,7 @@ class KeepMass(Budget):
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         own = scores.masked_fill(~visible, -torch.inf).double().softmax(-1).nan_to_num(0.0)
-        order = _order(scores, visible, forced)
+        order = ordered(scores, visible, forced)
         taken = own.gather(-1, order)
         before = taken.cumsum(-1) - taken
         mass = _column(self.mass, scores)

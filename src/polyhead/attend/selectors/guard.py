@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Kept, Selector, choose
+from polyhead.attend.selectors.selector import Kept, Selector, choose, listed
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
 
@@ -89,10 +89,7 @@ class Guarded(Selector):
             seen.missed.append(missed.cpu())
 
         def kept(start: int, stop: int, visible: Tensor) -> Tensor:
-            index = found.index[:, :, start:stop]
-            table = torch.zeros(*visible.shape[:3], visible.shape[3] + 1, dtype=torch.bool, device=q.device)
-            table.scatter_(-1, index.masked_fill(index < 0, visible.shape[3]), True)
-            return table[..., :-1] | dense[..., None, None]
+            return listed(found.index[:, :, start:stop], visible.shape[3]) | dense[..., None, None]
 
         return kept
 

@@ -16,7 +16,7 @@ from polyhead.checks import given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["Either", "Ranked", "Selector", "choose", "select"]
+__all__ = ["Either", "Listing", "Ranked", "Selector", "choose", "select"]
 
 Kept = Callable[[int, int, Tensor], Tensor]
 
@@ -54,6 +54,32 @@ class Selector(Part):
 
     def __or__(self, other: Selector) -> Selector:
         return Either((self, other))
+
+
+class Listing(Selector):
+    """A selector that lists the blocks that are read, and needs no table of all blocks to find them."""
+
+    def places(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor:
+        """The blocks that blocks of queries read, integers `(B, H, M, K)`, -1 where there are fewer than K.
+
+        H may be 1: all heads read the same. A block may be listed once, and may be one that is not visible:
+        the mask hides it.
+        """
+        raise NotImplementedError
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        places = self.places(q, k, mask, grid)
+
+        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
+            return listed(places[:, :, start:stop], grid.col_blocks) & visible
+
+        return kept
+
+
+def listed(index: Tensor, blocks: int) -> Tensor:
+    """Blocks listed in `(..., K)`, -1 for none, as a table `(..., blocks)` of those that are."""
+    table = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
+    return table.scatter_(-1, index.masked_fill(index < 0, blocks), True)[..., :-1]
 
 
 class Ranked(Selector):
@@ -142,6 +168,10 @@ def select(
 ) -> Selector:
     """Blocks of keys ranked by `scorer`, as many as `budget` keeps.
 
+    With `cols=1` single keys are chosen: then a score is worked out, and ranked, for every pair of a block of
+    queries and a key, and each of them is gathered for itself, which is slower than larger blocks are. The
+    choice holds 8 bytes for each key that a block of queries reads.
+
     Args:
         scorer: what a block may be worth, such as `mean_keys()`.
         budget: how many are read, such as `keep_share(0.1)` or `keep_mass(0.95)`.
@@ -153,11 +183,15 @@ def select(
     return Ranked(scorer, budget, rows, cols, always)
 
 
-def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
-    """Of which blocks of keys a mask lets something be seen by blocks of queries: bool `(B, H, m, N)`."""
-    shape = (grid.batch, grid.heads, stop - start, grid.col_blocks)
+def seen(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
+    """Of which blocks of keys a mask lets something be seen by blocks of queries: bool `(B, H, m, N)`.
+
+    B or H is 1 where all batch items or all heads see the same.
+    """
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
+        return torch.ones(1, 1, stop - start, grid.col_blocks, dtype=torch.bool, device=device)
+    if grid.rows == grid.cols == 1:  # of a block masks may not know, of a pair they do
+        return seen_pairs(mask, grid, start, stop, torch.arange(grid.keys, device=device))
     first = start * grid.rows
     found = tile_map(
         mask,
@@ -170,7 +204,30 @@ def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.de
         cols=grid.cols,
         device=device,
     )
-    return found.some.expand(shape)
+    return found.some
+
+
+def seen_pairs(mask: Mask | None, grid: Grid, start: int, stop: int, j: Tensor) -> Tensor:
+    """Which of the keys j, `(n,)` or `(B or 1, H or 1, m, n)`, the queries start to stop - 1 may see.
+
+    Bool `(B, H, m, n)`; B or H is 1 where all batch items or all heads see the same.
+    """
+    device = j.device
+    shape = (*(1,) * (4 - j.ndim), *j.shape)
+    shape = (*shape[:2], stop - start, shape[3])
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    b = torch.arange(grid.batch, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(grid.heads, device=device).view(-1, 1, 1)
+    i = torch.arange(start, stop, device=device)[:, None] + grid.offset
+    found = mask.to(device).allowed(b, h, i, j)
+    return found.expand(torch.broadcast_shapes(found.shape, shape))
+
+
+def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
+    """`seen` for every batch item and every head."""
+    shape = (grid.batch, grid.heads, stop - start, grid.col_blocks)
+    return seen(mask, grid, start, stop, device).expand(shape)
 
 
 def real_keys(mask: Mask | None, device: torch.device) -> Tensor | None:
@@ -190,6 +247,10 @@ def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: f
     if not grid.keys or not grid.queries:
         nothing = torch.empty(batch, heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
         return chosen(nothing, rows=rows, cols=cols, first=grid.offset)
+    if isinstance(selector, Listing):
+        return chosen(
+            selector.places(q.detach(), k.detach(), mask, grid), rows=rows, cols=cols, first=grid.offset
+        )
     kept = selector.prepare(q.detach(), k.detach(), mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
     found = []
