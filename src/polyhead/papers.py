@@ -30,6 +30,7 @@ _ELSEWHERE = {
     "054": ("nn/head_mask.py",),
     "061": ("attend/normalizers.py", "attend/entmax.py"),
     "064": ("attend/selectors/prism.py",),
+    "066": ("heads/chai.py", "heads/clustering.py"),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
     "085": ("attend/selectors/qada.py", "heads/key_gaussians.py"),

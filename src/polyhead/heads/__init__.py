@@ -2,6 +2,7 @@
 
 from polyhead.heads import measurements
 from polyhead.heads.amplify import amplified
+from polyhead.heads.chai import HeadMaps, Saved, Sharing, clustered, head_maps
 from polyhead.heads.key_gaussians import key_gaussians
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
 from polyhead.heads.missed import HeadsMissed, missed_mass
@@ -17,6 +18,7 @@ __all__ = [
     "MEASUREMENTS",
     "CopyScores",
     "Gauge",
+    "HeadMaps",
     "HeadsMissed",
     "Lookups",
     "Measurement",
@@ -27,10 +29,14 @@ __all__ = [
     "Roles",
     "RowMean",
     "Rows",
+    "Saved",
+    "Sharing",
     "View",
     "Watcher",
     "amplified",
+    "clustered",
     "copy_scores",
+    "head_maps",
     "key_gaussians",
     "measure",
     "measurements",
