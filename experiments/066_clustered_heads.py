@@ -1,9 +1,10 @@
 """Heads that use one another's attention maps: does it matter which, and how many are needed?
 
-The small check of paper 066. SmolLM2-135M, 30 layers of 9 heads that share keys by three; two stretches of 512
-tokens of held-out prose; 7, 5 and 3 clusters in every layer: by the maps of the first five tokens of the sequence,
-by mean maps of 40 other stretches once for all, and at random; besides, the counts at the bend of the error over
-the same 40 stretches. Nats of the tokens behind the first ten. A seed draws the stretches and the random clusters.
+The small check of paper 066. SmolLM2-135M, 30 layers of 9 heads that share keys by three; two stretches
+of 512 tokens of held-out prose; 7, 5 and 3 clusters in every layer: by the maps of the first five tokens
+of the sequence, by mean maps of 40 other stretches once for all, and at random; besides, the counts at
+the bend of the error over the same 40 stretches. Nats of the tokens behind the first ten. A seed draws
+the stretches and the random clusters.
 
 It shows if clusters by maps lose less than random ones at equal numbers.
 """
@@ -64,14 +65,9 @@ def run(seed: int) -> dict[str, float]:
     alike = np.stack(maps.similarity().values).mean(1)
     numbers |= {f"similarity, layer {n}": float(alike[n]) for n in (0, 5, 10, 15, 20, 25, 29)}
     for drop in (0.05, 0.01):
-        counts = maps.counts(drop)
-        numbers[f"bend at {drop:.0%}, mean clusters"] = float(np.mean([c or HEADS for c in counts]))
-        numbers[f"bend at {drop:.0%}, clusters of layers 0-9"] = float(
-            np.mean([c or HEADS for c in counts[:10]])
-        )
-        numbers[f"bend at {drop:.0%}, clusters of layers 20-29"] = float(
-            np.mean([c or HEADS for c in counts[20:]])
-        )
+        counts = [HEADS if c is None else c for c in maps.counts(drop)]
+        for what, part in (("", counts), (" of layers 0-9", counts[:10]), (" of layers 20-29", counts[20:])):
+            numbers[f"bend at {drop:.0%}, clusters{what}"] = float(np.mean(part))
         numbers[f"bend at {drop:.0%}"], saved = nats(sample, counts)
         numbers[f"bend at {drop:.0%}, scores saved"] = saved.scores
         numbers[f"bend at {drop:.0%}, cache that could be saved"] = saved.cache
