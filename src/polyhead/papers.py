@@ -43,6 +43,7 @@ _ELSEWHERE = {
     "122": ("attend/selectors/less_is_more.py",),
     "141": ("cache/razor.py",),
     "142": ("heads/measurements/repeats.py",),
+    "145": ("attend/selectors/dhsa.py",),
     "150": ("attend/selectors/hisa.py",),
     "162": ("heads/measurements/received.py",),
     "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),

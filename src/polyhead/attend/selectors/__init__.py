@@ -20,6 +20,20 @@ from polyhead.attend.selectors.budgets import (
     keep_share,
     keep_total,
 )
+from polyhead.attend.selectors.chunks import (
+    AttentionChunks,
+    BoundaryPredictor,
+    Chunks,
+    EvenChunks,
+    LearnedChunks,
+    attention_chunks,
+    boundary_loss,
+    boundary_predictor,
+    boundary_ratio,
+    even_chunks,
+    learned_chunks,
+)
+from polyhead.attend.selectors.dhsa import Dhsa, dhsa
 from polyhead.attend.selectors.fixed import Fixed, a_shape, fixed
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
@@ -78,10 +92,15 @@ from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
+    "AttentionChunks",
     "BandMeans",
+    "BoundaryPredictor",
     "Budget",
+    "Chunks",
     "ComputedIndexer",
+    "Dhsa",
     "Either",
+    "EvenChunks",
     "ExactFar",
     "FarMass",
     "Fixed",
@@ -100,6 +119,7 @@ __all__ = [
     "KeyBounds",
     "KeyGaussian",
     "Lead",
+    "LearnedChunks",
     "LearnedIndexer",
     "Listing",
     "MeanIndexer",
@@ -117,9 +137,15 @@ __all__ = [
     "UnifiedKeys",
     "VerticalSlash",
     "a_shape",
+    "attention_chunks",
     "band_means",
+    "boundary_loss",
+    "boundary_predictor",
+    "boundary_ratio",
     "choose",
     "computed_indexer",
+    "dhsa",
+    "even_chunks",
     "fixed",
     "follow",
     "guarded",
@@ -134,6 +160,7 @@ __all__ = [
     "keep_total",
     "key_bounds",
     "lead",
+    "learned_chunks",
     "learned_indexer",
     "less_is_more",
     "mean_indexer",
