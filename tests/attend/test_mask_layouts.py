@@ -14,10 +14,13 @@ from polyhead.attend.masks import (
     densify,
     dilated,
     documents,
+    halo,
+    lattice,
     neighborhood,
     padding,
     per_head,
     prefix,
+    shard,
     sink,
     span,
     strided,
@@ -73,6 +76,9 @@ def exact(call):
         st.builds(dilated, small, st.integers(1, 5), small),
         st.builds(strided, st.integers(1, 6)),
         st.builds(blocks, st.integers(1, 9), small | per_item(call)),
+        st.builds(shard, st.integers(1, 5), st.integers(1, 4), small),
+        st.builds(halo, st.none(), st.integers(1, 6), small),
+        st.builds(lattice, st.none(), st.integers(1, 6)),
         st.builds(padding, real.map(torch.tensor)),
         st.builds(documents, ids(call, sorted)),
     )
@@ -161,12 +167,17 @@ def grids(draw):
     dilation = [draw(st.integers(1, n // w)) for n, w in zip(grid, size, strict=True)]
     ahead = draw(st.lists(st.booleans(), min_size=axes, max_size=axes))
     stride = [draw(st.integers(1, w)) for w in size]
-    return neighborhood(grid, size, dilation, ahead, stride)
+    around = [draw(st.integers(0, n)) for n in grid]
+    return draw(
+        st.sampled_from(
+            [neighborhood(grid, size, dilation, ahead, stride), halo(grid, size, around), lattice(grid, size)]
+        )
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(grids(), st.integers(1, 12), st.integers(1, 12), st.data())
-def test_neighborhoods_know_their_tiles_exactly(mask, rows, cols, data):
+def test_masks_of_grids_know_their_tiles_exactly(mask, rows, cols, data):
     keys = data.draw(st.integers(1, mask.places))
     queries = data.draw(st.integers(1, keys))
     call = {"batch": 1, "heads": 1, "queries": queries, "keys": keys, "offset": None}

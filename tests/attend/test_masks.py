@@ -22,10 +22,13 @@ from polyhead.attend.masks import (
     densify,
     dilated,
     documents,
+    halo,
+    lattice,
     neighborhood,
     padding,
     per_head,
     prefix,
+    shard,
     sink,
     strided,
     tile_map,
@@ -72,6 +75,12 @@ DEFINITIONS = [
     (strided(4), lambda b, i, j: (i - j) % 4 == 0),
     (blocks(5), lambda b, i, j: i // 5 == j // 5),
     (blocks(5, LENGTHS), lambda b, i, j: (i - int(LENGTHS[b])) // 5 == (j - int(LENGTHS[b])) // 5),
+    (shard(2, 3), lambda b, i, j: j // 2 in (0, 3)),
+    (shard(2, 3, 4), lambda b, i, j: j // 2 in (1, 4)),
+    (halo(None, 5), lambda b, i, j: i >= 0 and i // 5 == j // 5),
+    (halo(None, 3, 2), lambda b, i, j: i >= 0 and i // 3 * 3 - 2 <= j < i // 3 * 3 + 5),
+    (halo(None, 3, 6), lambda b, i, j: i >= 0 and abs(i // 3 - j // 3) < 3),
+    (lattice(None, 4), lambda b, i, j: i >= 0 and (i - j) % 4 == 0),
     (documents(IDS), same_document),
     (documents(IDS[1]), lambda b, i, j: same_document(1, i, j)),
     (padding(REAL), lambda b, i, j: REAL[b, j]),
@@ -194,6 +203,29 @@ def test_neighbours_are_the_nearest_places(settings):
     )
 
 
+def test_blocks_and_lattices_of_a_picture():
+    """5 × 7 places: blocks of 2 × 3 with a halo of 1 × 2, and lattices of step 2 × 3, by coordinates."""
+    places = [(y, x) for y in range(5) for x in range(7)]
+    around, net = (
+        densify(m, queries=35, keys=35)[0, 0] for m in (halo((5, 7), (2, 3), (1, 2)), lattice((5, 7), (2, 3)))
+    )
+    for i, (y, x) in enumerate(places):
+        top, left = y // 2 * 2, x // 3 * 3
+        for j, (v, u) in enumerate(places):
+            assert around[i, j] == (top - 1 <= v < top + 3 and left - 2 <= u < left + 5)
+            assert net[i, j] == ((y - v) % 2 == 0 and (x - u) % 3 == 0)
+
+
+def test_blocks_and_lattices_are_neighbourhoods_where_they_fit():
+    def same(one, other):
+        return torch.equal(*(densify(m, queries=48, keys=48) for m in (one, other)))
+
+    assert same(halo((6, 8), 2), neighborhood((6, 8), 2, stride=2))
+    assert same(lattice((6, 8), (3, 2)), neighborhood((6, 8), (2, 4), dilation=(3, 2)))
+    assert same(halo((6, 8), (6, 8)), window(None, None))
+    assert same(halo(None, 1, 3), window(3, 3))
+
+
 def test_neighbourhoods_that_are_something_else():
     def same(a, b, n):
         return torch.equal(densify(a, queries=n, keys=n), densify(b, queries=n, keys=n))
@@ -295,6 +327,13 @@ PLAIN = [
     strided(3),
     blocks(16),
     blocks(16, 3),
+    shard(64, 4),
+    shard(64, 4, 3),
+    halo(None, 8, 3),
+    halo((8, 8), (2, 4), (3, 0)),
+    halo(9, 3),
+    lattice((8, 8), 4),
+    lattice(None, (3,)),
     neighborhood(64, 7),
     neighborhood((8, 8), (3, 5), dilation=(2, 1), causal=(True, False), stride=(1, 2)),
     neighborhood((4, 4, 4), 3, causal=True),
@@ -407,6 +446,13 @@ def test_a_mask_joins_masks_only():
         (lambda: neighborhood((8, 8), 3, dilation=3), "does not fit axis 0; .* at most its length, 8"),
         (lambda: neighborhood(9, 3, stride=4), "stride 4 on axis 0 .* at most 3"),
         (lambda: neighborhood(9, 3, causal=1), "causal must be True or False"),
+        (lambda: shard(0, 2), "shard: size must be at least 1; got 0"),
+        (lambda: halo((4, 4), 2, -1), "halo: halo must be at least 0; got -1"),
+        (lambda: halo((4, 4), 2, (1, 1, 1)), "halo needs one value, or one for each of the 2 axes"),
+        (lambda: halo((4, 4), 0), r"halo: block\[0\] must be at least 1; got 0"),
+        (lambda: halo("ab", 2), r"halo: grid\[0\] must be an integer, at least 1; got 'ab'"),
+        (lambda: lattice((2, 2, 2, 2), 1), "lattice: grid must have 1 to 3 axes"),
+        (lambda: lattice((4, 4), (1, 2, 3)), "step needs one value, or one for each of the 2 axes"),
         (lambda: And(()), "And: terms must be masks, at least one"),
         (lambda: tile_map(causal(), queries=4, keys=4, rows=0, cols=2), "tile_map: rows must be at least 1"),
     ],
@@ -426,6 +472,8 @@ def test_bad_settings_are_named(make, message):
         (prefix(torch.tensor([1, 2, 3])), "prefix: n has 3 entries but the batch has 2 items"),
         (blocks(2, torch.tensor([1])), "blocks: start has 1 entries but the batch has 2 items"),
         (per_head([causal()] * 4), "per_head: 4 masks for 3 heads"),
+        (halo((3, 3), 3), "the grid 3×3 has 9 places but the call has 12 keys"),
+        (lattice((3, 3), 3), "the grid 3×3 has 9 places but the call has 12 keys"),
         (neighborhood((3, 3), 3), "the grid 3×3 has 9 places but the call has 12 keys"),
     ],
 )

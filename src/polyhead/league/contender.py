@@ -6,7 +6,19 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from polyhead.attend.masks import blocks, causal, dilated, neighborhood, prefix, sink, strided, window
+from polyhead.attend.masks import (
+    blocks,
+    causal,
+    dilated,
+    halo,
+    lattice,
+    neighborhood,
+    prefix,
+    shard,
+    sink,
+    strided,
+    window,
+)
 from polyhead.attend.normalizers import entmax, sigmoid, softmax, sparsemax
 from polyhead.attend.scores import alibi, relative_bias, soft_cap, t5_bias, temperature
 from polyhead.attend.selectors import (
@@ -35,7 +47,7 @@ __all__ = ["Contender", "contender"]
 MAKERS: dict[str, Any] = {
     maker.__name__: maker
     for maker in (
-        *(blocks, causal, dilated, neighborhood, prefix, sink, strided, window),
+        *(blocks, causal, dilated, halo, lattice, neighborhood, prefix, shard, sink, strided, window),
         *(entmax, sigmoid, softmax, sparsemax, top_k),
         *(alibi, relative_bias, soft_cap, t5_bias, temperature),
         *(select, mean_keys, key_bounds, sampled_mass, shared),

@@ -18,6 +18,7 @@ __all__ = [
     "Blocks",
     "Dilated",
     "Prefix",
+    "Shard",
     "Sink",
     "Strided",
     "Window",
@@ -25,6 +26,7 @@ __all__ = [
     "causal",
     "dilated",
     "prefix",
+    "shard",
     "sink",
     "strided",
     "window",
@@ -237,6 +239,38 @@ def blocks(size: int, start: int | Tensor = 0) -> Mask:
     `start` is a number or an integer tensor `(B,)`, such as the lengths of the padding on the left.
     """
     return Blocks(size, start)
+
+
+class Shard(Mask):
+    """Keys of every `stride`-th block of `size` positions. See `shard`."""
+
+    size: int
+    stride: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("stride", 1), ("first", 0)):
+            object.__setattr__(self, name, whole(f"shard: {name}", getattr(self, name), least))
+        object.__setattr__(self, "first", self.first % self.stride)
+
+    def __repr__(self) -> str:
+        first = f", {self.first}" if self.first else ""
+        return f"shard({self.size}, {self.stride}{first})"
+
+    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j // self.size - self.first) % self.stride == 0
+
+    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        low, high = j0 // self.size - self.first, j1 // self.size - self.first
+        return _has_multiple(low, high, self.stride), _only_multiples(low, high, self.stride)
+
+
+def shard(size: int, stride: int, first: int = 0) -> Mask:
+    """Keys of every `stride`-th block: j // size is `first`, `first` + stride, ..., whatever the query.
+
+    Blocks are counted from the first key; `first` counts modulo `stride`.
+    """
+    return Shard(size, stride, first)
 
 
 def _count(name: str, value: Any) -> int | Tensor:
