@@ -317,6 +317,7 @@ def test_explain_names_every_backend_and_force_refuses_with_the_reason() -> None
     assert plan.backend == "sdpa"
     assert set(plan.refused) == {
         "chosen",
+        "by_head",
         "staircase",
         "banded",
         "triton_heads",
