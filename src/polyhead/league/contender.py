@@ -39,7 +39,7 @@ from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms import entry
 from polyhead.nn.positions import alibi_position, no_position, rope, sinusoidal
-from polyhead.nn.regularizers import attention_diversification, drop_head, token_masking
+from polyhead.nn.regularizers import attention_diversification, drop_head, shifted_groups, token_masking
 
 __all__ = ["Contender", "contender"]
 
@@ -53,7 +53,7 @@ MAKERS: dict[str, Any] = {
         *(select, mean_keys, key_bounds, sampled_mass, shared),
         *(keep_above, keep_blocks, keep_mass, keep_share, keep_total),
         *(alibi_position, no_position, rope, sinusoidal),
-        *(attention_diversification, drop_head, token_masking),
+        *(attention_diversification, drop_head, shifted_groups, token_masking),
     )
 }
 

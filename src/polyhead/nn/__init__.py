@@ -39,6 +39,7 @@ from polyhead.nn.regularizers import (
     TokenMasking,
     attention_diversification,
     drop_head,
+    shifted_groups,
     token_masking,
     v_schedule,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "no_position",
     "rope",
     "rope_from_parameters",
+    "shifted_groups",
     "sinusoidal",
     "token_masking",
     "v_schedule",
