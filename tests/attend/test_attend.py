@@ -318,6 +318,7 @@ def test_explain_names_every_backend_and_force_refuses_with_the_reason() -> None
     assert set(plan.refused) == {
         "chosen",
         "by_head",
+        "grouped",
         "staircase",
         "banded",
         "triton_heads",

@@ -4,6 +4,7 @@ from polyhead.attend.backends.banded import Banded
 from polyhead.attend.backends.by_head import ByHead
 from polyhead.attend.backends.chosen import ChosenBlocks
 from polyhead.attend.backends.flex import Flex
+from polyhead.attend.backends.grouped import Grouped
 from polyhead.attend.backends.neighborhood import Neighborhoods
 from polyhead.attend.backends.reference import Reference
 from polyhead.attend.backends.sdpa import Sdpa
@@ -21,5 +22,5 @@ STREAMING: tuple[Backend, ...] = (Banded(), Neighborhoods(), TritonHeads(), Tile
 _GENERAL: tuple[Backend, ...] = (Sdpa(), Staircase(), *STREAMING, Flex(), Signs(), Reference())
 _CHOSEN = ChosenBlocks(_GENERAL)
 # what a call of some heads goes to: the blocks of a mask pay where few heads share it
-_SOME_HEADS: tuple[Backend, ...] = (Sdpa(), _CHOSEN, Banded(), SeenBlocks(_CHOSEN), *_GENERAL[1:])
-BACKENDS: tuple[Backend, ...] = (Sdpa(), _CHOSEN, ByHead(_SOME_HEADS), *_GENERAL[1:])
+_SOME_HEADS: tuple[Backend, ...] = (Sdpa(), _CHOSEN, Grouped(), Banded(), SeenBlocks(_CHOSEN), *_GENERAL[1:])
+BACKENDS: tuple[Backend, ...] = (Sdpa(), _CHOSEN, ByHead(_SOME_HEADS), Grouped(), *_GENERAL[1:])

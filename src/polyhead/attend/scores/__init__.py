@@ -28,6 +28,7 @@ from polyhead.attend.scores.positional import (
     t5_bucket,
 )
 from polyhead.attend.scores.taylor import LogTaylor, log_taylor
+from polyhead.attend.scores.window import WindowBias, window_bias
 
 __all__ = [
     "ALiBi",
@@ -42,6 +43,7 @@ __all__ = [
     "SoftCap",
     "T5Bias",
     "Temperature",
+    "WindowBias",
     "alibi",
     "alibi_slopes",
     "chain",
@@ -53,4 +55,5 @@ __all__ = [
     "t5_bias",
     "t5_bucket",
     "temperature",
+    "window_bias",
 ]
