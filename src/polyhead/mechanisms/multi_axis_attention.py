@@ -5,9 +5,9 @@
     head_h = softmax over these of (q_i · k_j / √D + B_h[offset of j from i]) v_j,   y = concat_h(head_h) W_O
 
 Both are linear in the number of places. One after the other they reach everything where P divides height and
-width, and ⌈height/G⌉ and ⌈width/G⌉ are at most P: MaxViT has a layer of `axis="block"` and then one of `axis="grid"`, each with an MLP
-of its own, which a stack makes of two entries. With `axis="both"` half of the heads take blocks, and half
-lattices, in one layer.
+width, and ⌈height/G⌉ and ⌈width/G⌉ are at most P: MaxViT has a layer of `axis="block"` and then one of
+`axis="grid"`, each with an MLP of its own, which a stack makes of two entries. With `axis="both"` half of the
+heads take blocks, and half lattices, in one layer.
 
 B_h: a learned number for every offset within the block, or every step on the lattice, (2P-1)² or (2G-1)² a
 head, truncated normal with deviation 0.02; leave it out of weight decay. Where P or G does not divide the

@@ -79,7 +79,9 @@ class Grouped:
         if added is not None:
             added = added.expand(q.shape[0], *added.shape[-4:]).flatten(0, 1)
         out = F.scaled_dot_product_attention(
-            *(_gathered(x, at) for x, at in ((q, rows), (k, cols), (v, cols))),
+            _gathered(q, rows),
+            _gathered(k, cols),
+            _gathered(v, cols),
             attn_mask=added,
             scale=problem.scale,
             enable_gqa=k.shape[1] != q.shape[1],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.backends.chosen import ChosenBlocks
-from polyhead.attend.masks import Mask, chosen, tile_map
+from polyhead.attend.masks import Mask, TileMap, chosen, tile_map
 from polyhead.attend.plan import Request
 
 __all__ = ["SeenBlocks"]
@@ -40,7 +40,7 @@ class SeenBlocks:
         if reason:
             return reason
         q, k = request.q, request.k
-        tiles = tile_map(mask, **_size(request), rows=_BLOCK, cols=_BLOCK)
+        tiles = _tiles(mask, request)
         if tiles.density() > _MOST:
             return f"of {q.shape[2]} × {k.shape[2]} pairs most lie in blocks of which something is seen"
         return ""
@@ -48,7 +48,7 @@ class SeenBlocks:
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         mask = request.problem.mask
         assert mask is not None
-        some = tile_map(mask, **_size(request), rows=_BLOCK, cols=_BLOCK).some
+        some = _tiles(mask, request).some
         width = max(1, int(some.sum(-1).amax()))
         seen, index = some.to(torch.int8).sort(dim=-1, descending=True, stable=True)
         index = index[..., :width].masked_fill(seen[..., :width] == 0, -1)
@@ -61,6 +61,7 @@ def _under(request: Request, mask: Mask) -> Request:
     return replace(request, problem=replace(request.problem, mask=mask))
 
 
-def _size(request: Request) -> dict[str, int]:
-    q, k = request.q, request.k
-    return {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
+def _tiles(mask: Mask, request: Request) -> TileMap:
+    batch, heads, queries, _ = request.q.shape
+    keys = request.k.shape[2]
+    return tile_map(mask, batch=batch, heads=heads, queries=queries, keys=keys, rows=_BLOCK, cols=_BLOCK)

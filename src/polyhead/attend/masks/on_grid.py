@@ -127,7 +127,7 @@ class Halo(OnGrid):
     def __post_init__(self) -> None:
         self._grid("halo")
         object.__setattr__(self, "block", per_axis("halo", "block", self.block, self.axes, int))
-        around = tuple(self.halo) if several(self.halo) else (self.halo,) * self.axes  # type: ignore[unreachable]
+        around = tuple(self.halo) if several(self.halo) else (self.halo,) * self.axes
         if len(around) != self.axes:
             raise ConfigError(
                 f"halo: halo needs one value, or one for each of the {self.axes} axes; got {given(self.halo)}"
