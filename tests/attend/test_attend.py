@@ -321,6 +321,7 @@ def test_explain_names_every_backend_and_force_refuses_with_the_reason() -> None
         "grouped",
         "staircase",
         "banded",
+        "neighborhood",
         "triton_heads",
         "tiles",
         "flex",
