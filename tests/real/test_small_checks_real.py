@@ -15,6 +15,10 @@ from polyhead.hf import attach, load
 from polyhead.mechanisms.decoupled_head import decoupled
 from polyhead.mechanisms.el_attention import el_attention
 from polyhead.mechanisms.weighted_grouped_query import merged, weighted
+from polyhead.nn import merged_softmax
+from polyhead.nn.block_masks import BlocksBehind, SinceBlock
+from polyhead.nn.block_summaries import GuidedByLast, GuidedByPool, Pooled, summarised
+from polyhead.nn.kv_cache.places import place_mask
 from polyhead.tasks import HELD_OUT_NAMES, held_out_text, needle, sample_text, score
 
 pytestmark = pytest.mark.real
@@ -85,6 +89,56 @@ def test_sparser_weights_in_one_layer_cost_little(smollm2, prose):
         lost.append(nats(model, prose, sparse) - whole)
     assert lost[0] < lost[1] < lost[2]
     assert -0.005 < lost[0] < 0.005 < lost[2] < 0.05  # nats: next to nothing, for a layer trained on softmax
+
+
+def in_blocks(call, how, size, near):
+    """What `SummarisedAttention` reads of a call; `how` None: the near tokens alone."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    options = {"scale": scale, "return_lse": True}
+    parts = [ph.attend(q, k, v, mask=SinceBlock(size, near), **options)]
+    if how is not None:
+        read = (q.shape[2] - near) // size
+        past = (x[:, :, : read * size] for x in (q, k, v))
+        sums = summarised(how, *past, None, size, scale)
+        seen = place_mask(
+            BlocksBehind(size, near),
+            shift=q.shape[2] - read,
+            keys=None,
+            total=read,
+            queries=q.shape[2],
+            latest=False,
+        )
+        parts.append(ph.attend(q, sums.keys, sums.values, mask=seen, **options))
+    return merged_softmax.merged(*zip(*parts, strict=True))
+
+
+def test_core_tokens_say_some_of_what_a_window_leaves_out(smollm2):
+    """Paper 157: groups of 16 behind a window of 256, in all layers, without training."""
+    model, tokenizer = smollm2
+    ids = tokenizer(sample_text(), return_tensors="pt", verbose=False)["input_ids"][:, :1024]
+    lost = {}
+    for name, how in (("window", None), ("query", GuidedByLast()), ("max", Pooled("max"))):
+        lost[name] = nats(model, ids, lambda call, how=how: in_blocks(call, how, 16, 256), first=512)
+    whole = nats(model, ids, first=512)
+    assert whole + 0.3 < lost["query"] < lost["window"] - 0.1  # nats: a third of the loss is made good
+    assert lost["window"] + 2 < lost["max"]
+
+
+def test_summaries_of_segments_do_not_stand_for_keys_that_were_trained_dense(smollm2, prose):
+    """Paper 013: how far outputs of heads are from dense ones, in one layer at a time."""
+    model, _ = smollm2
+    off = {}
+    for name, how in (("segment", None), ("max", GuidedByPool("max")), ("mean", GuidedByPool("mean"))):
+        found = []
+
+        def compare(call, how=how, found=found):
+            y = call.proceed()
+            found.append(((in_blocks(call, how, 32, 1) - y).norm() / y.norm()).item())
+            return y
+
+        nats(model, prose, compare)
+        off[name] = sum(found) / len(found)
+    assert 1 < off["max"] < off["mean"] < off["segment"]  # nearer than the own segment, and far from dense
 
 
 def test_one_kv_head_of_means_breaks_a_model_that_is_not_trained_on(smollm2, prose):

@@ -33,16 +33,14 @@ siblings, trees that are given with a text, and leaves that do not see themselve
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from polyhead.checks import flag, whole
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import MechanismConfig, key_value_heads
+from polyhead.checks import whole
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.own_scores import OwnScoresConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.hierarchical import HierarchicalAttention
-from polyhead.nn.positions import NoPosition, Position
-from polyhead.nn.projections import OutputProjection, Projection
 
 __all__ = ["HierarchicalSelfAttention"]
 
@@ -62,61 +60,27 @@ __all__ = ["HierarchicalSelfAttention"]
     facets=Facets(levels="multi"),
     any_mask=False,
 )
-class HierarchicalSelfAttention(MechanismConfig):
-    """Hierarchical self-attention.
+class HierarchicalSelfAttention(OwnScoresConfig):
+    """Hierarchical self-attention; further options are those of `OwnScoresConfig`.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         branch: b, children of a node; at least 2.
         levels: levels of nodes between the leaves and the root, 0: softmax attention; None: as many as it
             takes until the root has at most b children.
-        head_dim, value_dim: widths of a head; default dim / heads, and `head_dim`.
-        bias: whether projections have a bias.
-        qk_norm: RMS-normalise queries and keys.
-        position: an encoding that is added to inputs or turns queries and keys, before means are taken.
+
+    Positions are encoded before means are taken.
     """
 
-    kv_heads: int | None = None
     branch: int = 4
     levels: int | None = None
-    head_dim: int | None = None
-    value_dim: int | None = None
-    bias: bool = False
-    qk_norm: bool = False
-    position: Position = NoPosition()
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("HierarchicalSelfAttention", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         whole("branch", self.branch, 2)
         if self.levels is not None:
             whole("levels", self.levels, 0)
-        flag("bias", self.bias)
-        flag("qk_norm", self.qk_norm)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> HierarchicalAttention:
         """The module."""
-        projection = Projection(
-            self.dim,
-            self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            device=device,
-            dtype=dtype,
-        )
-        output = OutputProjection(
-            self.dim, projection.heads, projection.value_dim, bias=self.bias, device=device, dtype=dtype
-        )
-        module = HierarchicalAttention(
-            projection, output, position=self.position, branch=self.branch, levels=self.levels
-        )
-        if module.position.score is not None:
-            raise ConfigError(
-                "position must not be a bias of scores, since subtrees share them; "
-                f"got {self.position!r}; take one that turns queries and keys, such as rope()"
-            )
-        return module
+        module = partial(HierarchicalAttention, branch=self.branch, levels=self.levels)
+        return self.assemble(module, device=device, dtype=dtype)

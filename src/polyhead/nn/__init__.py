@@ -9,6 +9,7 @@ from polyhead.nn.cost import Cost
 from polyhead.nn.hardware import HARDWARE, Hardware
 from polyhead.nn.head_mask import HeadMask, head_importance
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
+from polyhead.nn.landmarks import insert_landmarks, is_landmark, without_landmarks
 from polyhead.nn.latent_projection import LatentProjection
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import (
@@ -90,6 +91,8 @@ __all__ = [
     "context_broadcast",
     "drop_head",
     "head_importance",
+    "insert_landmarks",
+    "is_landmark",
     "no_position",
     "rope",
     "rope_from_parameters",
@@ -97,4 +100,5 @@ __all__ = [
     "sinusoidal",
     "token_masking",
     "v_schedule",
+    "without_landmarks",
 ]

@@ -27,7 +27,8 @@ class Cost:
         projections: operations of the query, key, value and output projections.
         scores: operations of q·k over all pairs, 2·B·H·L·S·D.
         values: operations of weights·v over all pairs, 2·B·H·L·S·Dv.
-        kv_bytes_per_token: bytes that one token of one sequence adds to a growing cache.
+        kv_bytes_per_token: bytes that one token of one sequence adds to a growing cache; where it sums tokens
+            up, their share of what that makes of them, rounded up.
         cache_bytes: bytes that a cache holds for the keys of the whole call, with its state.
         state_bytes: bytes that a cache holds for one sequence whatever its length, such as the latest
             inputs of a convolution.

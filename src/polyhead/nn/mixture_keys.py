@@ -17,6 +17,7 @@ from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache.base import Streams
+from polyhead.nn.merged_softmax import merged
 from polyhead.nn.projections import FanInLinear, Projection
 
 __all__ = ["MixtureKeys", "MixtureProjection"]
@@ -132,12 +133,7 @@ class MixtureKeys(MultiHeadAttention):
             prior = self.prior[:, r, None].to(lse.dtype).clamp(_LEAST, 1.0)
             outputs.append(y)
             sums.append(lse + prior.log() - length / (2 * variance))
-        logits = torch.stack(sums)  # M B H L
-        nothing = (logits == -torch.inf).all(0)
-        share = torch.softmax(logits.masked_fill(nothing, 0.0), dim=0)[..., None]
-        total = sum(s * y.to(s.dtype) for s, y in zip(share, outputs, strict=True))
-        assert isinstance(total, Tensor)
-        return total.to(outputs[0].dtype)
+        return merged(outputs, sums)
 
     def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         *keys, v = rows

@@ -1,0 +1,86 @@
+"""Self-attention whose tokens are grouped: other masks than the causal one would cut the groups."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+from torch import Tensor
+
+from polyhead.attend.masks import Mask, causal
+from polyhead.checks import given
+from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.projections import check_inputs, check_real
+
+__all__ = ["GroupedSequenceAttention"]
+
+_CAUSAL = causal()
+
+
+class GroupedSequenceAttention(MultiHeadAttention):
+    """`MultiHeadAttention` within one sequence, with `causal()` for its mask or, where it can, with none.
+
+    Attributes:
+        called: the mechanism's name; errors begin with it.
+        past_only: what it does, for the error of a call without a mask; empty where that is supported.
+        cut_by_masks: why no other mask fits.
+        needs_all: why a cache of recent tokens does not.
+    """
+
+    called: ClassVar[str]
+    past_only: ClassVar[str] = ""
+    cut_by_masks: ClassVar[str]
+    needs_all: ClassVar[str] = "it reads all that are past"
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        padding: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """Attend; see `MultiHeadAttention.forward`. The mask is `causal()`; there is no context."""
+        check_inputs("x", x, self.projection.dim)
+        if context is not None or getattr(cache, "holds_context", False):
+            self._refuse_context()
+        if padding is not None:
+            check_real("x", padding, x)
+        if mask is not None and not isinstance(mask, Mask):
+            raise ConfigError(f"mask must be causal(){' or None' * (not self.past_only)}; got {given(mask)}")
+        if mask is None and self.past_only:
+            raise UnsupportedPattern(
+                f"{self.called} {self.past_only} and does not support attention to what comes later; pass "
+                "mask=causal()"
+            )
+        if mask is None and cache is not None:
+            raise UnsupportedPattern(
+                f"{self.called} does not support a cache without a mask: tokens would see later ones, which "
+                "have not come yet; pass mask=causal()"
+            )
+        if mask is not None and mask != _CAUSAL:
+            raise UnsupportedPattern(
+                f"{self.called} does not support a mask other than causal(), because {self.cut_by_masks}; "
+                f"got {given(mask)}; say in padding= which tokens are none"
+            )
+        return super().forward(x, mask=mask, padding=padding, cache=cache, **call)
+
+    def new_cache(self, batch: int = 1, *, window: int | None = None, **options: Any) -> KeyValueCache:
+        if window is not None:
+            raise UnsupportedPattern(
+                f"{self.called} does not support a cache of recent tokens: {self.needs_all}; leave window "
+                f"out; got {given(window)}"
+            )
+        return super().new_cache(batch, **options)
+
+    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
+        self._refuse_context()
+
+    def _refuse_context(self) -> NoReturn:
+        raise UnsupportedPattern(
+            f"{self.called} attends within one sequence and does not support a context; leave context out, "
+            "and take grouped_query for cross-attention"
+        )
