@@ -13,7 +13,7 @@ PACKAGE = Path(polyhead.__file__).parent
 # From the roof to the ground; within a storey there is no order.
 STOREYS = (
     ("__init__", "__main__"),
-    ("cli", "report", "gallery", "leaderboard"),
+    ("cli", "report", "gallery", "leaderboard", "sparsify"),
     ("benchmarks", "papers", "intensity", "cache", "heads", "tasks", "league"),
     ("hf",),
     ("mechanisms",),

@@ -1,5 +1,5 @@
 """The command line: `polyhead report`, `compare`, `tasks`, `catalog`, `show`, `gallery`, `papers`, `bench`,
-`fetch`.
+`fetch`, `sparsify`.
 
 Each command is thin: it reads options, calls the part of the library that does the work, and prints. That
 part is imported inside the command, so that no command pays for another's. A new command is a file here
@@ -23,6 +23,7 @@ _FILES = (
     "bench",
     "fetch",
     "report",
+    "sparsify",
 )
 
 for _file in _FILES:

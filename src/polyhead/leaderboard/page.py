@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator
-from importlib import resources
 
-from polyhead import __version__
 from polyhead.leaderboard.plots import costs, learning, scores
 from polyhead.league import Standings
 from polyhead.league.standings import runs_of, spell
-from polyhead.report.drawing import LINES_CSS, colour
-from polyhead.report.page import require_jinja
-from polyhead.report.palette import css_variables
-from polyhead.report.svg import SHAPES_CSS
+from polyhead.report.drawing import colour
+from polyhead.report.standalone import asset, standalone
 
 __all__ = ["build_page"]
 
@@ -26,16 +20,12 @@ def build_page(standings: Standings) -> str:
     Raises:
         MissingExtra: without jinja2.
     """
-    require_jinja()
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    script = "\n" + _asset("polyhead.leaderboard", "light.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.from_string(_asset("polyhead.leaderboard", "template.html")).render(
+    return standalone(
+        asset("polyhead.leaderboard", "template.html"),
+        css=asset("polyhead.report", "light.css"),
+        script=asset("polyhead.report", "light.js"),
         task=standings.rules.task,
         rules=standings.rules,
-        version=__version__,
         heads=_heads(standings),
         rows=list(_rows(standings)),
         facts=list(_facts(standings)),
@@ -46,23 +36,7 @@ def build_page(standings: Standings) -> str:
         costs=costs(standings),
         sizes=list(_sizes(standings)),
         runs=list(_runs(standings)),
-        css="\n".join(
-            (
-                css_variables(),
-                _asset("polyhead.report", "style.css"),
-                SHAPES_CSS,
-                LINES_CSS,
-                _asset("polyhead.leaderboard", "light.css"),
-            )
-        ),
-        script=script,
-        script_hash=f"sha256-{digest}",
     )
-    return page.encode("utf-8", "replace").decode()
-
-
-def _asset(package: str, name: str) -> str:
-    return (resources.files(package) / "assets" / name).read_text(encoding="utf-8")
 
 
 def _facts(standings: Standings) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,5 @@
 "use strict";
-// a contender that is pointed at, or whose row is chosen, stands out in every drawing
+// what a row stands for, when it is pointed at or chosen, stands out in every drawing
 const rows = [...document.querySelectorAll("tr[data-place]")];
 let kept = null;
 function light(place) {

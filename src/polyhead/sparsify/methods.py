@@ -1,0 +1,151 @@
+"""Selectors that need no training, by name, each with one level of 0 to 1 that says how much it reads."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyhead.attend import selectors as s
+from polyhead.attend.masks import sink, window
+from polyhead.checks import given
+from polyhead.errors import ConfigError, PolyheadError, unknown_name
+from polyhead.hf.selecting import LayerSelectors
+
+__all__ = ["METHODS", "Method", "find"]
+
+_ROWS, _COLS = 128, 64
+_ALWAYS = sink(1) | window(_COLS - 1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose what is read.
+
+    Attributes:
+        name: what it is called by, and in tables.
+        summary: what it reads, in a line.
+        paper: where it comes from.
+        make: the selectors for a level, above 0 and at most 1, and a number of tokens. The higher the level,
+            the more is read; from the number of tokens come counts, where a selector takes such.
+        oracle: whether it takes dense attention to know what to read, so that it saves nothing.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    make: Callable[[float, int], LayerSelectors]
+    oracle: bool = False
+
+
+def _ranked(scorer: s.Scorer, budget: Callable[[float], s.Budget]) -> Callable[[float, int], LayerSelectors]:
+    def make(level: float, tokens: int) -> LayerSelectors:
+        return s.select(scorer, budget(level), rows=_ROWS, cols=_COLS, always=_ALWAYS)
+
+    return make
+
+
+def _prism(level: float, tokens: int) -> LayerSelectors:
+    return s.prism(level, rows=_ROWS, cols=_COLS)
+
+
+def _proxy(level: float, tokens: int) -> LayerSelectors:
+    return s.proxy_attn(level, least=_COLS, rows=_ROWS, cols=_COLS)
+
+
+def _vertical_slash(level: float, tokens: int) -> LayerSelectors:
+    # one column for six diagonals, as the defaults of the paper have it
+    columns, diagonals = (max(1, round(level * tokens * part)) for part in (1 / 6, 1))
+    return s.vertical_slash(columns, diagonals, first=4, nearest=_COLS, rows=_ROWS, cols=16)
+
+
+def _a_shape(level: float, tokens: int) -> LayerSelectors:
+    return s.a_shape(1, max(1, round(level * tokens)), rows=_ROWS, cols=_COLS)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("a_shape", "the first block and the nearest ones, whatever they hold", "2407.02490", _a_shape),
+        Method(
+            "mean_keys",
+            "blocks by the product of mean query and mean key, a share of them (as MoBA ranks them)",
+            "063",
+            _ranked(s.mean_keys(), s.keep_share),
+        ),
+        Method(
+            "mean_keys_mass",
+            "the same until the blocks are taken to hold so much of the mass",
+            "063",
+            _ranked(s.mean_keys(), s.keep_mass),
+        ),
+        Method(
+            "key_bounds",
+            "blocks by the most that a key within their bounds could score, a share of them (Quest)",
+            "2406.10774",
+            _ranked(s.key_bounds(), s.keep_share),
+        ),
+        Method(
+            "sampled_mass",
+            "blocks by their mass over every eighth query and key, until they hold so much of it",
+            "2503.16428",
+            _ranked(s.sampled_mass(8), s.keep_mass),
+        ),
+        Method(
+            "prism", "means in fast and in slow features of rotary positions, each by mass", "064", _prism
+        ),
+        Method(
+            "proxy_attn", "one mean head ranks for all, each reads what its last queries need", "117", _proxy
+        ),
+        Method(
+            "vertical_slash",
+            "columns and diagonals that the last queries look at",
+            "2407.02490",
+            _vertical_slash,
+        ),
+        Method(
+            "block_oracle",
+            "blocks by their true mass, which takes dense attention to know: what blocks could do at best",
+            "",
+            _ranked(s.sampled_mass(1), s.keep_mass),
+            oracle=True,
+        ),
+    )
+}
+"""The methods that come with Polyhead."""
+
+
+def find(name: str) -> Method:
+    """A method by name, or the one that a Python file defines as `METHOD`.
+
+    Raises:
+        UnknownName: no method is called so.
+        ConfigError: a file that cannot be run, or that defines no method.
+    """
+    if isinstance(name, str) and name.endswith(".py"):
+        return _from_file(Path(name).expanduser())
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]
+
+
+def _from_file(file: Path) -> Method:
+    if not file.is_file():
+        raise ConfigError(f"methods: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"polyhead_method_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except PolyheadError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"methods: {file} cannot be run: {type(error).__name__}: {error}") from error
+    found = getattr(module, "METHOD", None)
+    if not isinstance(found, Method):
+        raise ConfigError(
+            f"methods: {file} must define METHOD, a polyhead.sparsify.methods.Method; got {given(found)}"
+        )
+    return found

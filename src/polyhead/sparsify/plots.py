@@ -1,0 +1,109 @@
+"""The drawings of a comparison: what is kept, against what is read and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from polyhead.report.drawing import LINES_CSS, Drawing, colour, dot, short, span
+from polyhead.report.svg import Scale, curve, document, element, line, nested, text
+from polyhead.sparsify.table import Comparison, Row
+
+__all__ = ["drawings", "place", "plots"]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    title: str
+    of: Callable[[Comparison, Row], float]
+    less: bool  # whether less of it is better
+
+
+_READ = _Axis("share of keys read", lambda c, row: c.read(row, c.settings.longest), True)
+_PREFILL = _Axis("prefill, times as fast as dense", lambda c, row: row.faster(lambda t: t.prefill), False)
+_STEP = _Axis("decoding step, times as fast", lambda c, row: row.faster(lambda t: t.step), False)
+_KEPT = _Axis("Facts kept of those dense finds", lambda c, row: _share(*c.kept(row)), False)
+_RISE = _Axis("Perplexity above dense", lambda c, row: c.rise(row), True)
+_MISSED = _Axis("Missed mass", lambda c, row: row.outcome.missed, True)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def place(comparison: Comparison, row: Row) -> int:
+    """The place of a row's method among all, which its colour goes by; the model as it is: 0."""
+    return (*comparison.settings.methods,).index(row.method) + 1 if row.method else 0
+
+
+def drawings(comparison: Comparison) -> list[Drawing]:
+    """Facts, perplexity and missed mass by the keys that are read; facts and perplexity by speed."""
+    pairs = [(_READ, _KEPT), (_READ, _RISE), (_READ, _MISSED)]
+    if any(row.rounds for row in comparison.rows):
+        pairs += [(_PREFILL, _KEPT), (_PREFILL, _RISE), (_STEP, _KEPT)]
+    return [_pareto(comparison, x, y) for x, y in pairs]
+
+
+def _pareto(comparison: Comparison, across: _Axis, up: _Axis) -> Drawing:
+    width, height, left, right, top, bottom = 340.0, 250.0, 50.0, 326.0, 12.0, 206.0
+    known = [
+        (row, across.of(comparison, row), up.of(comparison, row))
+        for row in comparison.rows
+        if math.isfinite(across.of(comparison, row)) and math.isfinite(up.of(comparison, row))
+    ]
+    x = Scale(*span([one[1] for one in known], 0.08), left, right)
+    y = Scale(*span([one[2] for one in known], 0.08), bottom, top)
+    parts = []
+    for v in y.ticks(4):
+        parts += [
+            line(left, y(v), right, y(v), "grid"),
+            text(left - 6, y(v) + 4, short(v), text_anchor="end"),
+        ]
+    for v in x.ticks(4):
+        parts.append(text(x(v), bottom + 18, short(v), text_anchor="middle"))
+    parts += [line(left, bottom, right, bottom, "axis")]
+    parts.append(text((left + right) / 2, bottom + 36, across.title, text_anchor="middle"))
+    front = sorted(
+        {(a, b) for _, a, b in known if not any(_beaten(across, up, (a, b), o[1:]) for o in known)}
+    )
+    parts.append(curve([(x(a), y(b)) for a, b in front], "front chance"))
+    for number in range(len(comparison.settings.methods) + 1):
+        own = sorted((a, b, row.label) for row, a, b in known if place(comparison, row) == number)
+        style = colour(number)
+        shapes = [curve([(x(a), y(b)) for a, b, _ in own], style)]
+        shapes += [dot(x(a), y(b), 4, style, f"{label}: {b:.4g} at {a:.4g}") for a, b, label in own]
+        parts.append(element("g", *shapes, class_=f"of of-{number}"))
+    good = "less" if up.less else "more"
+    return Drawing(f"{up.title}, by {across.title}", f"{good} is better", width, height, tuple(parts))
+
+
+def _beaten(across: _Axis, up: _Axis, one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether the other is at least as good on both axes, and better on one."""
+    gains = [
+        (mine - its) if axis.less else (its - mine)
+        for axis, mine, its in zip((across, up), one, other, strict=True)
+    ]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def plots(comparison: Comparison) -> dict[str, str]:
+    """The drawings as one SVG file, with a legend."""
+    drawn, columns = drawings(comparison), 3
+    width, height = drawn[0].width, drawn[0].height + 26
+    parts = []
+    for n, one in enumerate(drawn):
+        left, top = width * (n % columns), height * (n // columns)
+        parts.append(text(left + 50, top + 16, one.title, class_="strong"))
+        parts.append(nested(left, top + 26, one.figure))
+    tall = height * -(-len(drawn) // columns)
+    names = ("dense", *comparison.settings.methods)
+    for n, name in enumerate(names):
+        left, top = 50 + 190 * (n % 5), tall + 14 + 20 * (n // 5)
+        parts += [dot(left, top, 4, colour(n), name), text(left + 10, top + 4, name)]
+    whole = tall + 20 * -(-len(names) // 5) + 10
+    return {
+        "pareto.svg": document(
+            width * columns, whole, *parts, title="What is kept and what it takes", shapes=LINES_CSS
+        )
+    }
