@@ -56,7 +56,18 @@ def test_every_command_is_in_its_own_file():
 
 def test_help_lists_the_commands_in_order():
     text = run("--help").stdout
-    order = ("papers", "catalog", "show", "gallery", "compare", "tasks", "bench", "fetch", "report")
+    order = (
+        "papers",
+        "catalog",
+        "show",
+        "gallery",
+        "compare",
+        "tasks",
+        "bench",
+        "fetch",
+        "report",
+        "sparsify",
+    )
     assert re.findall(r"^\W*([a-z]+) {2,}[A-Z]", text, flags=re.MULTILINE) == list(order)
 
 
