@@ -31,7 +31,7 @@ from polyhead.sparsify.page import build_page
 from polyhead.sparsify.plots import plots
 from polyhead.sparsify.settings import LENGTHS, QUICK, ROOM, Settings
 from polyhead.sparsify.table import Comparison, Row
-from polyhead.sparsify.timing import Round, measure
+from polyhead.sparsify.timing import Round, Taken, measure
 from polyhead.sparsify.trials import Outcome, Trial
 from polyhead.tasks.reading import context_length
 
@@ -193,18 +193,18 @@ def _times(
     timed = [pair for pair in levels if not find(pair[0]).oracle]  # its time would say nothing
     with stages.stage("timing", settings.rounds * len(timed)) as advance:
         for number in range(settings.rounds):
-            dense = None
+            same: Taken | None = None  # of the dense model, for all of this round
             for method, share in timed:
                 own = found.setdefault((method, share), [])
                 if len(own) <= number:
                     size = {"length": settings.longest, "steps": settings.steps}
-                    dense = dense or measure(settings.model, None, None, **size)
-                    own.append(Round(measure(settings.model, method, levels[method, share], **size), dense))
+                    same = same or measure(settings.model, None, None, **size)
+                    own.append(Round(measure(settings.model, method, levels[method, share], **size), same))
                     rows = [[m, s, [one.to_json() for one in rounds]] for (m, s), rounds in found.items()]
                     write(file, json.dumps(rows, indent=1))
                 advance(f"{method} {share:g}")
-    every = {id(one.dense): one.dense for rounds in found.values() for one in rounds}
-    found["", 1.0] = [Round(one, one) for one in dict.fromkeys(every.values())]
+    dense = dict.fromkeys(one.dense for pair in timed for one in found.get(pair, ()))
+    found["", 1.0] = [Round(one, one) for one in dense]
     return found
 
 
