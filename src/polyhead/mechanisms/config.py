@@ -20,7 +20,14 @@ from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection, at_least_one, divisors
 from polyhead.nn.regularizers import Regularizer
 
-__all__ = ["AttentionConfig", "MechanismConfig", "key_value_heads", "largest_divisor", "without_context"]
+__all__ = [
+    "AttentionConfig",
+    "MechanismConfig",
+    "causal_alone",
+    "key_value_heads",
+    "largest_divisor",
+    "without_context",
+]
 
 M = TypeVar("M", bound=MultiHeadAttention)
 
@@ -146,3 +153,14 @@ def without_context(config: AttentionConfig) -> None:
     width = config.context_dim
     if width is not None and (type(width) is not int or width != config.dim):
         raise ConfigError(f"context_dim must be left out: there is no context; got {given(width)}")
+
+
+def causal_alone(name: str, config: AttentionConfig, reads: str) -> None:
+    """A `ConfigError` where a mechanism that is causal, and chooses what it reads, is told so otherwise."""
+    if config.select is not None:
+        raise ConfigError(
+            f"select must be None in {name}: {reads}; got select={given(config.select)}; "
+            "take grouped_query with a selector of your own"
+        )
+    if config.mask is not None:
+        raise ConfigError(f"{name}: mask must be None: calls are causal; got {given(config.mask)}")

@@ -26,27 +26,20 @@ another would choose by its keys.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import Tensor
-
-from polyhead.attend.masks import Mask, causal, window
+from polyhead.attend.masks import window
 from polyhead.attend.selectors import keep_blocks, mean_keys, select
-from polyhead.checks import given, whole
-from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.checks import whole
+from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
-from polyhead.nn.projections import check_inputs, check_real
+from polyhead.nn.causal_only import CausalOnly
 
 __all__ = ["Moba"]
 
-_CAUSAL = causal()
 
-
-class BlockMixture(MultiHeadAttention):
+class BlockMixture(CausalOnly):
     """Causal self-attention whose queries choose blocks of keys by their means.
 
     Args:
@@ -55,57 +48,15 @@ class BlockMixture(MultiHeadAttention):
         top_k: blocks that a query reads, its own among them.
     """
 
+    name = "moba"
+    chooses = "chooses among blocks that are past"
+    because = "blocks are chosen by the mean of all their keys"
+    forgets = "it chooses among all that are past"
+
     def __init__(self, *parts: Any, block_size: int, top_k: int, **options: Any) -> None:
         own = window(0)  # the block of the query itself
         chosen = select(mean_keys(), keep_blocks(top_k), rows=1, cols=block_size, always=own)
         super().__init__(*parts, **options | {"select": chosen})
-
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        mask: Mask | None = None,
-        padding: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        **call: Any,
-    ) -> Tensor:
-        """Attend; see `MultiHeadAttention.forward`. The mask is `causal()`; there is no context."""
-        check_inputs("x", x, self.projection.dim)
-        if context is not None or getattr(cache, "holds_context", False):
-            self._refuse_context()
-        if padding is not None:
-            check_real("x", padding, x)
-        if mask is None:
-            raise UnsupportedPattern(
-                "moba chooses among blocks that are past and does not support attention to what comes later; "
-                "pass mask=causal()"
-            )
-        if not isinstance(mask, Mask):
-            raise ConfigError(f"mask must be causal(); got {given(mask)}")
-        if mask != _CAUSAL:
-            raise UnsupportedPattern(
-                "moba does not support a mask other than causal(), because blocks are chosen by the mean of "
-                f"all their keys; got {given(mask)}; say in padding= which tokens are none"
-            )
-        return super().forward(x, mask=mask, padding=padding, cache=cache, **call)
-
-    def new_cache(self, batch: int = 1, *, window: int | None = None, **options: Any) -> KeyValueCache:
-        if window is not None:
-            raise UnsupportedPattern(
-                "moba does not support a cache of recent tokens: it chooses among all that are past; "
-                f"leave window out; got {given(window)}"
-            )
-        return super().new_cache(batch, **options)
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        self._refuse_context()
-
-    def _refuse_context(self) -> NoReturn:
-        raise UnsupportedPattern(
-            "moba attends within one causal sequence and does not support a context; leave context out, and "
-            "take grouped_query for cross-attention"
-        )
 
 
 @register(
@@ -141,14 +92,7 @@ class Moba(AttentionConfig):
         without_context(self)
         for name in ("block_size", "top_k"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        if self.select is not None:
-            raise ConfigError(
-                "select must be None in moba: what is read is what block_size= and top_k= say; got "
-                f"select={given(self.select)}; "
-                "take grouped_query with a selector of your own"
-            )
-        if self.mask is not None:
-            raise ConfigError(f"moba: mask must be None: calls are causal; got {given(self.mask)}")
+        causal_alone("moba", self, "what is read is what block_size= and top_k= say")
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> BlockMixture:

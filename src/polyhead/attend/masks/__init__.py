@@ -39,6 +39,7 @@ from polyhead.attend.masks.positional import (
     window,
 )
 from polyhead.attend.masks.tilemap import TileMap, densify, tile_map
+from polyhead.attend.masks.until import Until, until
 
 __all__ = [
     "And",
@@ -62,6 +63,7 @@ __all__ = [
     "Sink",
     "Strided",
     "TileMap",
+    "Until",
     "Where",
     "Window",
     "band",
@@ -83,6 +85,7 @@ __all__ = [
     "span",
     "strided",
     "tile_map",
+    "until",
     "where",
     "window",
 ]

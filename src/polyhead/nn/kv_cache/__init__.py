@@ -3,6 +3,7 @@
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache
 from polyhead.nn.kv_cache.codec import BareSigns, FlagBits, RowCodec, SignBits, row_bytes
 from polyhead.nn.kv_cache.context import ContextCache
+from polyhead.nn.kv_cache.forgetting import ForgettingCache, ForgettingKept
 from polyhead.nn.kv_cache.growing import FixedCache, GrowingCache
 from polyhead.nn.kv_cache.window import WindowCache
 
@@ -11,6 +12,8 @@ __all__ = [
     "ContextCache",
     "FixedCache",
     "FlagBits",
+    "ForgettingCache",
+    "ForgettingKept",
     "GrowingCache",
     "Kept",
     "KeyValueCache",
