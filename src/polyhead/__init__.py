@@ -245,8 +245,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _define_every_part() -> None:
-    """Import what defines parts that are not known from the start: positions, measurements, mechanisms."""
-    for room in ("nn", "heads"):
+    """Import what defines parts that are not known from the start: positions, plans, mechanisms."""
+    for room in ("nn", "heads", "cache"):
         importlib.import_module(f"polyhead.{room}")
     importlib.import_module("polyhead.mechanisms").catalog()
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -299,6 +301,16 @@ def test_a_plan_goes_through_json_into_a_model():
         whole = model(IDS, use_cache=False).logits
     torch.testing.assert_close(whole, dense, atol=1e-5, rtol=1e-4)
     assert (cut - dense).abs().max() > 1e-3
+
+
+def test_a_plan_is_known_where_nothing_of_it_was_imported():
+    plan = SpanPlan((torch.ones(4), None), (torch.zeros(4), None), 4)
+    code = "import json, sys, polyhead as ph; print(ph.from_json(json.load(sys.stdin)).selectors()[1])"
+    data = json.dumps(ph.to_json(plan))
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=data, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"
 
 
 def test_plans_are_put_in_the_order_of_the_loss():

@@ -180,10 +180,10 @@ class NearOrAll(Selector):
         h = torch.arange(grid.heads, device=q.device).view(-1, 1, 1)
 
         def strip(start: int, stop: int) -> Tensor:
-            at = j.new_tensor(range(start, stop)) + grid.offset
+            at = torch.arange(start, stop, device=q.device) + grid.offset
             low = (at - self.nearest + 1).div(grid.cols, rounding_mode="floor") * grid.cols
-            end = max(int(at[-1]) + 1, 0)
-            left = max(int(low[0]), 0)
+            end = max(stop + grid.offset, 0)
+            left = max((start + grid.offset - self.nearest + 1) // grid.cols * grid.cols, 0)
             own = torch.cat([j[: min(sinks, end, left)], j[left:end]])
             near = (own <= at[:, None]) & ((own >= low[:, None]) | (own < sinks)) & real[:, None, None, own]
             asked = q[:, :, start:stop].to(wide)

@@ -40,7 +40,8 @@ class Spans(Selector):
 
     def blocks(self, keys: int) -> Tensor:
         """Blocks of a span in a call on so many keys, the own one among them: `(H,)`, or `(1,)` for all."""
-        alpha, beta = (torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in (self.alpha, self.beta))
+        held = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (self.alpha, self.beta))
+        alpha, beta = (x.reshape(-1) for x in held)
         tokens = alpha + beta * (keys if self.length is None else self.length)
         return (tokens / self.cols).floor().clamp(1, max(1, -(-keys // self.cols))).long()
 
