@@ -34,12 +34,12 @@ from polyhead.checks import whole
 from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
-from polyhead.nn.causal_only import CausalOnly
+from polyhead.nn.one_sequence import OneSequenceAttention
 
 __all__ = ["Moba"]
 
 
-class BlockMixture(CausalOnly):
+class BlockMixture(OneSequenceAttention):
     """Causal self-attention whose queries choose blocks of keys by their means.
 
     Args:
@@ -48,10 +48,10 @@ class BlockMixture(CausalOnly):
         top_k: blocks that a query reads, its own among them.
     """
 
-    name = "moba"
-    chooses = "chooses among blocks that are past"
-    because = "blocks are chosen by the mean of all their keys"
-    forgets = "it chooses among all that are past"
+    called = "moba"
+    past_only = "chooses among blocks that are past"
+    cut_by_masks = "blocks are chosen by the mean of all their keys"
+    needs_all = "it chooses among all that are past"
 
     def __init__(self, *parts: Any, block_size: int, top_k: int, **options: Any) -> None:
         own = window(0)  # the block of the query itself

@@ -16,7 +16,6 @@ from polyhead.attend.normalizers import Softmax
 from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.causal_only import CausalOnly
 from polyhead.nn.cost import Cost
 from polyhead.nn.expert_choice import ExpertChoice
 from polyhead.nn.kv_cache import Kept, KeyValueCache, row_bytes
@@ -24,6 +23,7 @@ from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.levels import LevelCache, LevelKept
 from polyhead.nn.lane_mask import LaneMask
 from polyhead.nn.left_to_python import LeftToPython
+from polyhead.nn.one_sequence import OneSequenceAttention
 from polyhead.nn.projections import Projection
 from polyhead.nn.routed_output import Mixed, RoutedOutput
 
@@ -44,7 +44,7 @@ class _Inputs(NamedTuple):
         return self.queries.shape
 
 
-class ChoosingHeads(CausalOnly):
+class ChoosingHeads(OneSequenceAttention):
     """Causal self-attention of dense heads, and of heads that attend among the tokens that they choose.
 
         y_t = Σ_dense head_h(t) W_h + Σ_{e: t in I_e} s_e(t) attend_e(I_e)_t W_e
@@ -60,10 +60,10 @@ class ChoosingHeads(CausalOnly):
             weight maps are refused.
     """
 
-    name: ClassVar[str] = "mosa"
-    chooses: ClassVar[str] = "attends among tokens that are past"
-    because: ClassVar[str] = "tokens are chosen among all that are past"
-    forgets: ClassVar[str] = "whether a token is chosen depends on the scores of all before it"
+    called: ClassVar[str] = "mosa"
+    past_only: ClassVar[str] = "attends among tokens that are past"
+    cut_by_masks: ClassVar[str] = "tokens are chosen among all that are past"
+    needs_all: ClassVar[str] = "whether a token is chosen depends on the scores of all before it"
 
     def __init__(
         self, projection: Projection, output: RoutedOutput, *, choice: ExpertChoice, **parts: Any

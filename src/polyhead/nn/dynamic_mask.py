@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from polyhead.attend.function import attend, weights_of
 from polyhead.attend.masks import Mask, until
 from polyhead.nn.best_so_far import best_stops
-from polyhead.nn.causal_only import CausalOnly
 from polyhead.nn.cost import Cost
 from polyhead.nn.forgetful import Forgetful
 from polyhead.nn.kv_cache import ForgettingKept, Kept
 from polyhead.nn.kv_cache.base import Streams
+from polyhead.nn.one_sequence import OneSequenceAttention
 from polyhead.nn.routing import RouterLinear
 
 __all__ = ["DynamicMask"]
 
 
-class DynamicMask(Forgetful, CausalOnly):
+class DynamicMask(Forgetful, OneSequenceAttention):
     """Causal self-attention to the keys of largest importance; see `mechanisms.dynamic_mask_attention`.
 
     Args:
@@ -36,10 +36,10 @@ class DynamicMask(Forgetful, CausalOnly):
         rate: A, `(G,)`.
     """
 
-    name = "dynamic_mask_attention"
-    chooses = "chooses among keys that are past"
-    because = "keys are chosen among all that are past"
-    forgets = "a key may be among the most important for ever"
+    called = "dynamic_mask_attention"
+    past_only = "chooses among keys that are past"
+    cut_by_masks = "keys are chosen among all that are past"
+    needs_all = "a key may be among the most important for ever"
 
     def __init__(self, *parts: Any, keep: int, exponential: bool, **options: Any) -> None:
         super().__init__(*parts, **options)

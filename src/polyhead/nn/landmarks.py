@@ -17,7 +17,7 @@ from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept
-from polyhead.nn.one_sequence import GroupedSequenceAttention
+from polyhead.nn.one_sequence import OneSequenceAttention
 from polyhead.nn.positions import NoPosition, Rope, RopeScaling
 
 __all__ = ["LandmarkedAttention", "insert_landmarks", "is_landmark", "without_landmarks"]
@@ -54,7 +54,7 @@ def without_landmarks(x: Tensor, block_size: int, dim: int = 1) -> Tensor:
     return x.index_select(dim, ordinary.nonzero()[:, 0])
 
 
-class LandmarkedAttention(GroupedSequenceAttention):
+class LandmarkedAttention(OneSequenceAttention):
     """Causal self-attention in which landmarks are the gates of past blocks.
 
     Args:

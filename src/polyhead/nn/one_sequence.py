@@ -1,4 +1,4 @@
-"""Self-attention whose tokens are grouped: other masks than the causal one would cut the groups."""
+"""Self-attention within one sequence, to whose past no mask but the causal one does justice."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.kv_cache import ContextCache, KeyValueCache
 from polyhead.nn.projections import check_inputs, check_real
 
-__all__ = ["GroupedSequenceAttention"]
+__all__ = ["OneSequenceAttention"]
 
 _CAUSAL = causal()
 
 
-class GroupedSequenceAttention(MultiHeadAttention):
+class OneSequenceAttention(MultiHeadAttention):
     """`MultiHeadAttention` within one sequence, with `causal()` for its mask or, where it can, with none.
 
     Attributes:

@@ -19,12 +19,12 @@ from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.merged_softmax import merged
-from polyhead.nn.one_sequence import GroupedSequenceAttention
+from polyhead.nn.one_sequence import OneSequenceAttention
 
 __all__ = ["ColumnsAttention", "DyadicAttention"]
 
 
-class _PrefixBlocks(GroupedSequenceAttention):
+class _PrefixBlocks(OneSequenceAttention):
     """Causal self-attention by queries, keys and values of all tokens so far, which a cache holds."""
 
     cut_by_masks = "the tokens of a block share a weight"

@@ -22,12 +22,12 @@ from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import PlacedMask
 from polyhead.nn.kv_cache.summed import SummedCache, SummedKept
 from polyhead.nn.merged_softmax import merged
-from polyhead.nn.one_sequence import GroupedSequenceAttention
+from polyhead.nn.one_sequence import OneSequenceAttention
 
 __all__ = ["SummarisedAttention"]
 
 
-class SummarisedAttention(GroupedSequenceAttention):
+class SummarisedAttention(OneSequenceAttention):
     """Self-attention in which every other token is read once: by itself, or in the summary of its block.
 
     A causal query reads the summaries of the blocks that lie `near` tokens back, and what comes after them

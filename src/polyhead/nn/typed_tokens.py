@@ -16,11 +16,11 @@ from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError
 from polyhead.nn.auxiliary import AuxiliaryLosses
-from polyhead.nn.causal_only import CausalOnly
 from polyhead.nn.cost import Cost
 from polyhead.nn.forgetful import Forgetful
 from polyhead.nn.kv_cache import ForgettingKept, Kept
 from polyhead.nn.kv_cache.base import Streams
+from polyhead.nn.one_sequence import OneSequenceAttention
 from polyhead.nn.routing import RouterLinear
 from polyhead.nn.straight_through import through
 from polyhead.nn.token_roles import RoleWeights, kept_pairs, spans_of, stops_of
@@ -28,7 +28,7 @@ from polyhead.nn.token_roles import RoleWeights, kept_pairs, spans_of, stops_of
 __all__ = ["TypedTokens"]
 
 
-class TypedTokens(Forgetful, CausalOnly):
+class TypedTokens(Forgetful, OneSequenceAttention):
     """Causal self-attention with roles of tokens; see `mechanisms.neural_attention_search`.
 
     Args:
@@ -40,10 +40,12 @@ class TypedTokens(Forgetful, CausalOnly):
         roles: from inputs to the logits of three roles for every key/value head.
     """
 
-    name = "neural_attention_search"
-    chooses = "reads tokens until a later one ends them"
-    because = "tokens end others that it would hide"
-    forgets = "tokens say themselves how long they are read; new_cache(forget=True) holds no longer than that"
+    called = "neural_attention_search"
+    past_only = "reads tokens until a later one ends them"
+    cut_by_masks = "tokens end others that it would hide"
+    needs_all = (
+        "tokens say themselves how long they are read; new_cache(forget=True) holds no longer than that"
+    )
 
     def __init__(self, *parts: Any, window: int, price: float, **options: Any) -> None:
         super().__init__(*parts, **options)
