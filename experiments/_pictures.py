@@ -12,15 +12,21 @@ from polyhead.league import Batch, Sizes, Task
 
 
 class Pictures(nn.Module):
-    """Tokens with learned places, attention layers and MLPs, and a linear read-out of their mean."""
+    """Tokens with learned places, attention layers and MLPs, and a linear read-out of their mean.
 
-    def __init__(self, task: Task, sizes: Sizes, name: str, options: dict[str, Any]) -> None:
+    `options` are those of every layer, or a list with those of each.
+    """
+
+    def __init__(
+        self, task: Task, sizes: Sizes, name: str, options: dict[str, Any] | list[dict[str, Any]]
+    ) -> None:
         super().__init__()
         self.task, dim = task, sizes.dim
         self.embed = nn.Linear(task.width or 1, dim)
         self.places = nn.Parameter(torch.empty(task.length, dim))
         nn.init.normal_(self.places, std=dim**-0.5)
-        layers = [ph.build(name, dim=dim, heads=sizes.heads, **options) for _ in range(sizes.layers)]
+        each = options if isinstance(options, list) else [options] * sizes.layers
+        layers = [ph.build(name, dim=dim, heads=sizes.heads, **own) for own in each]
         self.stack = ph.nn.AttentionStack(layers, dim, mlp=sizes.mlp, final_norm=True)
         self.read = nn.Linear(dim, task.outputs)
         nn.init.normal_(self.read.weight, std=dim**-0.5)

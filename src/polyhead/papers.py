@@ -46,6 +46,7 @@ _ELSEWHERE = {
     "145": ("attend/selectors/dhsa.py",),
     "150": ("attend/selectors/hisa.py",),
     "162": ("heads/measurements/received.py",),
+    "163": ("mechanisms/neighborhood_attention.py",),
     "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),
 }
 

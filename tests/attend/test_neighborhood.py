@@ -122,7 +122,7 @@ def test_the_work_is_a_few_windows_for_each_query() -> None:
         assert most_at_once <= 1 << 21
 
 
-def test_pages_that_share_their_windows_need_no_table() -> None:
+def test_tiles_that_share_their_windows_need_no_table() -> None:
     mask = ph.neighborhood((24, 24, 24), 12, stride=4)
     axes = tuple(mask.axes())
     assert all(kind.table() is None for kind in kinds(axes, (4, 4, 4)))

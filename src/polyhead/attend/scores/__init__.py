@@ -8,6 +8,7 @@ Every one is differentiable, also with respect to the tensors that it holds.
 from polyhead.attend.scores.base import Chain, Score, chain
 from polyhead.attend.scores.gathered import GatheredScore
 from polyhead.attend.scores.grid import GridBias, grid_bias
+from polyhead.attend.scores.neighborhood import NeighborhoodBias, neighborhood_bias
 from polyhead.attend.scores.pointwise import (
     ScoreFunction,
     SoftCap,
@@ -36,6 +37,7 @@ __all__ = [
     "GatheredScore",
     "GridBias",
     "LogTaylor",
+    "NeighborhoodBias",
     "Positional",
     "RelativeBias",
     "Score",
@@ -49,6 +51,7 @@ __all__ = [
     "chain",
     "grid_bias",
     "log_taylor",
+    "neighborhood_bias",
     "relative_bias",
     "score_function",
     "soft_cap",
