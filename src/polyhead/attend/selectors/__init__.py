@@ -76,6 +76,7 @@ from polyhead.attend.selectors.qada import (
     NearOrAll,
     qada,
 )
+from polyhead.attend.selectors.region_routing import RegionRouting, region_routing
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
@@ -128,6 +129,7 @@ __all__ = [
     "NearOrAll",
     "ProxyHeads",
     "Ranked",
+    "RegionRouting",
     "SampledMass",
     "Scorer",
     "Selections",
@@ -169,6 +171,7 @@ __all__ = [
     "proxy_attn",
     "proxy_heads",
     "qada",
+    "region_routing",
     "sampled_mass",
     "select",
     "selections",
