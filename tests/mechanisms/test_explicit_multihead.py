@@ -162,6 +162,8 @@ def test_refusals() -> None:
         merged(built(qk_norm=True))
     with pytest.raises(ConfigError, match="attention must be multi-head attention made by its name"):
         virtual(built(), 2)
+    with pytest.raises(ConfigError, match="attention must be multi-head attention made by its name"):
+        virtual(built("moba", block_size=2, top_k=2), 2)
     with pytest.raises(ConfigError, match="stored_heads must be at most heads=4; got 5"):
         virtual(built("mha"), 5)
     with pytest.raises(ConfigError, match="qk_norm normalises every key head by itself"):

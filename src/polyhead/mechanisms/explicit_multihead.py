@@ -149,8 +149,10 @@ def virtual(attention: MultiHeadAttention, stored_heads: int) -> MixedAttention:
         attention: multi-head attention.
         stored_heads: N, at most H.
     """
-    old, config = getattr(attention, "projection", None), attention.config
-    if type(old) is not Projection or old.heads != old.kv_heads or not isinstance(config, AttentionConfig):
+    old, config = getattr(attention, "projection", None), getattr(attention, "config", None)
+    # a kind of its own, such as one that chooses what it reads, would lose what it is
+    other = type(attention) is not MultiHeadAttention or type(old) is not Projection
+    if other or old is None or old.heads != old.kv_heads or not isinstance(config, AttentionConfig):
         raise ConfigError(f"attention must be multi-head attention made by its name; got {given(attention)}")
     at_least_one("virtual", stored_heads=stored_heads)
     if stored_heads > old.heads:
