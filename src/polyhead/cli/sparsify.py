@@ -19,7 +19,7 @@ def sparsify(
     model: Annotated[str, typer.Argument(help="smollm2, a model folder, a GGUF file, or a hub id.")],
     methods: Annotated[
         str | None,
-        typer.Option(help="Such as prism,proxy_attn, or a file with a METHOD; by default all."),
+        typer.Option(help="Such as prism,proxy_attn, or a file with a METHOD; by default all but oracles."),
     ] = None,
     shares: Annotated[
         str | None, typer.Option(help="Shares of the keys that are read, such as 0.1,0.25.")
