@@ -64,6 +64,19 @@ def _a_shape(level: float, tokens: int) -> LayerSelectors:
     return s.a_shape(1, max(1, round(level * tokens)), rows=_ROWS, cols=_COLS)
 
 
+def _hisa(level: float, tokens: int) -> LayerSelectors:
+    keep = max(1, round(level * tokens))
+    return s.hisa(keep, max(2, -(-2 * keep // _COLS)), _COLS)  # searched are twice as many keys as are read
+
+
+def _dhsa(level: float, tokens: int) -> LayerSelectors:
+    return s.dhsa(max(_COLS, round(level * tokens)), local=_COLS, rows=_COLS)
+
+
+def _qada(level: float, tokens: int) -> LayerSelectors:
+    return s.qada(level, first=1, nearest=_COLS, rows=_ROWS, cols=_COLS)
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -103,6 +116,11 @@ METHODS = {
             "columns and diagonals that the last queries look at",
             "2407.02490",
             _vertical_slash,
+        ),
+        Method("hisa", "single keys of the best blocks by mean queries and keys, for all heads", "150", _hisa),
+        Method("dhsa", "single keys by the mean key of their 32, for all heads", "145", _dhsa),
+        Method(
+            "qada", "near keys, or all where near ones are not taken to hold enough of the mass", "085", _qada
         ),
         Method(
             "block_oracle",
