@@ -95,11 +95,11 @@ from polyhead.reference import reference
 if TYPE_CHECKING:
     from polyhead import cache, heads, hf, league, nn, tasks
     from polyhead.heads import profile
-    from polyhead.hf import attach, sparse
+    from polyhead.hf import attach, long_heads, sparse
     from polyhead.intensity import roofline
     from polyhead.league import compare
     from polyhead.mechanisms import build, build_stack, catalog, entry
-    from polyhead.nn import auxiliary_losses
+    from polyhead.nn import auxiliary_losses, hyper_attention
 
 __version__ = "0.1.0"
 
@@ -112,6 +112,8 @@ _LAZY = {
     "catalog": "polyhead.mechanisms",
     "compare": "polyhead.league",
     "entry": "polyhead.mechanisms",
+    "hyper_attention": "polyhead.nn",
+    "long_heads": "polyhead.hf",
     "profile": "polyhead.heads",
     "roofline": "polyhead.intensity",
     "sparse": "polyhead.hf",
@@ -172,6 +174,7 @@ __all__ = [
     "heads",
     "hf",
     "hisa",
+    "hyper_attention",
     "index_scores",
     "indexer_loss",
     "keep_above",
@@ -187,6 +190,7 @@ __all__ = [
     "learned_chunks",
     "learned_indexer",
     "less_is_more",
+    "long_heads",
     "mean_indexer",
     "mean_keys",
     "missed_mass",

@@ -7,6 +7,18 @@ from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
 from polyhead.hf.loading import Loaded, load
+from polyhead.hf.long_heads import long_heads
 from polyhead.hf.selecting import sparse
 
-__all__ = ["Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "Loaded", "attach", "load", "sparse"]
+__all__ = [
+    "Attachment",
+    "Call",
+    "Handler",
+    "KVHandle",
+    "LayerInfo",
+    "Loaded",
+    "attach",
+    "load",
+    "long_heads",
+    "sparse",
+]

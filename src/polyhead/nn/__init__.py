@@ -8,6 +8,7 @@ from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 from polyhead.nn.hardware import HARDWARE, Hardware
 from polyhead.nn.head_mask import HeadMask, head_importance
+from polyhead.nn.hyper_attention import hyper_attention
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
 from polyhead.nn.landmarks import insert_landmarks, is_landmark, without_landmarks
 from polyhead.nn.latent_projection import LatentProjection
@@ -91,6 +92,7 @@ __all__ = [
     "context_broadcast",
     "drop_head",
     "head_importance",
+    "hyper_attention",
     "insert_landmarks",
     "is_landmark",
     "no_position",

@@ -117,7 +117,7 @@ METHODS = {
             "2407.02490",
             _vertical_slash,
         ),
-        Method("hisa", "single keys of the best blocks by mean queries and keys, for all heads", "150", _hisa),
+        Method("hisa", "the best single keys of the best blocks by mean queries and keys", "150", _hisa),
         Method("dhsa", "single keys by the mean key of their 32, for all heads", "145", _dhsa),
         Method(
             "qada", "near keys, or all where near ones are not taken to hold enough of the mass", "085", _qada
