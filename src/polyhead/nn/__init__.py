@@ -12,6 +12,7 @@ from polyhead.nn.hyper_attention import hyper_attention
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
 from polyhead.nn.landmarks import insert_landmarks, is_landmark, without_landmarks
 from polyhead.nn.latent_projection import LatentProjection
+from polyhead.nn.packing import Packed, pack, unpack
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import (
     AlibiPosition,
@@ -73,6 +74,7 @@ __all__ = [
     "MultiHeadAttention",
     "NoPosition",
     "OutputProjection",
+    "Packed",
     "PartModule",
     "Position",
     "PositionModule",
@@ -96,11 +98,13 @@ __all__ = [
     "insert_landmarks",
     "is_landmark",
     "no_position",
+    "pack",
     "rope",
     "rope_from_parameters",
     "shifted_groups",
     "sinusoidal",
     "token_masking",
+    "unpack",
     "v_schedule",
     "without_landmarks",
 ]

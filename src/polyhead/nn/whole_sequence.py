@@ -53,7 +53,15 @@ class WholeSequenceAttention(MultiHeadAttention):
                 f"{given(mask)}; say in padding= which tokens are none, and take grouped_query for calls "
                 "with a mask"
             )
-        return super().forward(x, padding=padding, **call)
+        return self._whole(x, padding=padding, **call)
+
+    def _whole(self, x: Tensor, *, padding: Tensor | None, **call: Any) -> Tensor:
+        """What `forward` gives for inputs that were looked at."""
+        return self._call(x, padding=padding, **call)
+
+    def _call(self, x: Tensor, **call: Any) -> Tensor:
+        """`MultiHeadAttention.forward`."""
+        return super().forward(x, **call)
 
     def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
         self._refuse_cache()
