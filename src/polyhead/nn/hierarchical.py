@@ -14,8 +14,8 @@ from polyhead.attend.masks import Mask, causal
 from polyhead.attend.precision import wide
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cost import Cost
+from polyhead.nn.keeps_queries import KeepsQueries
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.projections import check_inputs
@@ -47,7 +47,7 @@ class _Level(NamedTuple):
     shares: Tensor  # of D_B that goes to every sibling, and on the diagonal to what is within B; width
 
 
-class HierarchicalAttention(MultiHeadAttention):
+class HierarchicalAttention(KeepsQueries):
     """Self-attention on a tree of windows; see `polyhead.mechanisms.hierarchical_self_attention`.
 
     Args:
@@ -88,17 +88,6 @@ class HierarchicalAttention(MultiHeadAttention):
             "hierarchical_self_attention attends within one tree of tokens and does not support a context; "
             "leave context out, and take grouped_query for cross-attention"
         )
-
-    def _project(
-        self,
-        x: Tensor,
-        source: Tensor,
-        where: int | Tensor,
-        places: int | Tensor,
-        cache: KeyValueCache | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = self._queries(x, where)
-        return q, (q, *self._rows(source, places))
 
     def _attend(
         self,

@@ -16,7 +16,8 @@ from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.precision import exact, wide
 from polyhead.nn.block_summaries import BlockSummary, LogSizes, summarised
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import Kept, KeyValueCache
+from polyhead.nn.keeps_queries import KeepsQueries
+from polyhead.nn.kv_cache import Kept
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.merged_softmax import merged
 from polyhead.nn.one_sequence import OneSequenceAttention
@@ -24,7 +25,7 @@ from polyhead.nn.one_sequence import OneSequenceAttention
 __all__ = ["ColumnsAttention", "DyadicAttention"]
 
 
-class _PrefixBlocks(OneSequenceAttention):
+class _PrefixBlocks(KeepsQueries, OneSequenceAttention):
     """Causal self-attention by queries, keys and values of all tokens so far, which a cache holds."""
 
     cut_by_masks = "the tokens of a block share a weight"
@@ -36,17 +37,6 @@ class _PrefixBlocks(OneSequenceAttention):
     @property
     def _scale(self) -> float:
         return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
-
-    def _project(
-        self,
-        x: Tensor,
-        source: Tensor,
-        where: int | Tensor,
-        places: int | Tensor,
-        cache: KeyValueCache | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = self._queries(x, where)
-        return q, (q, *self._rows(source, places))
 
     def _attend(
         self,

@@ -17,6 +17,7 @@ from polyhead.checks import whole
 from polyhead.nn.block_masks import BlocksBehind, OtherBlocks, SinceBlock
 from polyhead.nn.block_summaries import BlockSummary, LogSizes, Summaries, summarised
 from polyhead.nn.cost import Cost
+from polyhead.nn.keeps_queries import KeepsQueries
 from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import PlacedMask
@@ -27,7 +28,7 @@ from polyhead.nn.one_sequence import OneSequenceAttention
 __all__ = ["SummarisedAttention"]
 
 
-class SummarisedAttention(OneSequenceAttention):
+class SummarisedAttention(KeepsQueries, OneSequenceAttention):
     """Self-attention in which every other token is read once: by itself, or in the summary of its block.
 
     A causal query reads the summaries of the blocks that lie `near` tokens back, and what comes after them
@@ -51,17 +52,6 @@ class SummarisedAttention(OneSequenceAttention):
     ) -> None:
         super().__init__(*parts, **options)
         self.size, self.near, self.summary, self.log_size = size, near, summary, log_size
-
-    def _project(
-        self,
-        x: Tensor,
-        source: Tensor,
-        where: int | Tensor,
-        places: int | Tensor,
-        cache: KeyValueCache | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = self._queries(x, where)
-        return q, (q, *self._rows(source, places))
 
     def _attend(
         self,
