@@ -187,7 +187,7 @@ def test_a_method_of_ones_own(model: str, tmp_path: Path) -> None:
 
 
 def outcome(right: str, nats: float = 1.0, read: float = 10.0) -> Outcome:
-    found = tuple(Found(False, 448, n / len(right), c == "y") for n, c in enumerate(right))
+    found = tuple(Found(False, 448, n / len(right), c == "y", c == "y") for n, c in enumerate(right))
     return Outcome(None, {448: read}, found, nats, 0.0, 0.0)
 
 

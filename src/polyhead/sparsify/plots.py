@@ -24,6 +24,9 @@ _READ = _Axis("share of keys read", lambda c, row: c.read(row, c.settings.longes
 _PREFILL = _Axis("prefill, times as fast as dense", lambda c, row: row.faster(lambda t: t.prefill), False)
 _STEP = _Axis("decoding step, times as fast", lambda c, row: row.faster(lambda t: t.step), False)
 _KEPT = _Axis("Facts kept of those dense finds", lambda c, row: _share(*c.kept(row)), False)
+_THROUGHOUT = _Axis(
+    "Facts kept, answered under the method", lambda c, row: _share(*c.kept(row, throughout=True)), False
+)
 _RISE = _Axis("Perplexity above dense", lambda c, row: c.rise(row), True)
 _MISSED = _Axis("Missed mass", lambda c, row: row.outcome.missed, True)
 
@@ -39,9 +42,9 @@ def place(comparison: Comparison, row: Row) -> int:
 
 def drawings(comparison: Comparison) -> list[Drawing]:
     """Facts, perplexity and missed mass by the keys that are read; facts and perplexity by speed."""
-    pairs = [(_READ, _KEPT), (_READ, _RISE), (_READ, _MISSED)]
+    pairs = [(_READ, _KEPT), (_READ, _THROUGHOUT), (_READ, _RISE), (_READ, _MISSED)]
     if any(row.rounds for row in comparison.rows):
-        pairs += [(_PREFILL, _KEPT), (_PREFILL, _RISE), (_STEP, _KEPT)]
+        pairs += [(_PREFILL, _KEPT), (_PREFILL, _RISE), (_STEP, _THROUGHOUT)]
     return [_pareto(comparison, x, y) for x, y in pairs]
 
 

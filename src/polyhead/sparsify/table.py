@@ -77,14 +77,18 @@ class Comparison:
         """The share of the visible keys that a row reads, mean over queries, heads and layers."""
         return row.outcome.read[length] / self.dense.outcome.read[length]
 
-    def kept(self, row: Row, which: Callable[[Found], bool] = lambda _: True) -> tuple[int, int]:
-        """Facts that the row finds of those which the dense model finds, and how many these are."""
-        pairs = [
-            (own.right, one.right)
+    def kept(self, row: Row, *, throughout: bool = False) -> tuple[int, int]:
+        """Facts that the row finds of those which the dense model finds, and how many these are.
+
+        Args:
+            throughout: whether questions are put and answered under the method too.
+        """
+        known = [
+            own.throughout if throughout else own.right
             for own, one in zip(row.outcome.found, self.dense.outcome.found, strict=True)
-            if which(one)
+            if one.right
         ]
-        return sum(own and one for own, one in pairs), sum(one for _, one in pairs)
+        return sum(known), len(known)
 
     def rise(self, row: Row) -> float:
         """By which share perplexity is above that of the dense model; below 0: it is less."""
@@ -115,6 +119,7 @@ class Comparison:
             record |= {f"read at {length}": self.read(row, length) for length in self.settings.lengths}
             record["facts"], record["facts of"] = _right(out.found)
             record["kept"], record["kept of"] = self.kept(row)
+            record["kept throughout"] = self.kept(row, throughout=True)[0]
             for length in self.settings.lengths:
                 for alike, name in ((False, "facts"), (True, "alike")):
                     own = [f for f in out.found if f.length == length and f.alike == alike]
@@ -162,6 +167,7 @@ class Comparison:
         right, of = _right([f for f in out.found if not f.alike])
         alike, of_alike = _right([f for f in out.found if f.alike])
         kept, known = self.kept(row)
+        throughout, _ = self.kept(row, throughout=True)
         peak = row.median(lambda t: t.peak)
         return [
             row.label,
@@ -169,6 +175,7 @@ class Comparison:
             f"{right} of {of}",
             f"{alike} of {of_alike}",
             f"{kept} of {known}",
+            f"{throughout} of {known}",
             f"{math.exp(out.nats):.2f}",
             "" if row is self.dense else f"{self.rise(row):+.1%}",
             "" if row is self.dense else f"{out.missed:.1%}",
@@ -187,6 +194,7 @@ class Comparison:
             "facts",
             "facts alike",
             "of dense's",
+            "throughout",
             "perplexity",
             "against dense",
             "missed mass",

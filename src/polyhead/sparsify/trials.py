@@ -34,13 +34,15 @@ class Found:
         alike: whether the text held others of its kind.
         length: tokens of the text.
         depth: where in it the fact stood, 0 to 1.
-        right: whether the model gave it.
+        right: whether the model gave it, the text read under the method, question and answer densely.
+        throughout: whether it gave it with question and answer under the method too.
     """
 
     alike: bool
     length: int
     depth: float
     right: bool
+    throughout: bool
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,13 @@ class Trial:
         read = dict.fromkeys(s.lengths, 0.0)
         for length in s.lengths:
             for hidden, alike in self._texts[length]:
-                right, keys = self._ask(hidden, method, level)
+                cache, keys = self._filled(hidden, method, level)
                 read[length] += keys
-                for one, good in zip(hidden.asked, right, strict=True):
-                    found.append(Found(alike, length, one.place[0] / len(hidden.text), good))
+                right = throughout = self._ask(hidden, cache, None, None)
+                if method is not None:
+                    throughout = self._ask(hidden, cache, method, level)
+                for one, *good in zip(hidden.asked, right, throughout, strict=True):
+                    found.append(Found(alike, length, one.place[0] / len(hidden.text), *good))
                 told()
         nats = self._nats(method, level)
         told()
@@ -135,16 +140,19 @@ class Trial:
             with sparse(self.model, method.make(level, tokens)):
                 yield
 
-    def _ask(self, hidden: Hidden, method: Method | None, level: float | None) -> tuple[list[bool], float]:
-        """Which facts are found, and how many keys were read on the way there."""
+    def _filled(self, hidden: Hidden, method: Method | None, level: float | None) -> tuple[Any, float]:
+        """A cache with the text, and how many keys were read on the way there."""
         with attach(self.model) as attachment:
             counting = Counting(len(attachment.layers))
             with attachment.handling(counting), self._reading(method, level, len(hidden.text)):
                 cache = DynamicCache(config=self.model.config)
                 read(self.model, hidden, cache)
+        return cache, float(counting.read.sum())
+
+    def _ask(self, hidden: Hidden, cache: Any, method: Method | None, level: float | None) -> list[bool]:
+        """Which facts are found, with a cache that holds the text."""
         with self._reading(method, level, len(hidden.text)):
-            right = [self._said(one.tail, one.answer, cache) for one in hidden.asked]
-        return right, float(counting.read.sum())
+            return [self._said(one.tail, one.answer, cache) for one in hidden.asked]
 
     def _said(self, tail: Sequence[int], answer: int, cache: Any) -> bool:
         """Whether the model goes on with the answer, greedily and step by step."""
