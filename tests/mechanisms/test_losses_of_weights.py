@@ -48,7 +48,7 @@ def shown(module: Any, *call: Any, **options: Any) -> Tensor:
 
 
 # refused: sums over pairs of keys have no weights of pairs, heads that see tokens of their own none of all
-_WITHOUT = {"tensor_attention", "selective_mha_uoe"}
+_WITHOUT = {"tensor_attention", "selective_mha_uoe", "mosa", "select_and_pack"}
 NAMES = [
     e.name for e in ph.catalog() if "regularizers" in e.config.__dataclass_fields__ and e.name not in _WITHOUT
 ]

@@ -93,12 +93,12 @@ def test_the_sum_of_a_row_is_right_in_the_mean(causal: bool) -> None:
     _, lse = attend(q, k, v, mask=mask, return_lse=True)
     draws, own = generator(5), {"causal": causal, "bits": 3, "block": 4, "samples": 8, "least": 6}
     ratios = []
-    for _ in range(600):
+    for _ in range(200):
         _, found = ph.hyper_attention(q, k, v, generator=draws, return_lse=True, **own)  # type: ignore[call-overload]
         ratios.append((found - lse).exp())
     ratio = torch.stack(ratios)
     error = ratio.std(0) / math.sqrt(len(ratio))
-    assert float(error.max()) < 0.05
+    assert float(error.max()) < 0.09
     assert bool(((ratio.mean(0) - 1).abs() <= 4.5 * error + 1e-9).all())
     assert float(error.max()) > 1e-3
 

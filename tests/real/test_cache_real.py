@@ -113,6 +113,7 @@ def test_the_heads_that_retrieve_keep_most_facts(smollm2, best, seed):
     assert sum(lost) <= 0.2 * sum(whole)
 
 
+@pytest.mark.slow
 def test_razor_keeps_the_needles(smollm2):
     """After an exact prefill, as in the paper; on texts and names that had no part in the choice."""
     model, tokenizer = smollm2

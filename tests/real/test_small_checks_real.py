@@ -112,6 +112,7 @@ def in_blocks(call, how, size, near):
     return merged_softmax.merged(*zip(*parts, strict=True))
 
 
+@pytest.mark.slow
 def test_core_tokens_say_some_of_what_a_window_leaves_out(smollm2):
     """Paper 157: groups of 16 behind a window of 256, in all layers, without training."""
     model, tokenizer = smollm2
@@ -180,6 +181,7 @@ def test_repeats_are_found_by_few_heads(smollm2):
     assert min(others) > 0.75
 
 
+@pytest.mark.slow
 def test_needles_are_lost_without_the_heads_that_fetch_them(smollm2):
     """Paper 078."""
     model, tokenizer = smollm2
@@ -224,6 +226,7 @@ def test_converted_without_training_a_model_loses_what_unseen_tokens_held(smollm
     assert nats(model, prose, selective(5, "random")) - whole > 2.5
 
 
+@pytest.mark.slow
 def test_what_razor_keeps_beats_heads_drawn_at_random(smollm2):
     """Paper 141: the loss of a passkey's repetition and of prose, at one size of the cache."""
     model, tokenizer = smollm2

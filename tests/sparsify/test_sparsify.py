@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_keys_are_counted_as_they_are(mask: ph.Mask | None) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_reads_more_at_a_higher_level_and_meets_a_share(name: str, loaded: Any) -> None:
-    ids = torch.randint(2, 600, (2048,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 600, (1536,), generator=torch.Generator().manual_seed(0))
     layers, asked = listen(loaded.model, ids)
     assert [one.layer.index for one in asked] == [0, 1]
     less, more = (solve(METHODS[name], share, layers, asked) for share in (0.25, 0.6))
@@ -155,6 +156,13 @@ def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: 
     assert [row.label for row in more.rows] == ["dense", "a_shape 0.3", "a_shape 0.9"]
     job.run(model, methods=("a_shape", "block_oracle"), shares=(0.3, 0.6), out=folder, console=QUIET, **SIZE)
     assert read(folder / "results.json") == before
+
+
+def test_a_file_that_is_no_trial_is_told(folder: Path, model: str, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    (copied / "trials" / "dense.json").write_text('{"level": null}')
+    with pytest.raises(PolyheadError, match=r"dense.json is not what came out of a trial .* remove it"):
+        job.run(model, methods=("a_shape",), shares=(0.3,), out=copied, console=QUIET, **SIZE)
 
 
 def test_a_method_of_ones_own(model: str, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ class SelectAndPackAttention(WholeSequenceAttention):
                     f"{given(options[name])}"
                 )
         super().__init__(*parts, **options)
+        if self.loses:
+            raise ConfigError(
+                "regularizers must not read weights in SelectAndPackAttention, whose weights are those of "
+                f"packed tokens; got {given(self.regularizers)}"
+            )
         if self.position.score is not None:
             raise ConfigError(
                 f"position must not be a bias of the scores: {self.needs_all}; got "

@@ -116,6 +116,9 @@ class TypedTokens(Forgetful, OneSequenceAttention):
     def _mix(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
         return attend(self.projection.spread(q), rows[0], rows[1], **options)
 
+    def _weights(self, q: Tensor, rows: tuple[Tensor, ...], **options: Any) -> Tensor:
+        return super()._weights(q, rows, **options)  # roles are in the options, as a mask or a weight map
+
     def cost(self, length: int, batch: int = 1, *args: Any, **options: Any) -> Cost:
         """What one forward pass costs; all pairs count, also those that are not read."""
         found = super().cost(length, batch, *args, **options)

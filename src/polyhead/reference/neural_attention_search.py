@@ -56,19 +56,19 @@ def neural_attention_search(
             roles = list((hard + soft - soft.detach()).unbind(0))
             if there:
                 roles[there[0]] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-            for i in range(length):
-                top, bottom = torch.zeros_like(v[b, g, 0]), torch.zeros((), dtype=torch.float64)
-                for j in there:
+            tops = [torch.zeros_like(v[b, g, 0])] * length
+            bottoms = [torch.zeros((), dtype=torch.float64)] * length
+            for j in there:
+                still = torch.ones((), dtype=torch.float64)  # Π over j < m < i of 1 - roles[m][0]
+                for i in range(j, length):
+                    if i - 1 > j and kept[b, i - 1]:
+                        still = still * (1 - roles[i - 1][0])
                     if not allowed[b, h, i, j]:
                         continue
-                    still = torch.ones((), dtype=torch.float64)
-                    for m in range(j + 1, i):
-                        if kept[b, m]:
-                            still = still * (1 - roles[m][0])
                     seen = roles[j][0] + roles[j][1] * still + roles[j][2] * float(i <= j + window)
                     weight = seen * (q[b, h, i] @ k[b, g, j] / math.sqrt(q.shape[-1])).exp()
-                    top, bottom = top + weight * v[b, g, j], bottom + weight
-                rows.append(top / bottom if bottom > 0 else top)
+                    tops[i], bottoms[i] = tops[i] + weight * v[b, g, j], bottoms[i] + weight
+            rows += [t / s if s > 0 else t for t, s in zip(tops, bottoms, strict=True)]
         items.append(torch.stack(rows).view(heads, length, -1))
     out = torch.stack(items) if items else v.new_zeros(0, heads, length, v.shape[-1])
     return joined(out, parameters)

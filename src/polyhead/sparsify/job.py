@@ -20,7 +20,7 @@ from rich.console import Console
 
 from polyhead.console import wide_console
 from polyhead.description import to_json
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, PolyheadError
 from polyhead.folder import JobFolder, read, write
 from polyhead.machine import processor
 from polyhead.report.page import require_jinja
@@ -177,7 +177,7 @@ def _outcomes(trial: Trial, levels: dict[Pair, float], path: Path, stages: Stage
             file = path / "trials" / (f"{_name(method)}.{share:g}.json" if method else "dense.json")
             said = f"{method} {share:g}" if method else "dense"
             if file.is_file():
-                found[method, share] = Outcome.from_json(read(file))
+                found[method, share] = _outcome(file)
                 for _ in range(trial.steps):
                     advance(said)
                 continue
@@ -186,6 +186,15 @@ def _outcomes(trial: Trial, levels: dict[Pair, float], path: Path, stages: Stage
             found[method, share] = trial.run(own, level, lambda said=said: advance(said))  # type: ignore[misc]
             write(file, json.dumps(found[method, share].to_json(), indent=1))
     return found
+
+
+def _outcome(file: Path) -> Outcome:
+    try:
+        return Outcome.from_json(read(file))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PolyheadError(
+            f"{file} is not what came out of a trial ({error!r}); remove it, and it is made anew"
+        ) from None
 
 
 def _times(
