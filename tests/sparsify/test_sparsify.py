@@ -117,7 +117,7 @@ def test_the_folder_is_complete(folder: Path) -> None:
     names = {file.name for file in folder.iterdir()}
     assert names == {
         *("settings.json", "levels.json", "trials", "times.json"),
-        *("results.json", "results.csv", "pareto.svg", "sparsify.html"),
+        *("results.json", "results.csv", "pareto.svg", "sparsify.html", "README.md"),
     }
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert [row["method"] for row in rows] == ["dense", *["a_shape"] * 2, *["block_oracle"] * 2]
@@ -126,6 +126,9 @@ def test_the_folder_is_complete(folder: Path) -> None:
     data = json.loads((folder / "results.json").read_text())
     assert len(data["rows"][0]["rounds"]) == 1
     ElementTree.parse(folder / "pareto.svg")
+    table = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 5
+    assert len({line.count("|") for line in table}) == 1
 
 
 def test_the_page_stands_alone(folder: Path) -> None:

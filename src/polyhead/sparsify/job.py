@@ -229,6 +229,7 @@ def _name(method: str) -> str:
 def _write(comparison: Comparison, path: Path) -> Path:
     write(path / "results.json", json.dumps(comparison.to_json(), ensure_ascii=False, indent=1))
     write(path / "results.csv", comparison.to_csv())
+    write(path / "README.md", comparison.to_markdown())
     for name, drawing in plots(comparison).items():
         write(path / name, drawing)
     page = path / "sparsify.html"
