@@ -229,8 +229,8 @@ class Comparison:
                 "",
                 f"Texts of {', '.join(f'{n:,}' for n in s.lengths)} tokens with {s.facts} facts each, "
                 f"{2 * s.texts} of every length. Shares are those of keys at the longest length. "
-                '"Of dense\'s": of the facts that the model finds reading everything, those that are found when '
-                "the text is read under the method and questions are answered densely; "
+                '"Of dense\'s": of the facts that the model finds reading everything, those that are found '
+                "when the text is read under the method and questions are answered densely; "
                 f'"throughout": answered under it too. Times are medians of {rounds} rounds, each beginning '
                 f"with the dense model, every measurement in a process of its own. {self.machine}.",
                 "",
