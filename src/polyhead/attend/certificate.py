@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.attend.function import attend, resolved
-from polyhead.attend.masks import And, Mask, Window
+from polyhead.attend.masks import Mask, Window, terms_of
 from polyhead.attend.scores import Score
 from polyhead.attend.selectors import Selector
 from polyhead.checks import given
@@ -104,5 +104,4 @@ def certified(part: Tensor, own: Tensor, whole: Tensor, v: Tensor, mask: Mask | 
 
 
 def _is_causal(mask: Mask | None) -> bool:
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    return any(type(term) is Window and term.right == 0 for term in terms)
+    return any(type(term) is Window and term.right == 0 for term in terms_of(mask))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.fused_cpu import HIDDEN
-from polyhead.attend.masks import And, Chosen, Mask
+from polyhead.attend.masks import Chosen, Mask, all_of, terms_of
 
 __all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
 
@@ -65,12 +65,10 @@ class Piece:
 
 def split(mask: Mask | None) -> tuple[Chosen, Mask | None] | None:
     """The one choice of blocks in a mask, and the rest of it; None if there is none, or more than one."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    found = [term for term in terms if isinstance(term, Chosen)]
-    rest = tuple(term for term in terms if not isinstance(term, Chosen) and term is not None)
+    found = [term for term in terms_of(mask) if isinstance(term, Chosen)]
     if len(found) != 1:
         return None
-    return found[0], None if not rest else rest[0] if len(rest) == 1 else And(rest)
+    return found[0], all_of(term for term in terms_of(mask) if not isinstance(term, Chosen))
 
 
 @dataclass(frozen=True)

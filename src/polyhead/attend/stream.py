@@ -122,6 +122,6 @@ class OwnGradients:
         return {id(t): self.totals[id(t)].to(t.dtype) for t in self.leaves}
 
 
-def of_heads(part: _P, heads: slice, total: int) -> _P:
-    """A part for some of a call's `total` heads: its per-head tensors (H,) sliced."""
+def of_heads(part: _P, heads: slice | Tensor, total: int) -> _P:
+    """A part for some of a call's `total` heads: its per-head tensors (H,) for these."""
     return part.map_tensors(lambda t: t[heads] if t.ndim == 1 and t.shape[0] == total else t)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import And, Mask, Padding, padding, span
+from polyhead.attend.masks import And, Mask, Padding, padding, span, terms_of
 from polyhead.errors import ConfigError
 from polyhead.hf.written import Allowed
 
@@ -109,7 +109,7 @@ class Steps:
         return self.real[:, keys - queries : keys]
 
     def _read(self, mask: Mask | None, batch: int, keys: int, queries: int) -> Step:
-        terms = mask.terms if isinstance(mask, And) else () if mask is None else (mask,)
+        terms = terms_of(mask)
         shape = [term for term in terms if not isinstance(term, Padding)]
         paddings = [term.mask for term in terms if isinstance(term, Padding)]
         real = _joined(paddings)

@@ -40,6 +40,7 @@ from polyhead.attend.function import weights_of
 from polyhead.attend.masks import And, Band, Mask, Not, Or, Sink, Window, causal
 from polyhead.attend.masks.algebra import Bounds
 from polyhead.attend.selectors.selector import real_keys
+from polyhead.attend.stream import of_heads
 from polyhead.checks import given, is_integer_tensor, number, several, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError, unknown_name
@@ -400,7 +401,7 @@ def _of_heads(part: Part | None, heads: Tensor, total: int) -> Any:
             f"clustered: {type(part).__name__} holds a table of all heads, so that a head cannot stand for "
             "others; leave this layer out with None among the counts"
         )
-    return part.map_tensors(lambda t: t[heads.to(t.device)] if t.ndim == 1 and len(t) == total else t)
+    return of_heads(part, heads, total)
 
 
 def _firsts(labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.attend.function import attend
-from polyhead.attend.masks import And, Mask, Padding, Window
+from polyhead.attend.masks import Mask, Padding, Window, terms_of
 from polyhead.attend.precision import exact, wide
 
 __all__ = ["visible_count", "visible_mean"]
@@ -32,7 +32,7 @@ def visible_mean(
         heads that share values see the same.
     """
     batch, groups, keys, _ = v.shape
-    terms = mask.terms if isinstance(mask, And) else () if mask is None else (mask,)
+    terms = terms_of(mask)
     causal = any(_is_causal(term) for term in terms)
     real = [term.mask for term in terms if isinstance(term, Padding)]
     if all(_is_causal(term) or isinstance(term, Padding) for term in terms):
@@ -57,7 +57,7 @@ def visible_count(like: Tensor, queries: int, keys: int, mask: Mask | None) -> F
         `(B, H, L, 1)`, with 1 for a size in which the counts are all the same.
     """
     dtype = wide(like.dtype)
-    terms = mask.terms if isinstance(mask, And) else () if mask is None else (mask,)
+    terms = terms_of(mask)
     if not all(_is_causal(term) or isinstance(term, Padding) for term in terms):
         q = like.new_zeros(*like.shape[:2], queries, 1, dtype=dtype)
         k = like.new_zeros(like.shape[0], 1, keys, 1, dtype=dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
 from itertools import groupby
 
 import torch
@@ -30,7 +29,9 @@ from polyhead.attend.masks import (
     Shard,
     Strided,
     Window,
+    all_of,
     gathered,
+    terms_of,
 )
 from polyhead.attend.plan import Backend, Request, pick
 from polyhead.attend.scores import GatheredScore
@@ -82,11 +83,10 @@ class ByHead:
 
 def _own(mask: Mask | None) -> tuple[PerHead, tuple[Mask, ...]] | None:
     """The one mask by head, and the rest; None if there is none, or more than one."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    found = [term for term in terms if isinstance(term, PerHead)]
+    found = [term for term in terms_of(mask) if isinstance(term, PerHead)]
     if len(found) != 1:
         return None
-    return found[0], tuple(term for term in terms if term is not None and term is not found[0])
+    return found[0], tuple(term for term in terms_of(mask) if term is not found[0])
 
 
 def _parts(request: Request) -> Iterator[Request]:
@@ -118,8 +118,7 @@ def _parts(request: Request) -> Iterator[Request]:
 
 def _joined(terms: tuple[Mask, ...]) -> Mask | None:
     """All terms but those that allow everything."""
-    kept = [t for t in terms if not (isinstance(t, Window) and t.left is None and t.right is None)]
-    return reduce(lambda a, b: a & b, kept) if kept else None
+    return all_of(t for t in terms if not (isinstance(t, Window) and t.left is None and t.right is None))
 
 
 def _of_heads(mask: Mask, first: int, last: int) -> Mask:

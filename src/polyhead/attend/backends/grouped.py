@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.attend.masks import And, Blocks, Chosen, Mask, OnGrid
+from polyhead.attend.masks import Blocks, Chosen, Mask, OnGrid, all_of, terms_of
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
@@ -94,13 +94,12 @@ class Grouped:
 
 def _split(mask: Mask | None) -> tuple[OnGrid | Blocks, Mask | None] | None:
     """The mask that makes the groups, and the rest; None where there is none, or where blocks are chosen."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
+    terms = terms_of(mask)
     if any(isinstance(term, Chosen) for term in terms):
         return None
     for n, term in enumerate(terms):
         if isinstance(term, OnGrid) or (isinstance(term, Blocks) and not isinstance(term.start, Tensor)):
-            rest = [t for m, t in enumerate(terms) if m != n and t is not None]
-            return term, reduce(lambda a, b: a & b, rest) if rest else None
+            return term, all_of(terms[:n] + terms[n + 1 :])
     return None
 
 

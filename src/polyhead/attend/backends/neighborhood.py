@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward, unfit
 from polyhead.attend.grid_tiles import kinds, sizes
-from polyhead.attend.masks import And, Mask, Neighborhood
+from polyhead.attend.masks import Mask, Neighborhood, all_of, terms_of
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
@@ -242,14 +242,11 @@ class _Part:
 
 def _split(mask: Mask | None) -> tuple[Neighborhood, Mask | None] | None:
     """The first neighbourhood among masks joined by &, and the others; None if there is none."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    at = next((n for n, term in enumerate(terms) if isinstance(term, Neighborhood)), None)
-    if at is None:
-        return None
-    rest = tuple(term for n, term in enumerate(terms) if n != at and term is not None)
-    found = terms[at]
-    assert isinstance(found, Neighborhood)
-    return found, None if not rest else rest[0] if len(rest) == 1 else And(rest)
+    terms = terms_of(mask)
+    for n, term in enumerate(terms):
+        if isinstance(term, Neighborhood):
+            return term, all_of(terms[:n] + terms[n + 1 :])
+    return None
 
 
 def _nothing(lse: Tensor) -> Tensor:

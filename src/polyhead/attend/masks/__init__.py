@@ -5,7 +5,7 @@ JSON, answers for single pairs and for whole tiles. Query row r of a call with L
 position i = r + (S - L); keys stand at j = 0..S-1.
 """
 
-from polyhead.attend.masks.algebra import And, Mask, Not, Or
+from polyhead.attend.masks.algebra import And, Mask, Not, Or, all_of, terms_of
 from polyhead.attend.masks.bands import Band, band, span
 from polyhead.attend.masks.chosen import Chosen, chosen
 from polyhead.attend.masks.content import (
@@ -66,6 +66,7 @@ __all__ = [
     "Until",
     "Where",
     "Window",
+    "all_of",
     "band",
     "blocks",
     "causal",
@@ -84,6 +85,7 @@ __all__ = [
     "sink",
     "span",
     "strided",
+    "terms_of",
     "tile_map",
     "until",
     "where",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from polyhead.attend.masks.intervals import EMPTY, FULL, Intervals, Piece, Thres
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["And", "Bounds", "Mask", "Not", "Or", "pieces"]
+__all__ = ["And", "Bounds", "Mask", "Not", "Or", "all_of", "pieces", "terms_of"]
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -81,6 +83,19 @@ class Mask(Part):
             f"a mask is neither true nor false: {self!r}; combine masks with &, | and ~ instead of "
             "and, or and not, and compare with None by `is`"
         )
+
+
+def terms_of(mask: Mask | None) -> tuple[Mask, ...]:
+    """The masks that a mask joins by `&`: itself alone if it joins none, and nothing for None."""
+    if mask is None:
+        return ()
+    return mask.terms if isinstance(mask, And) else (mask,)
+
+
+def all_of(terms: Iterable[Mask]) -> Mask | None:
+    """Masks joined by `&`; None for none."""
+    joined = tuple(terms)
+    return reduce(operator.and_, joined) if joined else None
 
 
 def _joined(kind: type[And] | type[Or], mask: Mask, sign: str, other: Any) -> Mask:

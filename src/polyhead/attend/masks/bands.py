@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 from torch import Tensor
 
-from polyhead.attend.masks.algebra import And, Mask, pieces
+from polyhead.attend.masks.algebra import And, Mask, all_of, pieces, terms_of
 from polyhead.attend.masks.intervals import FAR, Intervals
 from polyhead.attend.masks.positional import Sink, Window
 from polyhead.checks import given
@@ -54,7 +53,7 @@ def band(mask: Mask) -> Band | None:
     However it is spelled: `causal() & (window(255) | sink(4)) & padding(p)` and
     `(sink(4) & causal() | window(255)) & padding(p)` give the same band.
     """
-    terms = mask.terms if isinstance(mask, And) else (_mask("band", mask),)
+    terms = terms_of(_mask("band", mask))
     shape = [term for term in terms if _is_shape(term)]
     others = [term for term in terms if not any(term is s for s in shape)]
     parts = pieces(And(tuple(shape))) if shape else None
@@ -65,8 +64,7 @@ def band(mask: Mask) -> Band | None:
         return None
     if len(parts) == 2 and parts[0].distances != Intervals.of(None, right):
         return None
-    rest = reduce(lambda a, b: a & b, others) if others else None
-    return Band(left, right, parts[0].high + 1 if len(parts) == 2 else 0, rest)
+    return Band(left, right, parts[0].high + 1 if len(parts) == 2 else 0, all_of(others))
 
 
 def _mask(owner: str, mask: Mask) -> Mask:

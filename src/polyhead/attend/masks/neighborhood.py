@@ -154,7 +154,7 @@ class Neighborhood(Mask):
         known: dict[tuple[int, int, int], Bounds] = {}
         some, every = torch.zeros_like(beside), torch.ones_like(outside)
         axes = self.axes()
-        boxes = [[box for box in _boxes(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
+        boxes = [[box for box in boxes_of(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
         for queries, filled in boxes[0]:
             for keys, taken in boxes[1]:
                 any_here = all_here = filled & taken
@@ -179,7 +179,7 @@ def _short(values: tuple[int, ...]) -> int | tuple[int, ...]:
     return values[0] if len(set(values)) == 1 else values
 
 
-def _boxes(start: Tensor, stop: Tensor, grid: Sequence[int]) -> list[Box]:
+def boxes_of(start: Tensor, stop: Tensor, grid: Sequence[int]) -> list[Box]:
     """The positions start..stop of a flattened grid as boxes: the first plane, those between, the last."""
     if len(grid) == 1:
         return [(((start, stop),), start <= stop)]
@@ -188,11 +188,11 @@ def _boxes(start: Tensor, stop: Tensor, grid: Sequence[int]) -> list[Box]:
     one = top == bottom
     first, last = (top, top), (bottom, bottom)
     found: list[Box] = []
-    for box, filled in _boxes(start % size, torch.where(one, stop % size, size - 1), grid[1:]):
+    for box, filled in boxes_of(start % size, torch.where(one, stop % size, size - 1), grid[1:]):
         found.append(((first, *box), filled))
     whole_planes = tuple((torch.zeros_like(start), torch.full_like(start, n - 1)) for n in grid[1:])
     found.append((((top + 1, bottom - 1), *whole_planes), bottom - top > 1))
-    for box, filled in _boxes(torch.zeros_like(start), stop % size, grid[1:]):
+    for box, filled in boxes_of(torch.zeros_like(start), stop % size, grid[1:]):
         found.append(((last, *box), filled & ~one))
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyhead.attend.masks.algebra import Bounds, Mask
 from polyhead.attend.masks.checks import per_axis
-from polyhead.attend.masks.neighborhood import Interval, _boxes
+from polyhead.attend.masks.neighborhood import Interval, boxes_of
 from polyhead.attend.masks.positional import _has_multiple, _only_multiples
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, ShapeError
@@ -98,7 +98,7 @@ class OnGrid(Mask):
         beside = (i1 < 0) | (i0 >= places) | (j0 >= places)
         i0, i1, j0, j1 = (edge.clamp(0, places - 1) for edge in (i0, i1, j0, j1))
         some, every = torch.zeros_like(beside), torch.ones_like(outside)
-        boxes = [[box for box in _boxes(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
+        boxes = [[box for box in boxes_of(*run, self.grid) if box[1].any()] for run in ((i0, i1), (j0, j1))]
         for queries, filled in boxes[0]:
             for keys, taken in boxes[1]:
                 any_here = all_here = filled & taken

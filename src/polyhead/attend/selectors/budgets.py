@@ -62,6 +62,7 @@ def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
 
 
 def ordered(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+    """The blocks of every row, best first: forced ones, visible ones, the rest; of equal ones the later."""
     infinite = torch.tensor(float("inf"), dtype=scores.dtype, device=scores.device)
     held = torch.where(
         forced, infinite, torch.where(visible, scores.nan_to_num(nan=-3e38, neginf=-3e38), -infinite)

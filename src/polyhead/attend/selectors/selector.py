@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import And, Mask, Padding, chosen, tile_map
+from polyhead.attend.masks import Mask, Padding, chosen, terms_of, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer
@@ -232,8 +232,7 @@ def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.de
 
 def real_keys(mask: Mask | None, device: torch.device) -> Tensor | None:
     """Which keys are no padding `(B or 1, S)`, by the paddings that a mask is a conjunction of; None: all."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    found = [term.mask.to(device) for term in terms if isinstance(term, Padding)]
+    found = [term.mask.to(device) for term in terms_of(mask) if isinstance(term, Padding)]
     return reduce(torch.logical_and, found) if found else None
 
 

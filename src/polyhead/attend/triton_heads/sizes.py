@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import And, Mask, Padding, span
+from polyhead.attend.masks import Mask, Padding, all_of, span, terms_of
 
 __all__ = ["FEWEST", "MOST_HEADS", "MOST_REPEAT", "WIDTHS", "Near", "Sizes", "near", "padded"]
 
@@ -88,12 +88,12 @@ class Near:
 
 def near(mask: Mask | None) -> Near | None:
     """A mask as a window and a padding, however it is spelled; None if it is more than that."""
-    terms = () if mask is None else mask.terms if isinstance(mask, And) else (mask,)
+    terms = terms_of(mask)
     paddings = [term for term in terms if isinstance(term, Padding)]
-    others = tuple(term for term in terms if not isinstance(term, Padding))
+    others = all_of(term for term in terms if not isinstance(term, Padding))
     left = right = None
-    if others:
-        found = span(others[0] if len(others) == 1 else And(others))
+    if others is not None:
+        found = span(others)
         if found is None:
             return None
         left, right = found
