@@ -88,17 +88,20 @@ def test_neighbouring_buckets_differ_in_one_sign() -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 def test_the_sum_of_a_row_is_right_in_the_mean(causal: bool) -> None:
-    q, k, v = tensors(1, 2, 1, 48, 48)
+    x = tensors(1, 2, 1, 48, 48)
     mask = ph.causal() if causal else None
-    _, lse = attend(q, k, v, mask=mask, return_lse=True)
+    _, lse = attend(*x, mask=mask, return_lse=True)
+    # items of a call have hyperplanes in common, under which each draws keys of its own: a mean of 1 whatever
+    # the planes are, and no covariance
+    several = [one.expand(50, -1, -1, -1) for one in x]
     draws, own = generator(5), {"causal": causal, "bits": 3, "block": 4, "samples": 8, "least": 6}
     ratios = []
-    for _ in range(200):
-        _, found = ph.hyper_attention(q, k, v, generator=draws, return_lse=True, **own)  # type: ignore[call-overload]
+    for _ in range(12):
+        _, found = ph.hyper_attention(*several, generator=draws, return_lse=True, **own)  # type: ignore[call-overload]
         ratios.append((found - lse).exp())
-    ratio = torch.stack(ratios)
+    ratio = torch.cat(ratios)
     error = ratio.std(0) / math.sqrt(len(ratio))
-    assert float(error.max()) < 0.09
+    assert float(error.max()) < 0.05
     assert bool(((ratio.mean(0) - 1).abs() <= 4.5 * error + 1e-9).all())
     assert float(error.max()) > 1e-3
 
