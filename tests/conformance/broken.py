@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,13 @@ class StaleBeams(MultiHeadAttention):
         if isinstance(cache, GrowingCache):
             cache.reorder = lambda beams: None
         return cache
+
+
+class ClaimsState(MultiHeadAttention):
+    """Says that its cache holds a few bytes besides the rows."""
+
+    def cost(self, *args: Any, **given: Any) -> Cost:
+        return replace(super().cost(*args, **given), state_bytes=7)
 
 
 class WrongGradient(MultiHeadAttention):
@@ -305,6 +313,7 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     FattensContext: {"decode_cross"},
     IgnoresWindow: {"decode_window"},
     StaleBeams: {"cache_edits"},
+    ClaimsState: {"cache_edits"},
     WrongGradient: {"gradients"},
     Unscaled: {"equals_twin"},
     DividesByZero: {"equals_twin_masked", "gradients_finite"},

@@ -267,10 +267,13 @@ class KeyValueCache:
         length: tokens seen so far, also those since dropped; the next token's position.
         holds_context: whether this holds the projected context of cross attention, and a call brings
             queries only.
+        sums_up: whether in the long run sums stand for the rows of several tokens, so that a token takes
+            fewer bytes than at first.
     """
 
     length: int = 0
     holds_context = False
+    sums_up = False
 
     @property
     def device(self) -> torch.device:

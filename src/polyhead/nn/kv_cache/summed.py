@@ -49,6 +49,8 @@ class SummedCache(KeyValueCache):
         device, dtype: of everything.
     """
 
+    sums_up = True
+
     def __init__(
         self,
         batch: int,
