@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyhead as ph
-from polyhead.attend.masks import densify, gathered, padding, tile_map
+from polyhead.attend.masks import Gathered, densify, gathered, padding, some_of, tile_map
 from polyhead.attend.scores import GatheredScore, alibi, chain, score_function, soft_cap
 from polyhead.errors import ConfigError, ShapeError
 
@@ -70,12 +70,47 @@ def test_pairs_are_those_of_the_larger_call_and_bounds_are_sure(mask, pick, rows
     shape = {"heads": count, "queries": length, "keys": KEYS}
     found = densify(picked, **shape).expand(1, count, -1, -1)[0]
     assert torch.equal(found, expected)
-    tiles = tile_map(picked, **shape, rows=rows, cols=cols)
-    some, every = (t.expand(1, count, -1, -1)[0] for t in (tiles.some, tiles.every))
-    for a, strip in enumerate(expected.split(rows, dim=1)):
-        for c, part in enumerate(strip.split(cols, dim=2)):
-            assert not (part.any((1, 2)) & ~some[:, a, c]).any(), "a visible pair was passed over"
-            assert not (every[:, a, c] & ~part.all(2).all(1)).any(), "a forbidden pair was let through"
+    bounds_are_sure(expected[None], tile_map(picked, **shape, rows=rows, cols=cols), rows, cols)
+
+
+def bounds_are_sure(expected, tiles, rows, cols):
+    some, every = (t.expand(*expected.shape[:2], -1, -1) for t in (tiles.some, tiles.every))
+    for a, strip in enumerate(expected.split(rows, dim=2)):
+        for c, part in enumerate(strip.split(cols, dim=3)):
+            assert not (part.any(3).any(2) & ~some[..., a, c]).any(), "a visible pair was passed over"
+            assert not (every[..., a, c] & ~part.all(3).all(2)).any(), "a forbidden pair was let through"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mask=masks(),
+    batch=st.none() | st.lists(st.integers(0, BATCH - 1), min_size=1, max_size=3),
+    heads=st.none() | st.lists(st.integers(0, HEADS - 1), min_size=1, max_size=4),
+)
+def test_some_items_and_heads_see_what_they_saw(mask, batch, heads):
+    expected = densify(mask, batch=BATCH, heads=HEADS, queries=LENGTH, keys=KEYS)
+    expected = expected.expand(BATCH, HEADS, -1, -1)
+    maps = {}
+    for axis, (name, chosen) in enumerate((("batch", batch), ("heads", heads))):
+        if chosen is not None:
+            maps[name] = torch.tensor(chosen)
+            expected = expected.index_select(axis, maps[name])
+    part = some_of(mask, **maps)
+    shape = {"batch": len(expected), "heads": expected.shape[1], "queries": LENGTH, "keys": KEYS}
+    assert torch.equal(densify(part, **shape).expand_as(expected), expected)
+    bounds_are_sure(expected, tile_map(part, **shape, rows=3, cols=4), 3, 4)
+
+
+def test_masks_that_treat_all_alike_stay_as_they_are():
+    some = {"batch": torch.tensor([1]), "heads": torch.tensor([0, 2])}
+    band = ph.causal() & (ph.window(5) | ph.sink(2)) & ~ph.blocks(4)
+    assert some_of(band, **some) == band
+    real = padding(torch.ones(BATCH, KEYS, dtype=torch.bool))
+    assert some_of(real, heads=some["heads"]) is real
+    causal, own = some_of(ph.causal() & real, **some).terms
+    assert causal == ph.causal()
+    assert isinstance(own, Gathered)
+    assert own.heads is None
 
 
 def test_sorted_rows_leave_out_the_tiles_that_lie_ahead():
@@ -141,6 +176,14 @@ def test_what_does_not_fit_is_refused():
         gathered(ph.causal(), torch.arange(4))
     with pytest.raises(ConfigError, match="gathered: mask must be a mask"):
         gathered(torch.ones(2, 2))
+    with pytest.raises(
+        ConfigError, match="gathered: items say already where every head comes from; leave batch"
+    ):
+        gathered(ph.causal(), items=torch.zeros(2).long(), batch=torch.zeros(1).long())
+    with pytest.raises(ConfigError, match=r"gathered: batch must be an integer tensor \(B,\)"):
+        gathered(ph.causal(), batch=torch.zeros(1, 2).long())
+    with pytest.raises(ShapeError, match=r"gathered: batch must have shape \(2,\); got \(3,\)"):
+        densify(gathered(ph.causal(), batch=torch.zeros(3).long()), batch=2, heads=2, queries=4, keys=4)
     with pytest.raises(ShapeError, match=r"gathered: items must have shape \(2,\); got \(3,\)"):
         densify(gathered(ph.causal(), items=torch.zeros(3).long()), heads=2, queries=4, keys=4)
     with pytest.raises(ShapeError, match="first must be the position that the call gives its first row, 3"):

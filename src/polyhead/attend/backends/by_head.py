@@ -13,33 +13,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import (
-    And,
-    Blocks,
-    Dilated,
-    Documents,
-    Mask,
-    Neighborhood,
-    Not,
-    OnGrid,
-    Or,
-    Padding,
-    PerHead,
-    Prefix,
-    Shard,
-    Strided,
-    Window,
-    all_of,
-    gathered,
-    terms_of,
-)
+from polyhead.attend.masks import Mask, PerHead, Window, all_of, some_of, terms_of
 from polyhead.attend.plan import Backend, Request, pick
 from polyhead.attend.scores import GatheredScore
 from polyhead.attend.stream import of_heads
 
 __all__ = ["ByHead"]
 
-_ALIKE = (Blocks, Dilated, Documents, Neighborhood, OnGrid, Padding, Prefix, Shard, Strided, Window)
 _PAIRS = 1 << 16  # of fewer, a call is written out; see sdpa
 
 
@@ -98,7 +78,7 @@ def _parts(request: Request) -> Iterator[Request]:
     heads, first = q.shape[1], 0
     for mask, run in groupby(own.masks):
         last = first + len(list(run))
-        terms = (mask, *(_of_heads(term, first, last) for term in rest))
+        terms = (mask, *(some_of(term, heads=torch.arange(first, last)) for term in rest))
         score = problem.score
         kv = _kv_heads(first, last, heads // k.shape[1])
         yield replace(
@@ -119,17 +99,6 @@ def _parts(request: Request) -> Iterator[Request]:
 def _joined(terms: tuple[Mask, ...]) -> Mask | None:
     """All terms but those that allow everything."""
     return all_of(t for t in terms if not (isinstance(t, Window) and t.left is None and t.right is None))
-
-
-def _of_heads(mask: Mask, first: int, last: int) -> Mask:
-    """A mask of the call for heads `first` to `last` - 1 of it."""
-    return mask if _same_for_all(mask) else gathered(mask, heads=torch.arange(first, last))
-
-
-def _same_for_all(mask: Mask) -> bool:
-    if isinstance(mask, And | Or):
-        return all(map(_same_for_all, mask.terms))
-    return _same_for_all(mask.mask) if isinstance(mask, Not) else isinstance(mask, _ALIKE)
 
 
 def _kv_heads(first: int, last: int, repeat: int) -> slice | list[int]:

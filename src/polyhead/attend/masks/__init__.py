@@ -38,6 +38,7 @@ from polyhead.attend.masks.positional import (
     strided,
     window,
 )
+from polyhead.attend.masks.some_of import some_of
 from polyhead.attend.masks.tilemap import TileMap, densify, tile_map
 from polyhead.attend.masks.until import Until, until
 
@@ -83,6 +84,7 @@ __all__ = [
     "prefix",
     "shard",
     "sink",
+    "some_of",
     "span",
     "strided",
     "terms_of",

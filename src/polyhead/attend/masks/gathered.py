@@ -13,6 +13,8 @@ from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["Gathered", "gathered"]
 
+_AXES = {"positions": "HL", "items": "H", "heads": "H", "batch": "B"}
+
 
 class Gathered(Mask):
     """`mask` for the rows that were picked out of the call that it describes. See `gathered`."""
@@ -22,14 +24,18 @@ class Gathered(Mask):
     items: Tensor | None = None
     heads: Tensor | None = None
     first: int = 0
+    batch: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
             raise ConfigError(f"gathered: mask must be a mask such as causal(); got {given(self.mask)}")
-        for name, shape, axes in (("positions", "(H, L)", 2), ("items", "(H,)", 1), ("heads", "(H,)", 1)):
+        for name, axes in _AXES.items():
             value = getattr(self, name)
-            if value is not None and not (is_integer_tensor(value) and value.ndim == axes):
+            if value is not None and not (is_integer_tensor(value) and value.ndim == len(axes)):
+                shape = f"({', '.join(axes)})" if len(axes) > 1 else f"({axes},)"
                 raise ConfigError(f"gathered: {name} must be an integer tensor {shape}; got {given(value)}")
+        if self.items is not None and self.batch is not None:
+            raise ConfigError("gathered: items say already where every head comes from; leave batch out")
         object.__setattr__(self, "first", whole("gathered: first", self.first, -FARTHEST))
 
     def __repr__(self) -> str:
@@ -37,11 +43,14 @@ class Gathered(Mask):
         return f"gathered({', '.join(parts)})"
 
     def _maps(self) -> dict[str, Tensor | None]:
-        return {"positions": self.positions, "items": self.items, "heads": self.heads}
+        return {name: getattr(self, name) for name in _AXES}
 
     def _origin(self, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Batch item and head that the rows of head h come from."""
-        item = b if self.items is None else self.items.to(h.device)[h]
+        if self.items is not None:
+            item = self.items.to(h.device)[h]
+        else:
+            item = b if self.batch is None else self.batch.to(b.device)[b]
         return item, h if self.heads is None else self.heads.to(h.device)[h]
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -60,8 +69,9 @@ class Gathered(Mask):
         return self.mask.bounds(*self._origin(b, h), i0, i1, j0, j1)
 
     def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        sizes = {"B": batch, "H": heads, "L": queries}
         for name, value in self._maps().items():
-            shape = (heads, queries) if name == "positions" else (heads,)
+            shape = tuple(sizes[letter] for letter in _AXES[name])
             if value is not None and tuple(value.shape) != shape:
                 raise ShapeError(f"gathered: {name} must have shape {shape}; got {tuple(value.shape)}")
         if self.positions is not None and self.first != offset:
@@ -78,6 +88,7 @@ def gathered(
     items: Tensor | None = None,
     heads: Tensor | None = None,
     first: int = 0,
+    batch: Tensor | None = None,
 ) -> Mask:
     """`mask` where row r of head m is the query at `positions[m, r]` of head `heads[m]` of item `items[m]`.
 
@@ -90,5 +101,7 @@ def gathered(
         items: integer `(H,)`, the batch item of every head; None: that of the call.
         heads: integer `(H,)`, the head of the larger call; None: that of the call.
         first: the position that the call gives to its first row, S - L for S keys and L rows.
+        batch: integer `(B,)`, the item of the larger call for every item of this one, where `items` are not
+            given; None: the same.
     """
-    return Gathered(mask, positions, items, heads, first)
+    return Gathered(mask, positions, items, heads, first, batch)
