@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "061": ("attend/normalizers.py", "attend/entmax.py"),
     "062": ("hf/long_heads.py", "nn/long_heads.py"),
     "064": ("attend/selectors/prism.py",),
-    "066": ("heads/chai.py", "heads/clustering.py"),
+    "066": ("heads/chai.py", "heads/clustering.py", "heads/head_maps.py", "heads/shared_maps.py"),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
     "085": ("attend/selectors/qada.py", "heads/key_gaussians.py"),

@@ -2,7 +2,8 @@
 
 from polyhead.heads import measurements
 from polyhead.heads.amplify import amplified
-from polyhead.heads.chai import HeadMaps, Saved, Sharing, clustered, head_maps
+from polyhead.heads.chai import Saved, Sharing, clustered
+from polyhead.heads.head_maps import HeadMaps, head_maps
 from polyhead.heads.key_gaussians import key_gaussians
 from polyhead.heads.measurement import MEASUREMENTS, Gauge, Measurement, RowMean, register
 from polyhead.heads.missed import HeadsMissed, missed_mass

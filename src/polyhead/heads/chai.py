@@ -30,127 +30,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from polyhead.attend import attend
-from polyhead.attend.function import weights_of
-from polyhead.attend.masks import And, Band, Mask, Not, Or, Sink, Window, causal
-from polyhead.attend.masks.algebra import Bounds
+from polyhead.attend.masks import some_of
 from polyhead.attend.selectors.selector import real_keys
-from polyhead.attend.stream import of_heads
-from polyhead.checks import given, is_integer_tensor, number, several, whole
-from polyhead.description import Part
+from polyhead.checks import given, is_integer_tensor, several, whole
 from polyhead.errors import ConfigError, ShapeError, unknown_name
-from polyhead.head_scores import HeadScores
-from polyhead.heads.clustering import average_linkage, cosine_distances, error_of, first_flat, medoids
-from polyhead.heads.inputs import run, text_model
+from polyhead.heads.clustering import average_linkage, cosine_distances, medoids
+from polyhead.heads.head_maps import Counts, counts_of, maps_of
+from polyhead.heads.shared_maps import shared_attention
 from polyhead.hf import Call, LayerInfo, attach
 from polyhead.hf.selecting import keys_of
-from polyhead.tasks.reading import evaluating, texts
 
-__all__ = ["HeadMaps", "Saved", "Sharing", "clustered", "head_maps", "shared_attention"]
-
-Counts = int | Sequence[int | None]
-
-
-@dataclass(frozen=True, eq=False)
-class HeadMaps:
-    """The maps of the first tokens of some texts.
-
-    Attributes:
-        layers: for each attention layer `(N, H, n · n)`, text by text; None without causal self-attention.
-        tokens: n.
-    """
-
-    layers: tuple[Tensor | None, ...]
-    tokens: int
-
-    def similarity(self) -> HeadScores:
-        """How like each head's map is to the likest other one: cosine, mean over texts; NaN if alone."""
-        found: list[Any] = []
-        for maps in self.layers:
-            if maps is None or maps.shape[1] == 1:
-                found.append(torch.full((1 if maps is None else maps.shape[1],), torch.nan))
-                continue
-            mean = torch.stack([1 - cosine_distances(one) for one in maps]).mean(0)
-            found.append(mean.fill_diagonal_(-1.0).amax(1).numpy())
-        return HeadScores(
-            tuple(found),
-            name="map_similarity",
-            meaning=f"cosine of the maps of {self.tokens} tokens of the head and of the one most like it",
-            direction="higher: more alike",
-        )
-
-    def errors(self) -> tuple[Tensor | None, ...]:
-        """Per layer `(H,)`: the error of k-means with 1..H clusters, summed over texts."""
-        return tuple(
-            None
-            if maps is None
-            else torch.tensor([sum(error_of(one, c) for one in maps) for c in range(1, maps.shape[1] + 1)])
-            for maps in self.layers
-        )
-
-    def counts(self, drop: float = 0.05) -> list[int | None]:
-        """Clusters for each layer: the fewest after which one more saves less than `drop` of one's error."""
-        drop = number("counts: drop", drop, above=0, most=1)
-        return [None if errors is None else first_flat(errors, drop) for errors in self.errors()]
-
-    def labels(self, counts: Counts) -> list[Tensor | None]:
-        """Clusters once for all texts, by mean maps: per layer `(H,)`, for `clustered(labels=)`."""
-        heads = [None if maps is None else maps.shape[1] for maps in self.layers]
-        return [
-            None if maps is None or c is None else average_linkage(cosine_distances(maps.mean(0)), c)
-            for maps, c in zip(self.layers, _counts(counts, heads), strict=True)
-        ]
-
-
-def head_maps(
-    model: nn.Module,
-    tokenizer: Any = None,
-    text: str | Sequence[str] | Tensor | None = None,
-    *,
-    tokens: int = 5,
-) -> HeadMaps:
-    """The attention maps of the first tokens of texts, of every head: what `clustered` goes by.
-
-    Args:
-        model: a transformers decoder; it is given back as it was.
-        tokenizer, text: what the model reads, as for `polyhead.profile`: several texts, or ids `(N, S)`, to
-            know of more than one. No more than their first `tokens` tokens are read.
-        tokens: n.
-    """
-    whole("head_maps: tokens", tokens, 2)
-    if text is None:
-        from polyhead.tasks import sample_text
-
-        text = sample_text()
-    read = [
-        ids[:tokens] for ids in texts(model, tokenizer, text, None if isinstance(text, Tensor) else tokens)
-    ]
-    if any(len(ids) < tokens for ids in read):
-        raise ConfigError(f"head_maps: every text must have at least {tokens} tokens")
-    found: dict[int, list[Tensor]] = {}
-
-    def look(call: Call) -> Tensor:
-        if call.layer.kind == "decoder":
-            found.setdefault(call.layer.index, []).append(_maps(call, call.q, keys_of(call)))
-        return call.proceed()
-
-    with evaluating(model), attach(model) as attachment, attachment.handling(look):
-        device = next(model.parameters()).device
-        for ids in read:
-            run(text_model(model), {"input_ids": ids[None].to(device)})
-        count = len(attachment.layers)
-    return HeadMaps(tuple(torch.cat(found[n]) if n in found else None for n in range(count)), tokens)
-
-
-def _maps(call: Call, q: Tensor, k: Tensor) -> Tensor:
-    """Causal weights `(B, H, n, n)` in rows `(B, H, n · n)`."""
-    how: dict[str, Any] = {"score": call.score, "normalizer": call.normalizer, "scale": call.scale}
-    return weights_of(q, k, mask=causal(), **how).detach().double().cpu().flatten(2)
+__all__ = ["Saved", "Sharing", "clustered"]
 
 
 @dataclass(frozen=True)
@@ -230,11 +126,13 @@ class Sharing:
         out = call.q.new_zeros(batch, heads, queries, v.shape[-1])
         if most:
             early = slice(None, past + most)
+            # of all items and heads: what has sizes of its own must not look for them in keys that are cut
+            mask = None if call.mask is None else some_of(call.mask, batch=torch.arange(batch))
             out[:, :, :most] = attend(
                 call.q[:, :, :most],
                 k[:, :, early],
                 v[:, :, early],
-                mask=some_of(call.mask, range(batch), range(heads)),
+                mask=mask,
                 score=call.score,
                 normalizer=call.normalizer,
                 scale=call.scale,
@@ -305,7 +203,7 @@ class Sharing:
             if int(enough[0]) < seen:
                 continue  # known since an earlier call
             at = real[item].nonzero().view(-1)[: self.tokens].to(q.device)
-            far = cosine_distances(_maps(call, q[item : item + 1, :, at], k[item : item + 1, :, at])[0])
+            far = cosine_distances(maps_of(call, q[item : item + 1, :, at], k[item : item + 1, :, at])[0])
             labels = average_linkage(far, count)
             used = medoids(far, labels) if self.by == "medoid" else _firsts(labels)
             self._put(index, item, batch, heads, labels, used)
@@ -316,117 +214,9 @@ class Sharing:
         return dense
 
 
-def shared_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    used: Sequence[int],
-    *,
-    mask: Mask | None,
-    items: Sequence[int],
-    score: Any,
-    normalizer: Any,
-    scale: float,
-) -> Tensor:
-    """Attention `(B, H, L, Dv)` in which head h has the map of head `used[h]`, and its own values.
-
-    Every map is made once. Values of heads that use it go side by side.
-
-    Args:
-        q, k, v: `(B, H, L, D)`, `(B, G, S, D)` and `(B, G, S, Dv)`.
-        used: head by head.
-        mask: of a call of more items, of which `items` are here.
-        items, score, normalizer, scale: of the call.
-    """
-    heads, repeat = q.shape[1], q.shape[1] // k.shape[1]
-    readers: dict[int, list[int]] = {}
-    for head, other in enumerate(used):
-        readers.setdefault(other, []).append(head)
-    # heads that share their values as well need them once
-    values = {r: sorted({head // repeat for head in members}) for r, members in readers.items()}
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    for width in sorted({len(own) for own in values.values()}):
-        chosen = [r for r, own in values.items() if len(own) == width]
-        at = torch.tensor(chosen, device=q.device)
-        of = torch.tensor([values[r] for r in chosen], device=q.device)  # (C, width)
-        found = attend(
-            q[:, at],
-            k[:, at // repeat],
-            v[:, of].transpose(2, 3).flatten(3),
-            mask=some_of(mask, items, chosen),
-            score=_of_heads(score, at, heads),
-            normalizer=_of_heads(normalizer, at, heads),
-            scale=scale,
-        ).unflatten(3, (width, -1))
-        for n, r in enumerate(chosen):
-            for head in readers[r]:
-                out[:, head] = found[:, n, :, values[r].index(head // repeat)]
-    return out
-
-
-class _SomeOf(Mask):
-    """A mask of a call, for some of its items and heads."""
-
-    mask: Mask
-    items: tuple[int, ...]
-    heads: tuple[int, ...]
-
-    def _at(self, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return (torch.tensor(x, device=b.device)[at] for x, at in ((self.items, b), (self.heads, h)))  # type: ignore[return-value]
-
-    def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.mask.allowed(*self._at(b, h), i, j)
-
-    def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
-        return self.mask.bounds(*self._at(b, h), i0, i1, j0, j1)
-
-
-def some_of(mask: Mask | None, items: Sequence[int], heads: Sequence[int]) -> Mask | None:
-    """The mask of a call for these of its items and heads; as it is, where all are treated alike."""
-    return mask if mask is None or _alike(mask) else _SomeOf(mask, tuple(items), tuple(heads))
-
-
-def _alike(mask: Mask) -> bool:
-    if isinstance(mask, And | Or):
-        return all(map(_alike, mask.terms))
-    return _alike(mask.mask) if isinstance(mask, Not) else isinstance(mask, Window | Sink | Band)
-
-
-def _of_heads(part: Part | None, heads: Tensor, total: int) -> Any:
-    """A part of a call for some of its heads: its tensors `(H,)` by these."""
-    if part is None:
-        return None
-    if any(t.ndim > 1 for t in part.tensors()):
-        raise ConfigError(
-            f"clustered: {type(part).__name__} holds a table of all heads, so that a head cannot stand for "
-            "others; leave this layer out with None among the counts"
-        )
-    return of_heads(part, heads, total)
-
-
 def _firsts(labels: Tensor) -> Tensor:
     """The first head of every cluster."""
     return torch.stack([(labels == n).nonzero()[0, 0] for n in range(int(labels.max()) + 1)])
-
-
-def _counts(counts: Counts, heads: Sequence[int | None]) -> list[int | None]:
-    """As many clusters as are wanted of each layer; an error if a layer has fewer heads."""
-    if several(counts):
-        found = list(counts)  # type: ignore[arg-type]
-        if len(found) != len(heads):
-            raise ConfigError(
-                f"clustered: the model has {len(heads)} attention layers, but {len(found)} counts are given"
-            )
-    else:
-        whole("clustered: counts", counts, 1)
-        found = [None if n is None else counts for n in heads]  # type: ignore[misc]
-    for layer, (count, most) in enumerate(zip(found, heads, strict=True)):
-        if count is None:
-            continue
-        if most is None:
-            raise ConfigError(f"clustered: layer {layer} is no causal self-attention; give None for it")
-        whole(f"clustered: the count of layer {layer}", count, 1, most)
-    return found
 
 
 @contextmanager
@@ -467,7 +257,7 @@ def clustered(
         raise unknown_name("clustered: representative", representative, ("first", "medoid"))
     with attach(model) as attachment:
         heads = [layer.heads if layer.kind == "decoder" else None for layer in attachment.layers]
-        found = _counts(counts, heads)
+        found = counts_of(counts, heads)
         fixed = None if labels is None else _labels(labels, found, heads)
         sharing = Sharing(attachment.layers, found, tokens, representative, fixed)
         with attachment.handling(sharing):
