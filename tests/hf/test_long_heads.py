@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as t
@@ -10,8 +12,9 @@ from torch import Tensor
 import polyhead as ph
 from hf.tiny import SIZES, make, tokens
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.hf.long_heads import LongHeads
 from polyhead.nn import LinearScaling, Yarn, rope
-from polyhead.nn.long_heads import attend_to_chunks, chunk_keys
+from polyhead.nn.long_heads import attend_to_chunks, chunk_keys, keys_of_chunks
 
 ROPE = rope(500.0)
 SHAPES = [(2, 4, 2, 37), (1, 2, 2, 61), (1, 4, 1, 48)]
@@ -53,6 +56,16 @@ def test_where_all_chunks_may_be_read_it_is_plain_attention(shape: tuple[int, ..
         torch.testing.assert_close(whole(*x, window, length), plain(*x))
     short = whole(*x, 4, 12)[:, :, :12]
     torch.testing.assert_close(short, plain(*x)[:, :, :12])
+
+
+@pytest.mark.parametrize(("window", "length"), [(4, 12), (5, 25), (1, 6), (16, 64)])
+def test_so_many_keys_are_read(window: int, length: int) -> None:
+    q, k, v = tensors(1, 2, 2, 61)
+    own = {"position": ROPE, "window": window}
+    every = torch.eye(61, dtype=torch.float64).expand(1, 2, 61, 61)
+    weights = attend_to_chunks(q, k, every, chunk_keys(q, k, v, **own), length=length, **own)
+    found = keys_of_chunks(torch.arange(61), window=window, length=length)
+    assert torch.equal((weights > 0).sum(-1), found.expand(1, 2, 61))
 
 
 def test_steps_are_what_the_whole_call_is() -> None:
@@ -177,6 +190,20 @@ def test_decoding_is_the_whole_call(model: t.LlamaForCausalLM) -> None:
             torch.testing.assert_close(made.logits, expected[:, first:last], rtol=1e-3, atol=1e-4)
         begun = logits(model, ids[:, :9])  # another text
         torch.testing.assert_close(begun, expected[:, :9], rtol=1e-3, atol=1e-4)
+
+
+def test_a_text_goes_on_in_several_ways(model: t.LlamaForCausalLM) -> None:
+    ids, handler = tokens(), LongHeads.of(model, window=2, length=6)
+    cache = t.DynamicCache(config=model.config)
+    with torch.no_grad(), ph.attach(model, handler=handler):
+        model(ids[:, :-3], past_key_values=cache)
+    ends = (ids[:, -3:], ids[:, -3:].flip(1))
+    for end in (*ends, *ends):
+        with torch.no_grad(), ph.attach(model, handler=handler.copy()):
+            found = model(end, past_key_values=copy.deepcopy(cache)).logits
+        with torch.no_grad(), ph.long_heads(model, window=2, length=6):
+            whole = model(torch.cat([ids[:, :-3], end], 1)).logits
+        torch.testing.assert_close(found, whole[:, -3:], atol=1e-5, rtol=1e-4)
 
 
 def test_scalings_of_frequencies_are_undone(model: t.LlamaForCausalLM) -> None:

@@ -56,6 +56,11 @@ def llama(folder: Path, **changes: int) -> Path:
     return save(folder, t.LlamaForCausalLM, t.LlamaConfig(**sizes))
 
 
+def gpt2(folder: Path) -> Path:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 600}
+    return save(folder, t.GPT2LMHeadModel, t.GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))
+
+
 def bert(folder: Path) -> Path:
     return save(folder, t.BertModel, t.BertConfig(**SIZES, vocab_size=600), encoder=True)
 

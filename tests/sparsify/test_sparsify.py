@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from polyhead.cli import app
 from polyhead.errors import ConfigError, PolyheadError, UnknownName
 from polyhead.folder import read
 from polyhead.sparsify import job
-from polyhead.sparsify.levels import listen, solve
+from polyhead.sparsify.counting import keys_seen
+from polyhead.sparsify.levels import Heard, listen, solve
 from polyhead.sparsify.methods import METHODS, Method, find
-from polyhead.sparsify.reading import keys_seen
+from polyhead.sparsify.reading import Counting, reading
 from polyhead.sparsify.settings import Settings
 from polyhead.sparsify.table import Comparison, Row
 from polyhead.sparsify.timing import Round, Taken, measure
@@ -59,7 +62,21 @@ def folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mask", [None, ph.causal(), ph.causal() & ph.window(9), ph.sink(3)])
+def drawn(heads: int, rows: int, cols: int, first: int = 30) -> ph.Mask:
+    """Some blocks of 100 keys for 70 queries, -1 between them."""
+    ranks = torch.rand(2, heads, -(-70 // rows), -(-100 // cols), generator=torch.Generator().manual_seed(0))
+    index = ranks.argsort(-1)[..., :5]
+    return ph.chosen(index.masked_fill(index % 3 == 0, -1), rows=rows, cols=cols, first=first)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(None, ph.causal(), ph.causal() & ph.window(9), ph.sink(3)),
+        *(ph.causal() & drawn(3, 16, 8), drawn(1, 1, 1) & ph.causal(), ph.causal() & drawn(1, 16, 8, 40)),
+        *(drawn(3, 16, 8), ph.causal() & ph.window(20) & drawn(3, 16, 8)),
+    ],
+)
 def test_keys_are_counted_as_they_are(mask: ph.Mask | None) -> None:
     found = keys_seen(mask, batch=2, heads=3, queries=70, keys=100)
     b, h = torch.arange(2)[:, None, None, None], torch.arange(3)[:, None, None]
@@ -68,15 +85,55 @@ def test_keys_are_counted_as_they_are(mask: ph.Mask | None) -> None:
     assert torch.equal(found, seen.expand(2, 3, 70, 100).sum(-1).float())
 
 
+IDS = torch.randint(2, 600, (1536,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def heard(loaded: Any) -> Heard:
+    return listen(loaded.model, IDS)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_reads_more_at_a_higher_level_and_meets_a_share(name: str, loaded: Any) -> None:
-    ids = torch.randint(2, 600, (1536,), generator=torch.Generator().manual_seed(0))
-    layers, asked = listen(loaded.model, ids)
-    assert [one.layer.index for one in asked] == [0, 1]
-    less, more = (solve(METHODS[name], share, layers, asked) for share in (0.25, 0.6))
+def test_every_method_reads_more_at_a_higher_level_and_meets_a_share(name: str, heard: Heard) -> None:
+    # less_is_more reads everything in one of the two layers
+    low, high = (0.6, 0.8) if name == "less_is_more" else (0.25, 0.6)
+    less, more = (solve(METHODS[name], share, heard) for share in (low, high))
     assert less[0] < more[0]
-    assert less[1] == pytest.approx(0.25, abs=0.05)
-    assert more[1] == pytest.approx(0.6, abs=0.05)
+    # one head ranks for all, so that whole rows of blocks come and go together
+    near = {"proxy_attn": 0.035, "vertical_slash": 0.025}.get(name, 0.02)
+    assert less[1] == pytest.approx(low, abs=near)
+    assert more[1] == pytest.approx(high, abs=near)
+
+
+@pytest.mark.parametrize("name", ["mean_keys", "less_is_more", "long_heads"])
+def test_the_share_at_a_level_is_what_the_model_reads_there(name: str, heard: Heard, loaded: Any) -> None:
+    level, share = solve(METHODS[name], 0.6, heard)
+    counting = Counting(METHODS[name].reader(level, heard.case), 2)
+    with torch.no_grad(), reading(loaded.model, counting):
+        loaded.model(IDS[None], use_cache=False)
+    assert counting.read.sum() / sum(heard.seen) == pytest.approx(
+        share, abs=1e-6 if name != "mean_keys" else 0.01
+    )
+    assert sum(heard.seen) == 2 * 4 * 1536 * 1537 / 2
+
+
+def test_layers_that_are_not_kept_read_as_those_between_them(tmp_path: Path) -> None:
+    deep = hf.load(
+        str(small_models.llama(tmp_path, num_hidden_layers=8, hidden_size=16, intermediate_size=16))
+    )
+    ids = IDS[:448]
+    every = listen(deep.model, ids)
+    some = listen(deep.model, ids, held=3 * 448 * 6 * 4 * 4)  # of three layers
+    assert [call.layer.index for call in every.calls] == list(range(8))
+    assert [call.layer.index for call in some.calls] == [1, 4, 6]
+    assert some.seen == every.seen
+    # all layers of a_shape read alike, less_is_more reads everything in the first three
+    for name in ("a_shape", "less_is_more"):
+        followed = METHODS[name].reader(1.0, every.case).followed
+        assert followed == (frozenset() if name == "a_shape" else {2})
+        own = listen(deep.model, ids, held=3 * 448 * 6 * 4 * 4, followed=followed)
+        assert solve(METHODS[name], 0.7, own) == pytest.approx(solve(METHODS[name], 0.7, every))
+    assert len(listen(deep.model, ids, held=1).calls) == 1
 
 
 def test_a_share_is_that_of_the_keys_that_are_read(loaded: Any, settings: Settings) -> None:
@@ -173,8 +230,8 @@ def test_a_method_of_ones_own(model: str, tmp_path: Path) -> None:
     file.write_text(
         "import polyhead as ph\n"
         "from polyhead.sparsify.methods import Method\n"
-        "def make(level, tokens):\n"
-        "    return ph.a_shape(1, max(1, round(level * tokens)), rows=32, cols=32)\n"
+        "def make(level, case):\n"
+        "    return ph.a_shape(1, max(1, round(level * case.tokens)), rows=32, cols=32)\n"
         'METHOD = Method("near", "what is near", "", make)\n'
     )
     found = job.run(
@@ -195,6 +252,40 @@ def test_a_method_of_ones_own(model: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             find(str(tmp_path / name))
+
+
+def test_a_method_with_positions_of_its_own_reads_on_where_the_text_ends(
+    loaded: Any, settings: Settings
+) -> None:
+    trial = Trial(loaded.model, loaded.tokenizer, settings)
+    dense = trial.run(None, None, lambda: None)
+    every = trial.run(METHODS["long_heads"], 1.0, lambda: None)
+    assert every.read == dense.read
+    assert every.found == dense.found
+    assert every.nats == pytest.approx(dense.nats, abs=1e-4)
+    own = trial.run(METHODS["long_heads"], 0.25, lambda: None)
+    tokens, length = 352, 16 * 6
+    places = torch.arange(tokens)
+    chunks = (places // 6).clamp(max=15) * 6 + places % 6 + 1
+    assert own.read[448] == 2 * 2 * 4 * int(chunks.sum())
+    assert length < tokens
+    assert own.missed is own.missed_head is None
+    assert Outcome.from_json(json.loads(json.dumps(own.to_json()))) == own
+
+
+def test_of_all_methods_those_are_left_out_that_the_model_cannot_be_read_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(small_models.gpt2(tmp_path / "gpt2"))
+    kept = {name: METHODS[name] for name in ("a_shape", "long_heads")}
+    monkeypatch.setattr(job, "METHODS", kept)
+    told = Console(record=True, width=200)
+    small = SIZE | {"shares": (0.5,), "rounds": 0, "out": tmp_path / "out", "console": told}
+    found = job.run(folder, **small)
+    assert [row.label for row in found.rows] == ["dense", "a_shape 0.5"]
+    assert "left out: long_heads: long_heads: the model's config names no rope" in told.export_text()
+    with pytest.raises(ConfigError, match="names no rope_parameters"):
+        job.run(folder, methods=("a_shape", "long_heads"), **small)
 
 
 def outcome(right: str, nats: float = 1.0, read: float = 10.0) -> Outcome:
@@ -265,6 +356,19 @@ def test_a_folder_under_other_settings_is_left_alone(folder: Path, model: str) -
     with pytest.raises(ConfigError, match="under other rules"):
         job.run(model, methods=("prism",), shares=(0.3,), out=folder, console=QUIET, **SIZE | {"facts": 1})
     assert sorted(folder.rglob("*")) == before
+
+
+def test_without_transformers_it_says_what_to_install(model: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import polyhead.sparsify.trials\n"
+        "from polyhead.cli import app\n"
+        f"app(['sparsify', {model!r}, '--out', {str(tmp_path / 'out')!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode
+    assert "needs the package 'transformers'" in done.stderr.splitlines()[-1]
+    assert "pip install 'polyhead[hf]'" in done.stderr
 
 
 def test_errors_are_ours() -> None:

@@ -42,6 +42,27 @@ class LongHeads:
         self.length = length
         self._past: dict[int, _Past] = {}
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, *, window: int = 256, length: int = 4096, position: Rope | None = None
+    ) -> LongHeads:
+        """For a model and its rotary positions; arguments and errors as of `long_heads`."""
+        own = _position(model) if position is None else position
+        if not isinstance(own, Rope):
+            raise ConfigError(f"long_heads: position must be a rotary one such as rope(); got {given(own)}")
+        if own.stretching:
+            raise ConfigError(
+                "long_heads: positions that stretch with the text leave keys of a cache turned by other "
+                "angles; use a position without such scaling"
+            )
+        return cls(own, window, length)
+
+    def copy(self) -> LongHeads:
+        """The same in the middle of a text, which with copies of its cache can go on in several ways."""
+        made = LongHeads(self.position, self.window, self.length)
+        made._past = dict(self._past)
+        return made
+
     @torch.no_grad()
     def __call__(self, call: Call) -> Tensor:
         k, v = _plain(call)
@@ -144,14 +165,6 @@ def long_heads(
             other masks, scores or sinks, a cache that holds no tensors, or one that was filled elsewhere.
         UnsupportedModel: the model's attention cannot be replaced.
     """
-    own = _position(model) if position is None else position
-    if not isinstance(own, Rope):
-        raise ConfigError(f"long_heads: position must be a rotary one such as rope(); got {given(own)}")
-    if own.stretching:
-        raise ConfigError(
-            "long_heads: positions that stretch with the text leave keys of a cache turned by other angles; "
-            "use a position without such scaling"
-        )
-    handler = LongHeads(own, window, length)
+    handler = LongHeads.of(model, window=window, length=length, position=position)
     with attach(model) as attachment, attachment.handling(handler):
         yield attachment

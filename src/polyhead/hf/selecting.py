@@ -86,11 +86,15 @@ class Selecting:
         self.decode = decode
 
     def __call__(self, call: Call) -> Tensor:
+        return self.chosen(call).proceed()
+
+    def chosen(self, call: Call) -> Call:
+        """The call with what its layer reads as its mask."""
         call = densely(call)
         selector = self.choices.enter(call.layer)
         if selector is None or not (self.decode if call.q.shape[2] == 1 else self.prefill):
-            return call.proceed()
-        return call.replace(mask=self.choices.mask(call)).proceed()
+            return call
+        return call.replace(mask=self.choices.mask(call))
 
 
 def densely(call: Call) -> Call:

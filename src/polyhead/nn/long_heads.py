@@ -14,7 +14,7 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.merged_softmax import merged
 from polyhead.nn.positions import Rope
 
-__all__ = ["attend_to_chunks", "chunk_keys", "chunks_of"]
+__all__ = ["attend_to_chunks", "chunk_keys", "chunks_of", "keys_of_chunks"]
 
 _HELD = 1 << 22  # scores of chunks that are held at a time
 
@@ -33,6 +33,13 @@ def chunks_of(window: int, length: int) -> int:
             f"and the query's own are always read; got length {length} and window {window}"
         )
     return length // window
+
+
+def keys_of_chunks(places: Tensor, *, window: int, length: int) -> Tensor:
+    """How many keys a query at each place of a text reads, in the chunks of `attend_to_chunks`."""
+    most = chunks_of(window, length)
+    chunks = (places.div(window, rounding_mode="floor")).clamp(max=most - 1)
+    return chunks * window + places % window + 1
 
 
 @torch.no_grad()

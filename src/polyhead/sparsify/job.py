@@ -82,9 +82,10 @@ def run(
     start = time.perf_counter()
     with stages:
         loaded, tokenizer, settings = _load(settings, lengths is None, stages, console)
+        trial = Trial(loaded, tokenizer, settings)
+        settings = trial.settings = _fitting(trial, methods is None, console)
         folder = JobFolder(out, _rules(settings), file="settings.json", what="comparison of selectors")
         with folder.held():
-            trial = Trial(loaded, tokenizer, settings)
             levels = _levels(trial, folder.path, stages)
             outcomes = _outcomes(trial, levels, folder.path, stages)
             times = _times(settings, levels, folder.path, stages)
@@ -149,6 +150,24 @@ def _load(
     return model, tokenizer, replace(settings, lengths=fitting)
 
 
+def _fitting(trial: Trial, all_methods: bool, console: Console) -> Settings:
+    """The settings with the methods that can read with this model; of those asked for, all must.
+
+    Some ask for what a model may not have, such as rotary positions: a few tokens tell.
+    """
+    settings, found = trial.settings, []
+    for method in settings.methods:
+        try:
+            trial.glance(find(method))
+        except PolyheadError as error:
+            if not all_methods:
+                raise
+            console.print(f"left out: {method}: {error}", markup=False, soft_wrap=True)
+        else:
+            found.append(method)
+    return replace(settings, methods=tuple(found))
+
+
 def _pairs(settings: Settings) -> list[Pair]:
     return [(method, share) for method in settings.methods for share in settings.shares]
 
@@ -160,9 +179,11 @@ def _levels(trial: Trial, path: Path, stages: Stages) -> dict[Pair, float]:
     missing = [pair for pair in _pairs(trial.settings) if pair not in known]
     if missing:
         with stages.stage("matching shares", len(missing)) as advance:
-            layers, asked = listen(trial.model, trial.text(trial.settings.longest - ROOM))
+            text = trial.text(trial.settings.longest - ROOM)
+            readers = [trial.reader(find(method), 1.0, len(text)) for method, _ in missing]
+            heard = listen(trial.model, text, followed={n for one in readers for n in one.followed})
             for method, share in missing:
-                known[method, share], _ = solve(find(method), share, layers, asked)
+                known[method, share], _ = solve(find(method), share, heard)
                 write(file, json.dumps([[m, s, level] for (m, s), level in known.items()], indent=1))
                 advance(f"{method} {share:g}")
     return {pair: known[pair] for pair in _pairs(trial.settings)}

@@ -2,78 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyhead.attend.function import resolved
-from polyhead.attend.masks import Mask
-from polyhead.hf import Call, LayerInfo, attach
-from polyhead.hf.selecting import by_layer, densely, keys_of
+from polyhead.hf import Call, attach
+from polyhead.hf.selecting import densely, keys_of
+from polyhead.sparsify.counting import keys_read
 from polyhead.sparsify.methods import Method
-from polyhead.sparsify.reading import keys_seen
+from polyhead.sparsify.reading import Case
 from polyhead.tasks.reading import evaluating
 
-__all__ = ["Asked", "listen", "solve"]
+__all__ = ["HELD", "Heard", "listen", "solve"]
+
+HELD = 2 << 30
+"""Bytes of queries and keys that are kept: of all layers, or else of as many, evenly spaced, as fit."""
 
 _NEAR = 0.02  # a share is met within so much of itself
 _TRIES = 12
-_HELD = 8  # layers whose queries and keys are kept
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one layer asked for in a dense pass: queries, keys, and how many of them it may see."""
+class Heard:
+    """What the layers of a model asked for when it read a text densely.
 
-    layer: LayerInfo
-    q: Tensor
-    k: Tensor
-    mask: Mask | None
-    scale: float
-    seen: float
+    Attributes:
+        case: the model, and the number of tokens.
+        calls: of the layers whose queries and keys were kept, in order.
+        evenly: the layers that stand for all, evenly spaced.
+        seen: for every layer, how many keys its queries saw.
+    """
+
+    case: Case
+    calls: tuple[Call, ...]
+    evenly: frozenset[int]
+    seen: tuple[float, ...]
 
 
-def listen(model: Any, ids: Tensor) -> tuple[tuple[LayerInfo, ...], list[Asked]]:
-    """The layers of a model, and what some of them, evenly spaced, ask for when it reads a text densely."""
-    found: dict[int, Asked] = {}
+def listen(model: Any, ids: Tensor, *, followed: Collection[int] = (), held: int = HELD) -> Heard:
+    """Let a model read a text densely, and keep what its layers ask for.
+
+    Args:
+        model: it is given back as it was.
+        ids: of the text, `(S,)`.
+        followed: layers that are kept in any case.
+        held: bytes that are kept beyond those.
+    """
     with evaluating(model), attach(model) as attachment:
         layers = tuple(attachment.layers)
-        count = min(_HELD, len(layers))
-        wanted = {round(n * (len(layers) - 1) / max(1, count - 1)) for n in range(count)}
+        case = Case(model, layers, len(ids))
+        width = next(model.parameters()).element_size()
+        most = max((one.heads + one.kv_heads) * one.head_dim for one in layers) * len(ids) * width
+        evenly = _spaced(len(layers), max(1, held // most))
+        calls: dict[int, Call] = {}
+        seen = [0.0] * len(layers)
 
         def note(call: Call) -> Tensor:
-            if call.layer.index in wanted:
-                q, k = call.q, keys_of(call)
-                size = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
-                seen = float(keys_seen(call.mask, **size).double().sum())
-                found[call.layer.index] = Asked(call.layer, q, k, call.mask, call.scale, seen)
-            return densely(call).proceed()
+            index, own = call.layer.index, densely(call)
+            seen[index] = keys_read(call)
+            if index in evenly or index in followed:
+                k = keys_of(call)
+                calls[index] = call.replace(k=k, v=k, below=())  # values choose nothing
+            return own.proceed()
 
         with attachment.handling(note):
             getattr(model, "base_model", model)(ids[None].to(model.device), use_cache=False)
-    return layers, [found[index] for index in sorted(found)]
+    return Heard(case, tuple(calls[index] for index in sorted(calls)), evenly, tuple(seen))
+
+
+def _spaced(layers: int, count: int) -> frozenset[int]:
+    count = min(count, layers)
+    return frozenset(round((n + 0.5) * layers / count - 0.5) for n in range(count))
 
 
 def solve(
-    method: Method,
-    share: float,
-    layers: tuple[LayerInfo, ...],
-    asked: list[Asked],
-    told: Callable[[], None] = lambda: None,
+    method: Method, share: float, heard: Heard, told: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
     """The level at which a method reads `share` of the keys, and what it does read there.
 
-    By bisection on the layers that were listened to. Where a method reads more at its lowest level, or less
-    at its highest, that one is given.
+    By bisection. Where a method reads more at its lowest level, or less at its highest, that one is given.
     """
-    tokens = asked[0].k.shape[2]
     low, high, best = 0.0, 1.0, (1.0, 1.0)
     for _ in range(_TRIES):
         level = (low + high) / 2
-        read = _read(method, level, tokens, layers, asked)
+        read = _read(method, level, heard)
         told()
         if abs(read - share) < abs(best[1] - share):
             best = level, read
@@ -84,19 +99,20 @@ def solve(
 
 
 @torch.no_grad()
-def _read(
-    method: Method, level: float, tokens: int, layers: tuple[LayerInfo, ...], asked: list[Asked]
-) -> float:
-    """Mean over layers of the share of visible keys that are read."""
-    selectors = by_layer(method.make(level, tokens), layers)
-    total = 0.0
-    for one in asked:
-        selector = selectors[one.layer.index]
-        if selector is None:
-            total += 1.0
-            continue
-        mask = resolved(one.q, one.k, one.mask, selector, one.scale)
-        batch, heads, queries, _ = one.q.shape
-        seen = keys_seen(mask, batch=batch, heads=heads, queries=queries, keys=one.k.shape[2])
-        total += float(seen.double().sum()) / one.seen
-    return total / len(asked)
+def _read(method: Method, level: float, heard: Heard) -> float:
+    """Of the visible keys of all layers, the share that is read.
+
+    Layers that were not kept read as much as the mean of those evenly spaced, but for those of which it is
+    known that they read everything.
+    """
+    reader = method.reader(level, heard.case)
+    whole = {index for index in range(len(heard.seen)) if index in reader.whole}
+    read = seen = 0.0
+    for call in heard.calls:
+        index = call.layer.index
+        own = reader.read(call)
+        if index in heard.evenly and index not in whole:
+            read, seen = read + own.keys(), seen + heard.seen[index]
+    full = sum(heard.seen[index] for index in whole)
+    rest = sum(heard.seen) - full
+    return (full + (rest * read / seen if seen else rest)) / sum(heard.seen)

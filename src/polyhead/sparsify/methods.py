@@ -11,11 +11,16 @@ from polyhead.attend import selectors as s
 from polyhead.attend.masks import sink, window
 from polyhead.checks import given
 from polyhead.errors import ConfigError, PolyheadError, unknown_name
+from polyhead.hf.long_heads import LongHeads
 from polyhead.hf.selecting import LayerSelectors
+from polyhead.sparsify.reading import Case, Chunks, Reader, Selected
 
-__all__ = ["METHODS", "Method", "find"]
+__all__ = ["METHODS", "Make", "Method", "find"]
+
+Make = Callable[[float, Case], LayerSelectors | Reader]
 
 _ROWS, _COLS = 128, 64
+_CHUNKS = 16  # of 256 tokens each in the paper of long_heads
 _ALWAYS = sink(1) | window(_COLS - 1)
 
 
@@ -27,54 +32,71 @@ class Method:
         name: what it is called by, and in tables.
         summary: what it reads, in a line.
         paper: where it comes from.
-        make: the selectors for a level, above 0 and at most 1, and a number of tokens. The higher the level,
-            the more is read; from the number of tokens come counts, where a selector takes such.
+        make: of a level, above 0 and at most 1, and a `Case`: the selectors, for all layers or by layer as
+            `ph.sparse` takes them, or a `Reader` of its own. The higher the level, the more is read. Of the
+            case a method takes what it needs: the number of tokens, for counts; layers; the model.
         oracle: whether it takes dense attention to know what to read, so that it saves nothing.
     """
 
     name: str
     summary: str
     paper: str
-    make: Callable[[float, int], LayerSelectors]
+    make: Make
     oracle: bool = False
 
+    def reader(self, level: float, case: Case) -> Reader:
+        """How a model reads at a level; for one text after another."""
+        made = self.make(level, case)
+        return made if isinstance(made, Reader) else Selected(made, case.layers)
 
-def _ranked(scorer: s.Scorer, budget: Callable[[float], s.Budget]) -> Callable[[float, int], LayerSelectors]:
-    def make(level: float, tokens: int) -> LayerSelectors:
+
+def _ranked(scorer: s.Scorer, budget: Callable[[float], s.Budget]) -> Make:
+    def make(level: float, case: Case) -> LayerSelectors:
         return s.select(scorer, budget(level), rows=_ROWS, cols=_COLS, always=_ALWAYS)
 
     return make
 
 
-def _prism(level: float, tokens: int) -> LayerSelectors:
+def _prism(level: float, case: Case) -> LayerSelectors:
     return s.prism(level, rows=_ROWS, cols=_COLS)
 
 
-def _proxy(level: float, tokens: int) -> LayerSelectors:
+def _proxy(level: float, case: Case) -> LayerSelectors:
     return s.proxy_attn(level, least=_COLS, rows=_ROWS, cols=_COLS)
 
 
-def _vertical_slash(level: float, tokens: int) -> LayerSelectors:
+def _vertical_slash(level: float, case: Case) -> LayerSelectors:
     # one column for six diagonals, as the defaults of the paper have it
-    columns, diagonals = (max(1, round(level * tokens * part)) for part in (1 / 6, 1))
+    columns, diagonals = (max(1, round(level * case.tokens * part)) for part in (1 / 6, 1))
     return s.vertical_slash(columns, diagonals, first=4, nearest=_COLS, rows=_ROWS, cols=16)
 
 
-def _a_shape(level: float, tokens: int) -> LayerSelectors:
-    return s.a_shape(1, max(1, round(level * tokens)), rows=_ROWS, cols=_COLS)
+def _a_shape(level: float, case: Case) -> LayerSelectors:
+    return s.a_shape(1, max(1, round(level * case.tokens)), rows=_ROWS, cols=_COLS)
 
 
-def _hisa(level: float, tokens: int) -> LayerSelectors:
-    keep = max(1, round(level * tokens))
+def _hisa(level: float, case: Case) -> LayerSelectors:
+    keep = max(1, round(level * case.tokens))
     return s.hisa(keep, max(2, -(-2 * keep // _COLS)), _COLS)  # searched are twice as many keys as are read
 
 
-def _dhsa(level: float, tokens: int) -> LayerSelectors:
-    return s.dhsa(max(_COLS, round(level * tokens)), local=_COLS, rows=_COLS)
+def _dhsa(level: float, case: Case) -> LayerSelectors:
+    return s.dhsa(max(_COLS, round(level * case.tokens)), local=_COLS, rows=_COLS)
 
 
-def _qada(level: float, tokens: int) -> LayerSelectors:
+def _qada(level: float, case: Case) -> LayerSelectors:
     return s.qada(level, first=1, nearest=_COLS, rows=_ROWS, cols=_COLS)
+
+
+def _less_is_more(level: float, case: Case) -> LayerSelectors:
+    layers, keep = len(case.layers), max(1, round(level * case.tokens))
+    at = (2, 9) if layers > 10 else (min(2, max(0, layers - 2)),)
+    return s.less_is_more(layers, keep, at=at)
+
+
+def _long_heads(level: float, case: Case) -> Reader:
+    window = max(1, round(level * case.tokens / _CHUNKS))
+    return Chunks(LongHeads.of(case.model, window=window, length=_CHUNKS * window))
 
 
 METHODS = {
@@ -121,6 +143,18 @@ METHODS = {
         Method("dhsa", "single keys by the mean key of their 32, for all heads", "145", _dhsa),
         Method(
             "qada", "near keys, or all where near ones are not taken to hold enough of the mass", "085", _qada
+        ),
+        Method(
+            "less_is_more",
+            "single keys that heads name in turns, for later layers; layers 0 to 2 and 9 read everything",
+            "122",
+            _less_is_more,
+        ),
+        Method(
+            "long_heads",
+            "16 chunks of each head's choice, moved next to each other, at positions below their length",
+            "062",
+            _long_heads,
         ),
         Method(
             "block_oracle",

@@ -28,7 +28,11 @@ _THROUGHOUT = _Axis(
     "Facts kept, answered under the method", lambda c, row: _share(*c.kept(row, throughout=True)), False
 )
 _RISE = _Axis("Perplexity above dense", lambda c, row: c.rise(row), True)
-_MISSED = _Axis("Missed mass", lambda c, row: row.outcome.missed, True)
+_MISSED = _Axis("Missed mass", lambda c, row: _number(row.outcome.missed), True)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _share(part: int, whole: int) -> float:

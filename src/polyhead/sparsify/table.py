@@ -178,7 +178,7 @@ class Comparison:
             f"{throughout} of {known}",
             f"{math.exp(out.nats):.2f}",
             "" if row is self.dense else f"{self.rise(row):+.1%}",
-            "" if row is self.dense else f"{out.missed:.1%}",
+            "" if row is self.dense or out.missed is None else f"{out.missed:.1%}",
             _times(row.median(lambda t: t.prefill), row.faster(lambda t: t.prefill)),
             _times(row.median(lambda t: t.step), row.faster(lambda t: t.step)),
             "" if math.isnan(peak) else f"{peak / 2**20:,.0f}",

@@ -80,6 +80,7 @@ def _taken(model: str, method: str | None, level: float | None, length: int, ste
 
     from polyhead import hf
     from polyhead.memory import Peak
+    from polyhead.sparsify.reading import Case, reading
     from polyhead.tasks import sample_text
     from polyhead.tasks.reading import encode, evaluating
 
@@ -88,9 +89,10 @@ def _taken(model: str, method: str | None, level: float | None, length: int, ste
     ids = ids.repeat(-(-length // len(ids)))[None, :length]
 
     def run(text: torch.Tensor, count: int) -> tuple[float, float]:
-        tokens = text.shape[1]
-        how = None if method is None or level is None else find(method).make(level, tokens)
-        with evaluating(loaded), nullcontext() if how is None else hf.sparse(loaded, how):
+        own = None
+        if method is not None and level is not None:
+            own = find(method).reader(level, Case.of(loaded, text.shape[1]))
+        with evaluating(loaded), nullcontext() if own is None else reading(loaded, own):
             cache = DynamicCache(config=loaded.config)
             start = time.perf_counter()
             loaded.base_model(text, past_key_values=cache, use_cache=True)

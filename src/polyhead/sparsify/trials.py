@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from polyhead.errors import MissingExtra
 from polyhead.heads import missed_mass
-from polyhead.hf import attach, sparse
 from polyhead.report.facts import STOCK, Hidden, Stock, hide, read
 from polyhead.sparsify.methods import Method
-from polyhead.sparsify.reading import Counting
+from polyhead.sparsify.reading import Case, Counting, Dense, Reader, reading
 from polyhead.sparsify.settings import ROOM, UNSEEN, Settings
 from polyhead.tasks import held_out_text, perplexity, sample_text
 from polyhead.tasks.reading import encode, evaluating
 
 __all__ = ["ALIKE", "Found", "Outcome", "Trial"]
+
+_FEW = 32  # tokens, for a glance
 
 ALIKE = Stock(STOCK.kinds[:1] * len(STOCK.kinds), STOCK.names)
 """Facts of one kind, about different names: to find one is to tell it from the others."""
@@ -54,7 +54,8 @@ class Outcome:
         read: keys that all queries, heads and layers read of the texts with facts, by their length.
         found: every fact.
         nats: mean negative log-likelihood of a token of a text of the longest length.
-        missed: share of the attention that is not read, mean over queries and heads.
+        missed: share of the attention that is not read, mean over queries and heads; None for a method that
+            reads at other positions, where the dense model's attention is no measure.
         missed_head: that of the head that misses most.
     """
 
@@ -62,8 +63,8 @@ class Outcome:
     read: dict[int, float]
     found: tuple[Found, ...]
     nats: float
-    missed: float
-    missed_head: float
+    missed: float | None
+    missed_head: float | None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -86,6 +87,7 @@ class Trial:
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self._layers = Case.of(model, 1).layers
         self.source = encode(tokenizer, sample_text()).tolist()
         self.prose = encode(tokenizer, held_out_text())
         self._texts = {length: list(self._hide(length)) for length in settings.lengths}
@@ -107,11 +109,12 @@ class Trial:
         read = dict.fromkeys(s.lengths, 0.0)
         for length in s.lengths:
             for hidden, alike in self._texts[length]:
-                cache, keys = self._filled(hidden, method, level)
+                reader = self.reader(method, level, len(hidden.text))
+                cache, keys = self._filled(hidden, reader)
                 read[length] += keys
-                right = throughout = self._ask(hidden, cache, None, None)
+                right = throughout = self._ask(hidden, cache, Dense())
                 if method is not None:
-                    throughout = self._ask(hidden, cache, method, level)
+                    throughout = self._ask(hidden, cache, reader)
                 for one, *good in zip(hidden.asked, right, throughout, strict=True):
                     found.append(Found(alike, length, one.place[0] / len(hidden.text), *good))
                 told()
@@ -131,28 +134,37 @@ class Trial:
                 size = {"length": length - ROOM, "count": s.facts, "unseen": UNSEEN}
                 yield hide(self.tokenizer, source, stock, seed=seed, **size), alike
 
-    @contextmanager
-    def _reading(self, method: Method | None, level: float | None, tokens: int) -> Iterator[None]:
-        with evaluating(self.model):
-            if method is None or level is None:
-                yield
-                return
-            with sparse(self.model, method.make(level, tokens)):
-                yield
+    def glance(self, method: Method) -> None:
+        """Read a few tokens at half the level.
 
-    def _filled(self, hidden: Hidden, method: Method | None, level: float | None) -> tuple[Any, float]:
+        Raises:
+            PolyheadError: the method asks for what the model does not have.
+        """
+        text = self.text(_FEW)
+        with evaluating(self.model), reading(self.model, self.reader(method, 0.5, _FEW)):
+            self.model(text[None].to(self.model.device), use_cache=False)
+
+    def reader(self, method: Method | None, level: float | None, tokens: int) -> Reader:
+        """How the model reads a text of so many tokens under a method; without one, densely."""
+        if method is None or level is None:
+            return Dense()
+        return method.reader(level, Case(self.model, self._layers, tokens))
+
+    def _filled(self, hidden: Hidden, reader: Reader) -> tuple[Any, float]:
         """A cache with the text, and how many keys were read on the way there."""
-        with attach(self.model) as attachment:
-            counting = Counting(len(attachment.layers))
-            with attachment.handling(counting), self._reading(method, level, len(hidden.text)):
-                cache = DynamicCache(config=self.model.config)
-                read(self.model, hidden, cache)
+        cache, counting = _cache(self.model), Counting(reader, len(self._layers))
+        with evaluating(self.model), reading(self.model, counting):
+            read(self.model, hidden, cache)
         return cache, float(counting.read.sum())
 
-    def _ask(self, hidden: Hidden, cache: Any, method: Method | None, level: float | None) -> list[bool]:
-        """Which facts are found, with a cache that holds the text."""
-        with self._reading(method, level, len(hidden.text)):
-            return [self._said(one.tail, one.answer, cache) for one in hidden.asked]
+    def _ask(self, hidden: Hidden, cache: Any, reader: Reader) -> list[bool]:
+        """Which facts are found, with a cache that holds the text, which the reader has read."""
+        found = []
+        with evaluating(self.model):
+            for one in hidden.asked:
+                with reading(self.model, reader.copy()):
+                    found.append(self._said(one.tail, one.answer, cache))
+        return found
 
     def _said(self, tail: Sequence[int], answer: int, cache: Any) -> bool:
         """Whether the model goes on with the answer, greedily and step by step."""
@@ -168,14 +180,23 @@ class Trial:
 
     def _nats(self, method: Method | None, level: float | None) -> float:
         tokens = min(self.settings.longest, len(self.prose))
-        with self._reading(method, level, tokens):
+        with reading(self.model, self.reader(method, level, tokens)):
             return perplexity(self.model, self.tokenizer, self.prose, length=tokens, chunk=1024).nats
 
-    def _missed(self, method: Method | None, level: float | None) -> tuple[float, float]:
-        if method is None or level is None:
+    def _missed(self, method: Method | None, level: float | None) -> tuple[float | None, float | None]:
+        if method is None:
             return 0.0, 0.0
         tokens = min(self.settings.missed, self.settings.longest, len(self.prose))
-        found = missed_mass(
-            self.model, self.tokenizer, self.prose, select=method.make(level, tokens), length=tokens
-        ).mass.flat
+        own = self.reader(method, level, tokens).selectors
+        if own is None:
+            return None, None
+        found = missed_mass(self.model, self.tokenizer, self.prose, select=own, length=tokens).mass.flat
         return float(found.mean()), float(found.max())
+
+
+def _cache(model: Any) -> Any:
+    try:
+        from transformers import DynamicCache
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "trying selectors on a pretrained model") from error
+    return DynamicCache(config=model.config)
