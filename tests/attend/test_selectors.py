@@ -108,6 +108,8 @@ def test_budgets_keep_the_best_visible_blocks() -> None:
     assert kept(ph.keep_blocks(9)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(ph.keep_share(0.5)) == [[0, 2], [2, 3]]
     assert kept(ph.keep_share(torch.tensor([0.25, 1.0]))) == [[0], [0, 1, 2, 3]]
+    assert kept(ph.keep_at_least(0.25)) == [[0], [3]]
+    assert kept(ph.keep_at_least(0.26)) == [[0, 2], [2, 3]]  # where keep_share rounds to one
     assert kept(ph.keep_above(1.5)) == [[0, 2], [3]]
     # softmax of 3, 1, 2, 0: .644 .087 .237 .032, and of 0, 0, 0, 4: .948 for the last
     assert kept(ph.keep_mass(0.6)) == [[0], [3]]
@@ -118,7 +120,14 @@ def test_budgets_keep_the_best_visible_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [ph.keep_share(0.0), ph.keep_mass(0.0), ph.keep_above(100.0), ph.keep_total(0.0)]
+    "budget",
+    [
+        ph.keep_share(0.0),
+        ph.keep_at_least(0.0),
+        ph.keep_mass(0.0),
+        ph.keep_above(100.0),
+        ph.keep_total(0.0),
+    ],
 )
 def test_no_budget_reads_nothing(budget: Any) -> None:
     assert kept(budget) == [[0], [3]]

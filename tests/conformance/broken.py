@@ -301,6 +301,36 @@ class StepsAnywhere(MultiHeadAttention):
         return y if y.dtype in (torch.float32, torch.float64) else y.roll(1, -1)
 
 
+class TaughtAside(MultiHeadAttention):
+    """Has a parameter that learns by an auxiliary loss alone, and says so."""
+
+    taught = ("aside",)
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        weight = self.output.weight
+        self.aside = nn.Parameter(torch.ones((), dtype=weight.dtype, device=weight.device))
+        self.losses = AuxiliaryLosses()
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        self.losses.record("aside", self.aside.square())
+        return super().forward(*args, **given)
+
+
+class TaughtByOutputs(TaughtAside):
+    """Says so of a parameter that the output teaches too."""
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        return super().forward(*args, **given) + (self.aside - self.aside.detach())
+
+
+class NeverTaught(TaughtAside):
+    """Says so, and leaves no loss."""
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        return MultiHeadAttention.forward(self, *args, **given)
+
+
 # what is broken, and the checks of which each must fail (others may)
 BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     LooksAhead: {"causal", "causal_gradient", "equals_twin", "decode", "padding"},
@@ -332,6 +362,8 @@ BROKEN: dict[type[MultiHeadAttention], set[str]] = {
     StandsStill: {"causal", "equals_twin"},
     StepsAhead: {"causal", "causal_gradient"},
     StepsAnywhere: {"precision"},
+    TaughtByOutputs: {"gradients_finite"},
+    NeverTaught: {"gradients_finite"},
 }
 
 
@@ -376,6 +408,7 @@ def case(kind: type[MultiHeadAttention]) -> Case:
             equation="-",
             graph_breaks=int(kind is BreaksAsDeclared),
             piecewise_constant=getattr(kind, "in_steps", False),
+            taught=getattr(kind, "taught", ()),
             supports=frozenset({"self"}) if issubclass(kind, SelfOnly) else PATTERNS,
         )(config)
     return Case(SCRATCH.entry(name), twin_name="mha")

@@ -502,7 +502,10 @@ def gradients_of_twin(case: Case) -> None:
 
 
 def gradients_finite(case: Case) -> None:
-    """With padding and rows that see nothing, every parameter gets a finite gradient, and gets one."""
+    """With padding and rows that see nothing, every parameter gets a finite gradient, and gets one.
+
+    Some get it from the auxiliary losses, and then none from the output.
+    """
     for pattern in case.patterns():
         module = case.build(dtype=torch.float32).train()
         c = call(module, pattern, batch=2, length=9, dtype=torch.float32)
@@ -510,6 +513,13 @@ def gradients_finite(case: Case) -> None:
         mask = ph.documents(ids) if c.mask is None else c.mask & ph.documents(ids)
         mask = mask if case.entry.any_mask else c.mask
         c(module, mask=mask, padding=ragged(2, 9, left=True)).square().sum().backward()
+        for name, p in module.named_parameters():
+            if name.startswith(case.entry.taught):
+                assert p.grad is None, f"{pattern}: a gradient of the output reaches {name}"
+        if case.entry.taught:
+            losses = list(auxiliary_losses(module).values())
+            assert losses, f"{pattern}: no auxiliary loss teaches {', '.join(case.entry.taught)}"
+            torch.stack(losses).sum().backward()
         for name, p in module.named_parameters():
             assert p.grad is not None, f"{pattern}: no gradient reaches {name}"
             assert bool(torch.isfinite(p.grad).all()), f"{pattern}: the gradient of {name} is not finite"
@@ -601,7 +611,8 @@ def compiles(case: Case) -> None:
     torch._dynamo.reset()
     real = ragged(2, 9, left=False)
     c = call(module, pattern, dtype=torch.float32)
-    leaves = [c.source.requires_grad_(), *module.parameters()]
+    learned = [p for name, p in module.named_parameters() if not name.startswith(case.entry.taught)]
+    leaves = [c.source.requires_grad_(), *learned]
     flows = []
     for run in (compiled, module):
         out = c(run, padding=real)

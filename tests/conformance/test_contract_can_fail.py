@@ -8,13 +8,15 @@ from collections.abc import Callable
 import pytest
 
 import polyhead as ph
-from conformance.broken import BROKEN, BreaksAsDeclared, Centred, SelfOnly, Sound, case
+from conformance.broken import BROKEN, BreaksAsDeclared, Centred, SelfOnly, Sound, TaughtAside, case
 from conformance.contract import CHECKS, Case, causal, failing
 from polyhead.mechanisms import AttentionConfig, Registry
 from polyhead.nn import MultiHeadAttention
 
 
-@pytest.mark.parametrize("kind", [Sound, SelfOnly, BreaksAsDeclared], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [Sound, SelfOnly, BreaksAsDeclared, TaughtAside], ids=lambda kind: kind.__name__
+)
 def test_a_sound_mechanism_passes_everything(kind: type[MultiHeadAttention]) -> None:
     assert failing(case(kind)) == {}
 

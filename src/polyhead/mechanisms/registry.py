@@ -63,6 +63,8 @@ class Entry:
         least_heads: fewer heads are refused, because the idea has no meaning there.
         any_mask: whether it takes any mask; else `causal()` alone or none, because tokens share weights in
             groups that a mask would cut, and a cache that forgets tokens is refused.
+        taught: beginnings of the names of parameters that no gradient of the output reaches, because they
+            learn by the auxiliary losses alone.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Entry:
     piecewise_constant: bool = False
     least_heads: int = 1
     any_mask: bool = True
+    taught: tuple[str, ...] = ()
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -147,6 +150,7 @@ class Registry:
         piecewise_constant: bool = False,
         least_heads: int = 1,
         any_mask: bool = True,
+        taught: tuple[str, ...] = (),
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -189,6 +193,7 @@ class Registry:
                 piecewise_constant,
                 least_heads,
                 any_mask,
+                taught,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config

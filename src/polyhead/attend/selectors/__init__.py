@@ -10,11 +10,13 @@ exactly, reading only what was chosen.
 from polyhead.attend.selectors.budgets import (
     Budget,
     KeepAbove,
+    KeepAtLeast,
     KeepBlocks,
     KeepMass,
     KeepShare,
     KeepTotal,
     keep_above,
+    keep_at_least,
     keep_blocks,
     keep_mass,
     keep_share,
@@ -60,6 +62,7 @@ from polyhead.attend.selectors.less_is_more import (
     less_is_more,
     unified_keys,
 )
+from polyhead.attend.selectors.low_rank import LowRankScores, low_rank_scores
 from polyhead.attend.selectors.prism import BandMeans, band_means, prism
 from polyhead.attend.selectors.proxy_attn import (
     KeepLastMass,
@@ -112,6 +115,7 @@ __all__ = [
     "IndexScores",
     "Indexer",
     "KeepAbove",
+    "KeepAtLeast",
     "KeepBlocks",
     "KeepLastMass",
     "KeepMass",
@@ -123,6 +127,7 @@ __all__ = [
     "LearnedChunks",
     "LearnedIndexer",
     "Listing",
+    "LowRankScores",
     "MeanIndexer",
     "MeanKeys",
     "NearGaussian",
@@ -155,6 +160,7 @@ __all__ = [
     "index_scores",
     "indexer_loss",
     "keep_above",
+    "keep_at_least",
     "keep_blocks",
     "keep_last_mass",
     "keep_mass",
@@ -165,6 +171,7 @@ __all__ = [
     "learned_chunks",
     "learned_indexer",
     "less_is_more",
+    "low_rank_scores",
     "mean_indexer",
     "mean_keys",
     "prism",

@@ -18,11 +18,13 @@ from polyhead.errors import ConfigError, ShapeError
 __all__ = [
     "Budget",
     "KeepAbove",
+    "KeepAtLeast",
     "KeepBlocks",
     "KeepMass",
     "KeepShare",
     "KeepTotal",
     "keep_above",
+    "keep_at_least",
     "keep_blocks",
     "keep_mass",
     "keep_share",
@@ -153,6 +155,29 @@ def keep_share(share: float | Tensor) -> Budget:
         share: 0 to 1; or a tensor `(H,)`, one number a head, such as a row of `HeadScores` made into shares.
     """
     return KeepShare(share)
+
+
+class KeepAtLeast(Budget):
+    """The fewest blocks that are such a share of the visible ones."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", number("keep_at_least: share", self.share, least=0, most=1))
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        # a share of a third of three blocks is one block, however it is rounded
+        count = (self.share * visible.sum(-1, keepdim=True).double() - 1e-9).ceil().clamp(min=1)
+        return (ranks(scores, visible, forced) < count) & visible | forced
+
+
+def keep_at_least(share: float) -> Budget:
+    """The best of every row's visible blocks, such a share of them, rounded up; at least one.
+
+    Args:
+        share: 0 to 1.
+    """
+    return KeepAtLeast(share)
 
 
 class KeepMass(Budget):
