@@ -151,5 +151,5 @@ if __name__ == "__main__":
             for name in list(arms())[1:]
             for what in ("missed", "loss")
         },
-        seeds=2,
+        seeds=3,
     )
