@@ -465,9 +465,10 @@ def gradients(case: Case) -> None:
     for pattern in case.patterns():
         module = case.build(heads=2, head_dim=2)
         c = call(module, pattern, batch=1, length=3, keys=4)
-        names = [name for name, _ in module.named_parameters()]
+        learned = [(n, p) for n, p in module.named_parameters() if not n.startswith(case.entry.taught)]
+        names = [name for name, _ in learned]
         inputs = (c.x, *(() if c.context is None else (c.context,)))
-        tensors = [*inputs, *(p.detach() for p in module.parameters())]
+        tensors = [*inputs, *(p.detach() for _, p in learned)]
 
         def run(
             *given: Tensor,
