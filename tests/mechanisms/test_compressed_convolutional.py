@@ -129,9 +129,9 @@ def test_what_is_not_allowed() -> None:
         with pytest.raises(ConfigError, match=message):
             built(**options)
     module = built()
-    with pytest.raises(UnsupportedPattern, match="does not support cross"):
+    with pytest.raises(UnsupportedPattern, match="does not support a context"):
         module(X, X)
-    with pytest.raises(UnsupportedPattern, match="does not support cross"):
+    with pytest.raises(UnsupportedPattern, match="does not support a context"):
         module.new_context_cache(X)
     with pytest.raises(ConfigError, match="make it with new_cache of this module"):
         module(X, cache=ph.build("mha", dim=32, heads=4, **F64).new_cache(2))

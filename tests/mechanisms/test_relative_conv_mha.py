@@ -148,7 +148,7 @@ def test_a_kernel_of_one_needs_no_earlier_inputs() -> None:
 
 def test_refusals() -> None:
     module = built()
-    with pytest.raises(UnsupportedPattern, match="relative_conv_mha .* does not support cross"):
+    with pytest.raises(UnsupportedPattern, match="relative_conv_mha .* does not support a context"):
         module.new_context_cache(X)
     with pytest.raises(ConfigError, match="cache must hold the latest inputs .* got a GrowingCache"):
         module(X, cache=built("mha").new_cache(2))

@@ -60,7 +60,7 @@ class ChoosingHeads(OneSequenceAttention):
             weight maps are refused.
     """
 
-    called: ClassVar[str] = "mosa"
+    called = "mosa"
     past_only: ClassVar[str] = "attends among tokens that are past"
     cut_by_masks: ClassVar[str] = "tokens are chosen among all that are past"
     needs_all: ClassVar[str] = "whether a token is chosen depends on the scores of all before it"
@@ -111,8 +111,7 @@ class ChoosingHeads(OneSequenceAttention):
         return super().forward(x, **call)
 
     def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
-        if context is not None or getattr(call.get("cache"), "holds_context", False):
-            self._refuse_context()
+        self._check_self(x, context, call.get("cache"))
         return self._call(x, **call)
 
     def _project(  # type: ignore[override]

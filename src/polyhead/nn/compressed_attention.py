@@ -15,10 +15,8 @@ class CompressedAttention(LookBackAttention):
     """`MultiHeadAttention` whose projection is a `CompressedProjection`."""
 
     projection: CompressedProjection  # type: ignore[assignment]
-    alone = (
-        "compressed_convolutional makes queries and keys of the same tokens; it does not support cross: call "
-        "it without context, and take grouped_query for cross-attention"
-    )
+    called = "compressed_convolutional"
+    within = "makes queries and keys of the same tokens"
 
     @property
     def reach(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn.cost import Cost
 from polyhead.nn.keeps_queries import KeepsQueries
-from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
+from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
-from polyhead.nn.projections import check_inputs
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["HierarchicalAttention", "tree_widths"]
 
@@ -47,7 +47,7 @@ class _Level(NamedTuple):
     shares: Tensor  # of D_B that goes to every sibling, and on the diagonal to what is within B; width
 
 
-class HierarchicalAttention(KeepsQueries):
+class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
     """Self-attention on a tree of windows; see `polyhead.mechanisms.hierarchical_self_attention`.
 
     Args:
@@ -55,6 +55,9 @@ class HierarchicalAttention(KeepsQueries):
         levels: levels of nodes between leaves and root; None: until b nodes are left.
         The others are those of `MultiHeadAttention`, without those that change scores or weights.
     """
+
+    called = "hierarchical_self_attention"
+    within = "attends within one tree of tokens"
 
     def __init__(self, *parts: Any, branch: int, levels: int | None, **options: Any) -> None:
         super().__init__(*parts, **options)
@@ -65,13 +68,6 @@ class HierarchicalAttention(KeepsQueries):
         heads, width = self.projection.heads, self.head_dim
         return ((heads, width), *self.projection.streams)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
-        """Attend; see `MultiHeadAttention.forward`. The mask is None or `causal()`; there is no context."""
-        if context is not None:
-            check_inputs("x", x, self.projection.dim)
-            self._refuse_context()
-        return super().forward(x, None, **call)
-
     def new_cache(self, batch: int = 1, *, window: int | None = None, **options: Any) -> KeyValueCache:
         if window is not None:
             raise UnsupportedPattern(
@@ -79,15 +75,6 @@ class HierarchicalAttention(KeepsQueries):
                 f"needs all its tokens; leave window out; got {given(window)}"
             )
         return super().new_cache(batch, **options)
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        self._refuse_context()
-
-    def _refuse_context(self) -> NoReturn:
-        raise UnsupportedPattern(
-            "hierarchical_self_attention attends within one tree of tokens and does not support a context; "
-            "leave context out, and take grouped_query for cross-attention"
-        )
 
     def _attend(
         self,

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask
 from polyhead.checks import flag, whole
-from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
+from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
+from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.levels import LevelCache
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["HigherOrderAttention"]
 
 
-class HigherOrderAttention(MultiHeadAttention):
+class HigherOrderAttention(SelfOnlyAttention):
     """`MultiHeadAttention` of order m; the equations are in `mechanisms/nexus_higher_order.py`.
 
     Args:
@@ -29,6 +29,9 @@ class HigherOrderAttention(MultiHeadAttention):
         gated: whether what the inner attentions change is scaled by a learned number, 0 at the start.
         args, options: those of `MultiHeadAttention`.
     """
+
+    called = "nexus_higher_order"
+    within = "lets queries and keys of the same tokens attend"
 
     def __init__(self, *args: Any, order: int = 2, gated: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -57,8 +60,7 @@ class HigherOrderAttention(MultiHeadAttention):
 
     def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
         cache = call.get("cache")
-        if context is not None or getattr(cache, "holds_context", False):
-            raise _no_context()
+        self._check_self(x, context, cache)
         if self.order > 1 and isinstance(cache, KeyValueCache) and not isinstance(cache, LevelCache):
             raise ConfigError(
                 "cache must hold queries and keys of every order: make it with new_cache of this module; got "
@@ -106,9 +108,6 @@ class HigherOrderAttention(MultiHeadAttention):
         ]
         return caches[0] if self.order == 1 else LevelCache(caches)
 
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        raise _no_context()
-
     def cost(
         self,
         length: int,
@@ -121,10 +120,3 @@ class HigherOrderAttention(MultiHeadAttention):
         keys = length if context_length is None else context_length
         inner = 2 * batch * length * keys * (self.heads + self.kv_heads) * self.head_dim * (self.order - 1)
         return dataclasses.replace(found, scores=found.scores + inner, values=found.values + inner)
-
-
-def _no_context() -> UnsupportedPattern:
-    return UnsupportedPattern(
-        "nexus_higher_order lets queries and keys of the same tokens attend; it does not support cross: call "
-        "it without context, and take grouped_query for cross-attention"
-    )

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
+from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.kv_cache.recent import RecentInputs
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["LookBackAttention"]
 
 
-class LookBackAttention(MultiHeadAttention):
+class LookBackAttention(SelfOnlyAttention):
     """`MultiHeadAttention` within one sequence, with a cache of the latest inputs besides keys and values.
 
     A subclass says how far it looks, and asks `_remembered` for the inputs where it makes its rows.
-
-    Attributes:
-        alone: why there is no cross-attention, and what to do; ends the error that a context raises.
     """
-
-    alone: ClassVar[str]
 
     @property
     def reach(self) -> int:
         """Tokens before a token that its rows depend on."""
         raise NotImplementedError
-
-    def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
-        if context is not None or getattr(call.get("cache"), "holds_context", False):
-            raise UnsupportedPattern(self.alone)
-        return super().forward(x, **call)
 
     def _remembered(
         self, x: Tensor, cache: KeyValueCache, padding: Tensor | None = None
@@ -52,9 +42,6 @@ class LookBackAttention(MultiHeadAttention):
     def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
         rows = super().new_cache(batch, **options)
         return RecentInputs(rows, batch, self.projection.dim, self.reach) if self.reach else rows
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        raise UnsupportedPattern(self.alone)
 
     def cost(
         self,

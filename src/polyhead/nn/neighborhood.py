@@ -11,15 +11,14 @@ from torch import Tensor
 from polyhead.attend.masks import Mask, dilated, neighborhood
 from polyhead.checks import given
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
+from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.kv_cache.base import Kept
-from polyhead.nn.projections import check_inputs, check_real
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["NeighborAttention"]
 
 
-class NeighborAttention(MultiHeadAttention):
+class NeighborAttention(SelfOnlyAttention):
     """`MultiHeadAttention` in which tokens see their neighbours only.
 
     Args:
@@ -27,6 +26,9 @@ class NeighborAttention(MultiHeadAttention):
         grid: lengths of the axes; None: a causal line of any length.
         window, dilation, stride, causal: the window rule of `neighborhood`, one value for each axis.
     """
+
+    called = "neighborhood_attention"
+    within = "attends within one line or grid"
 
     def __init__(
         self,
@@ -53,11 +55,7 @@ class NeighborAttention(MultiHeadAttention):
         **call: Any,
     ) -> Tensor:
         """Attend; see `MultiHeadAttention.forward`. A line takes causal masks, a grid no cache."""
-        check_inputs("x", x, self.projection.dim)
-        if context is not None or getattr(cache, "holds_context", False):
-            self._refuse_context()
-        if padding is not None:
-            check_real("x", padding, x)
+        self._check_self(x, context, cache, padding)
         if mask is not None and not isinstance(mask, Mask):
             raise ConfigError(f"mask must be a mask such as causal(); got {given(mask)}")
         if self.grid is None:
@@ -80,9 +78,6 @@ class NeighborAttention(MultiHeadAttention):
             self._refuse_cache()
         return super().new_cache(batch, **options)
 
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        self._refuse_context()
-
     def _options(
         self, queries: int, kept: Kept, mask: Mask | None, *, first: int, latest: bool
     ) -> dict[str, Any]:
@@ -104,10 +99,4 @@ class NeighborAttention(MultiHeadAttention):
         raise UnsupportedPattern(
             f"neighborhood_attention on the grid {self.grid} needs all of it and does not support a cache; "
             "leave grid out for a causal line"
-        )
-
-    def _refuse_context(self) -> NoReturn:
-        raise UnsupportedPattern(
-            "neighborhood_attention attends within one line or grid and does not support a context; leave "
-            "context out, and take grouped_query for cross-attention"
         )

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from polyhead.attend.masks import Mask, causal
 from polyhead.checks import given
 from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
-from polyhead.nn.projections import check_inputs, check_real
+from polyhead.nn.kv_cache import KeyValueCache
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["OneSequenceAttention"]
 
 _CAUSAL = causal()
 
 
-class OneSequenceAttention(MultiHeadAttention):
+class OneSequenceAttention(SelfOnlyAttention):
     """`MultiHeadAttention` within one sequence, with `causal()` for its mask or, where it can, with none.
 
     Attributes:
-        called: the mechanism's name; errors begin with it.
         past_only: what it does, for the error of a call without a mask; empty where that is supported.
         cut_by_masks: why no other mask fits.
         needs_all: why a cache of recent tokens does not.
     """
 
-    called: ClassVar[str]
     past_only: ClassVar[str] = ""
     cut_by_masks: ClassVar[str]
     needs_all: ClassVar[str] = "it reads all that are past"
@@ -44,11 +41,7 @@ class OneSequenceAttention(MultiHeadAttention):
         **call: Any,
     ) -> Tensor:
         """Attend; see `MultiHeadAttention.forward`. The mask is `causal()`; there is no context."""
-        check_inputs("x", x, self.projection.dim)
-        if context is not None or getattr(cache, "holds_context", False):
-            self._refuse_context()
-        if padding is not None:
-            check_real("x", padding, x)
+        self._check_self(x, context, cache, padding)
         if mask is not None and not isinstance(mask, Mask):
             raise ConfigError(f"mask must be causal(){' or None' * (not self.past_only)}; got {given(mask)}")
         if mask is None and self.past_only:
@@ -75,12 +68,3 @@ class OneSequenceAttention(MultiHeadAttention):
                 f"out; got {given(window)}"
             )
         return super().new_cache(batch, **options)
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        self._refuse_context()
-
-    def _refuse_context(self) -> NoReturn:
-        raise UnsupportedPattern(
-            f"{self.called} attends within one sequence and does not support a context; leave context out, "
-            "and take grouped_query for cross-attention"
-        )

@@ -27,10 +27,9 @@ class PooledTokensAttention(LookBackAttention):
         parts: those of `MultiHeadAttention`.
     """
 
-    alone = (
-        "tap_adl blends the tokens of one sequence and attends within it; it does not support cross: call it "
-        "without context, and take mha for cross-attention"
-    )
+    called = "tap_adl"
+    within = "blends the tokens of one sequence"
+    instead = "mha"
 
     def __init__(self, *parts: Any, pooling: TokenPooling, **options: Any) -> None:
         super().__init__(*parts, **options)

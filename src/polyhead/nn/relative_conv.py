@@ -69,10 +69,9 @@ class RelativeConvAttention(LookBackAttention):
         relative: W_R, `(H, D, E)`.
     """
 
-    alone = (
-        "relative_conv_mha convolves the tokens of one sequence and attends within it; it does not support "
-        "cross: call it without context, and take mha for cross-attention"
-    )
+    called = "relative_conv_mha"
+    within = "convolves the tokens of one sequence"
+    instead = "mha"
 
     def __init__(
         self, *args: Any, kernel: int = 3, share_heads: bool = False, relative_dim: int, **options: Any

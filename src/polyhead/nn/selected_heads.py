@@ -15,12 +15,11 @@ from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.precision import wide
 from polyhead.attend.scores import GatheredScore
 from polyhead.checks import given
-from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
+from polyhead.errors import ConfigError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.chosen_rows import ChosenRows, Group
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, FlagBits, Kept, row_bytes
+from polyhead.nn.kv_cache import FlagBits, Kept, row_bytes
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import PlacedScore
 from polyhead.nn.lane_mask import LaneMask
@@ -29,6 +28,7 @@ from polyhead.nn.projections import Projection
 from polyhead.nn.routed_output import Mixed, RoutedOutput
 from polyhead.nn.routing import Choice
 from polyhead.nn.selected_lanes import ranks, selected_groups
+from polyhead.nn.self_only import SelfOnlyAttention
 from polyhead.nn.slice_router import SliceRouter
 
 __all__ = ["SelectedHeads"]
@@ -49,7 +49,7 @@ class _Selected(NamedTuple):
         return self.queries.shape
 
 
-class SelectedHeads(MultiHeadAttention):
+class SelectedHeads(SelfOnlyAttention):
     """Self-attention in N slices of R heads; a slice has queries, keys and values of its own tokens only.
 
         S_i = {t : token t chose slice i};   y_t = Σ over i chosen by t, h in i of g_th attend_h(S_i)_t W_Oh
@@ -64,6 +64,10 @@ class SelectedHeads(MultiHeadAttention):
         router: chooses the slices.
         parts: those of `MultiHeadAttention`. A score map across heads is refused, and so is a weight map.
     """
+
+    called = "selective_mha_uoe"
+    within = "attends among the tokens that chose a slice"
+    instead = "moh"
 
     def __init__(
         self, projection: Projection, output: RoutedOutput, *, router: SliceRouter, **parts: Any
@@ -91,16 +95,12 @@ class SelectedHeads(MultiHeadAttention):
         return self.router(self.position.add(x, 0))
 
     def forward(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor:
-        if context is not None or getattr(call.get("cache"), "holds_context", False):
-            raise _no_context()
+        self._check_self(x, context, call.get("cache"))
         return self._call(x, **call)
 
     @LeftToPython  # how many tokens a slice has is not known before the call
     def _call(self, x: Tensor, **call: Any) -> Tensor:
         return super().forward(x, **call)
-
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        raise _no_context()
 
     def _project(  # type: ignore[override]
         self, x: Tensor, source: Tensor, where: Any, *given: Any
@@ -276,10 +276,3 @@ def _keeps_order(mask: Any, row: Group, key: Group) -> bool:
     """Whether the mask is `causal()` and every row its own key: the rows left are in the same order."""
     same = all(a.count == b.count for a, b in zip(row.lanes, key.lanes, strict=True))
     return same and isinstance(mask, Window) and mask.left is None and mask.right == 0
-
-
-def _no_context() -> UnsupportedPattern:
-    return UnsupportedPattern(
-        "selective_mha_uoe attends among the tokens that chose a slice; it does not support cross: call it "
-        "without context, and take moh for cross-attention"
-    )

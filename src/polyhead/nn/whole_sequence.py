@@ -9,22 +9,19 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.checks import given
 from polyhead.errors import ConfigError, UnsupportedPattern
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.kv_cache import ContextCache, KeyValueCache
-from polyhead.nn.projections import check_inputs, check_real
+from polyhead.nn.kv_cache import KeyValueCache
+from polyhead.nn.self_only import SelfOnlyAttention
 
 __all__ = ["WholeSequenceAttention"]
 
 
-class WholeSequenceAttention(MultiHeadAttention):
+class WholeSequenceAttention(SelfOnlyAttention):
     """`MultiHeadAttention` within one sequence that is there from its first token to its last.
 
     Attributes:
-        called: the mechanism's name; errors begin with it.
         needs_all: why it needs all tokens at once.
     """
 
-    called: ClassVar[str]
     needs_all: ClassVar[str]
 
     def forward(
@@ -38,13 +35,9 @@ class WholeSequenceAttention(MultiHeadAttention):
         **call: Any,
     ) -> Tensor:
         """Attend; see `MultiHeadAttention.forward`. There is no mask, no context and no cache."""
-        check_inputs("x", x, self.projection.dim)
-        if context is not None:
-            self._refuse_context()
+        self._check_self(x, context, cache, padding)
         if cache is not None:
             self._refuse_cache()
-        if padding is not None:
-            check_real("x", padding, x)
         if mask is not None:
             if not isinstance(mask, Mask):
                 raise ConfigError(f"mask must be None; got {given(mask)}")
@@ -66,17 +59,8 @@ class WholeSequenceAttention(MultiHeadAttention):
     def new_cache(self, batch: int = 1, **options: Any) -> KeyValueCache:
         self._refuse_cache()
 
-    def new_context_cache(self, context: Tensor, **options: Any) -> ContextCache:
-        self._refuse_context()
-
     def _refuse_cache(self) -> NoReturn:
         raise UnsupportedPattern(
             f"{self.called} does not support decoding with a cache, because {self.needs_all}; call it "
             "with the whole sequence, and take grouped_query to decode"
-        )
-
-    def _refuse_context(self) -> NoReturn:
-        raise UnsupportedPattern(
-            f"{self.called} attends within one sequence and does not support a context; leave context out, "
-            "and take grouped_query for cross-attention"
         )
