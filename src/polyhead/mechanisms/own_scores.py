@@ -48,9 +48,16 @@ class OwnScoresConfig(MechanismConfig):
         flag("qk_norm", self.qk_norm)
         super().__post_init__()
 
-    def assemble(self, module: Callable[..., M], *, device: Any, dtype: Any) -> M:
-        """The module made of the shared parts."""
-        project = Projection(
+    def assemble(
+        self,
+        module: Callable[..., M],
+        *,
+        device: Any,
+        dtype: Any,
+        projection: Callable[..., Projection] = Projection,
+    ) -> M:
+        """The module made of the shared parts; `module` and `projection` are called as those they replace."""
+        project = projection(
             self.dim,
             self.heads,
             kv_heads=self.kv_heads,

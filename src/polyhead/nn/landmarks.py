@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.precision import exact, wide
@@ -19,6 +18,7 @@ from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept
 from polyhead.nn.one_sequence import OneSequenceAttention
 from polyhead.nn.positions import NoPosition, Rope, RopeScaling
+from polyhead.nn.query_strips import in_strips
 
 __all__ = ["LandmarkedAttention", "insert_landmarks", "is_landmark", "without_landmarks"]
 
@@ -125,28 +125,9 @@ class LandmarkedAttention(OneSequenceAttention):
         first: int,
     ) -> Tensor:
         """Heads `(B, G, H/G, L, Dv)` by all scores of a strip of queries at a time."""
-        batch, heads, queries, _ = q.shape
+        batch, heads = q.shape[:2]
         rows = max(16, _HELD // max(1, batch * heads * k.shape[2]))
-        if queries <= rows:
-            return self._strip(q, far_q, k, far_k, v, real, first)
-        found = []
-        for at in range(0, queries, rows):
-            stop = min(at + rows, queries)
-            seen = first + stop  # no query of the strip sees further
-            call = (
-                q[:, :, at:stop],
-                None if far_q is None else far_q[:, :, at:stop],
-                k[:, :, :seen],
-                None if far_k is None else far_k[:, :, :seen],
-                v[:, :, :seen],
-                real[:, :seen],
-                first + at,
-            )
-            if torch.is_grad_enabled():  # scores are made anew for the backward pass, not held
-                found.append(checkpoint(self._strip, *call, use_reentrant=False))
-            else:
-                found.append(self._strip(*call))
-        return torch.cat(found, dim=3)
+        return in_strips(self._strip, (q, far_q), (k, far_k, v, real), first=first, rows=rows)
 
     def _strip(
         self,
