@@ -15,7 +15,7 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.selectors import Grid, Selector
+from polyhead.attend.selectors import Selector
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
@@ -29,6 +29,7 @@ from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import NoPosition, Position, PositionModule
 from polyhead.nn.projections import OutputProjection, Projection, check_inputs, check_real
 from polyhead.nn.regularizers import Regularizer, check_regularizers
+from polyhead.nn.select_rules import check_own_ways, check_present, choosing_flops, cut
 
 __all__ = ["MultiHeadAttention"]
 
@@ -161,21 +162,14 @@ class MultiHeadAttention(AttentionModule):
         return self.projection.streams
 
     def _check_select(self, select: Selector) -> None:
-        own = type(self)
-        ways = ("_mix", "_attend", "_options")
-        if not own.takes_select and any(
-            getattr(own, way) is not getattr(MultiHeadAttention, way) for way in ways
-        ):
-            raise ConfigError(
-                f"select must be None in {own.__name__}, which attends in a way of its own; got "
-                f"{given(select)}"
-            )
+        if not self.takes_select:
+            check_own_ways(select, type(self), MultiHeadAttention, ("_mix", "_attend", "_options"))
 
     def _cache_of(
         self, streams: Streams, batch: int, max_length: int | None, window: int | None, *more: Any
     ) -> KeyValueCache:
         if window is not None and self.select is not None:
-            raise _chooses(self.select.spec, f"a cache of the {window} most recent")
+            raise cut(self.select.spec, f"a cache of the {window} most recent")
         return super()._cache_of(streams, batch, max_length, window, *more)
 
     def forward(
@@ -389,10 +383,7 @@ class MultiHeadAttention(AttentionModule):
         # an argument that is not needed is left out: the operator knows its most common call by that
         options: dict[str, Any] = {"mask": allowed, "score": score, "scale": self.scale}
         if self.select is not None:
-            if kept.positions is not None:
-                raise _chooses(self.select.spec, "a cache that drops some")
-            if shift:
-                raise _chooses(self.select.spec, f"queries that stand {-shift} before their end")
+            check_present(self.select.spec, kept, shift)
             options["select"] = self.select()
         if self.normalizer is not None:
             options["normalizer"] = self.normalizer()
@@ -481,18 +472,10 @@ class MultiHeadAttention(AttentionModule):
         )
 
     def _choosing_flops(self, batch: int, queries: int, keys: int) -> int:
-        if self.select is None or not queries or not keys:
+        if self.select is None:
             return 0
-        own = self.select.spec
-        grid = Grid(batch, self.heads, self.kv_heads, queries, keys, own.rows, own.cols, 1.0)
-        return own.flops(grid, self.head_dim)
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "queries": queries, "keys": keys}
+        return choosing_flops(self.select.spec, self.head_dim, batch=batch, **sizes)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"
-
-
-def _chooses(select: Selector, what: str) -> ConfigError:
-    return ConfigError(
-        f"a selector chooses among all keys up to the last query, and cannot serve {what}; got "
-        f"{given(select)}"
-    )
