@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.chosen_parts import pairs_read
 from polyhead.attend import attend
 from polyhead.attend.masks import Chosen, densify
-from polyhead.attend.selectors import Grid, Indexer, Selector, choose
+from polyhead.attend.selectors import Grid, Indexer, choose
 from polyhead.errors import ConfigError, ShapeError
 
 SHAPES = [(2, 4, 2, 37, 37), (1, 4, 1, 23, 51), (1, 2, 2, 1, 70)]
@@ -39,16 +40,6 @@ def indexer(kind: str, q: Tensor, k: Tensor) -> Indexer:
     return ph.mean_indexer(2 if kind == "grouped" else 1)
 
 
-def read(selector: Selector, q: Tensor, k: Tensor, mask: ph.Mask | None = None) -> Tensor:
-    """Which pairs are read of those that the mask allows, the same ones for all heads: bool (B, L, S)."""
-    mask = ph.causal() if mask is None else mask
-    found = mask & choose(selector, q, k, mask, q.shape[-1] ** -0.5)
-    sizes = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
-    table = densify(found, **sizes).expand(q.shape[0], q.shape[1], -1, -1)
-    assert (table == table[:, :1]).all()
-    return table[:, 0]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_equal_their_twins(shape: tuple[int, ...], kind: str) -> None:
@@ -57,32 +48,32 @@ def test_both_equal_their_twins(shape: tuple[int, ...], kind: str) -> None:
     features = own.features(q, k)
     for keep in (1, 9, 200):
         expected = ph.reference("token_indexer")(*features, keep=keep)
-        assert torch.equal(read(ph.token_indexer(keep, own), q, k), expected)
+        assert torch.equal(pairs_read(ph.token_indexer(keep, own), q, k), expected)
     for keep, blocks, size in ((5, 2, 4), (9, 3, 7), (20, 4, 13), (30, 30, 1)):
         expected = ph.reference("hisa")(*features, keep=keep, blocks=blocks, size=size)
-        assert torch.equal(read(ph.hisa(keep, blocks, size, own), q, k), expected)
+        assert torch.equal(pairs_read(ph.hisa(keep, blocks, size, own), q, k), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_with_blocks_enough_or_of_one_key_it_is_the_flat_indexer(shape: tuple[int, ...]) -> None:
     q, k, _ = tensors(*shape)
     own = indexer("learned", q, k)
-    flat = read(ph.token_indexer(12, own), q, k)
+    flat = pairs_read(ph.token_indexer(12, own), q, k)
     for blocks, size in ((9, 8), (2, 64), (100, 1), (11, 7)):
-        assert torch.equal(read(ph.hisa(12, blocks, size, own), q, k), flat)
+        assert torch.equal(pairs_read(ph.hisa(12, blocks, size, own), q, k), flat)
 
 
 def test_blocks_of_one_key_that_are_searched_are_ranked_by_the_same_score() -> None:
     """Fewer blocks than keys, so that the blocks are in fact ranked: the edges are candidates besides."""
     q, k, _ = tensors(1, 2, 2, 40, 40)
     own = indexer("learned", q, k)
-    flat, found = (read(one, q, k) for one in (ph.token_indexer(10, own), ph.hisa(10, 12, 1, own)))
+    flat, found = (pairs_read(one, q, k) for one in (ph.token_indexer(10, own), ph.hisa(10, 12, 1, own)))
     assert torch.equal(found, flat)
 
 
 def test_what_is_read_is_of_the_past_and_as_much_as_there_is() -> None:
     q, k, _ = tensors(2, 4, 2, 60, 60)
-    found = read(ph.hisa(9, 3, 5, indexer("learned", q, k)), q, k)
+    found = pairs_read(ph.hisa(9, 3, 5, indexer("learned", q, k)), q, k)
     t = torch.arange(60)
     assert not (found & (t > t[:, None])).any()
     assert torch.equal(found.sum(-1), (t + 1).clamp(max=9).expand(2, -1).where(t < 15, found.sum(-1)))
@@ -97,7 +88,7 @@ def test_first_and_own_blocks_are_candidates_whatever_they_score() -> None:
     k[:, :, 8:32] = 1.0  # the blocks between have far better means
     k[:, :, 2] = k[:, :, 37] = 5.0  # but the best keys stand at the edges
     k[:, :, [1, 3, 36, 38]] = -5.0
-    found = read(ph.hisa(2, 3, 8), q, k)
+    found = pairs_read(ph.hisa(2, 3, 8), q, k)
     assert found[0, 39].nonzero().view(-1).tolist() == [2, 37]
 
 
@@ -107,17 +98,17 @@ def test_a_key_that_its_block_hides_is_missed() -> None:
     k = torch.full((1, 1, 64, 4), 0.1, dtype=torch.float64)
     k[:, :, 16:24] = -1.0
     k[:, :, 20] = 5.0
-    assert read(ph.token_indexer(8), q, k)[0, -1, 20]
-    assert not read(ph.hisa(8, 3, 8), q, k)[0, -1, 20]
-    assert read(ph.hisa(8, 8, 8), q, k)[0, -1, 20]
+    assert pairs_read(ph.token_indexer(8), q, k)[0, -1, 20]
+    assert not pairs_read(ph.hisa(8, 3, 8), q, k)[0, -1, 20]
+    assert pairs_read(ph.hisa(8, 8, 8), q, k)[0, -1, 20]
 
 
 def test_recall_of_the_flat_choice_is_the_share_of_it_that_lies_in_kept_blocks() -> None:
     q, k, _ = tensors(1, 4, 2, 96, 96)
     own = indexer("learned", q, k)
-    flat = read(ph.token_indexer(12, own), q, k)
-    candidates = read(ph.hisa(24, 3, 8, own), q, k)  # keeps all keys of its blocks
-    found = read(ph.hisa(12, 3, 8, own), q, k)
+    flat = pairs_read(ph.token_indexer(12, own), q, k)
+    candidates = pairs_read(ph.hisa(24, 3, 8, own), q, k)  # keeps all keys of its blocks
+    found = pairs_read(ph.hisa(12, 3, 8, own), q, k)
     assert torch.equal(flat & candidates, flat & found)
     assert not torch.equal(flat, found)
 
@@ -126,7 +117,7 @@ def test_recall_of_the_flat_choice_is_the_share_of_it_that_lies_in_kept_blocks()
 def test_what_is_chosen_is_read_exactly(shape: tuple[int, ...]) -> None:
     x = tensors(*shape)
     own = ph.hisa(9, 3, 7, indexer("learned", *x[:2]))
-    table = read(own, *x[:2])[:, None]
+    table = pairs_read(own, *x[:2])[:, None]
     k, v = (t.repeat_interleave(shape[1] // shape[2], 1) for t in x[1:])
     weights = (x[0] @ k.mT * 8**-0.5).masked_fill(~table, -math.inf).softmax(-1)
     torch.testing.assert_close(attend(*x, mask=ph.causal(), select=own), weights @ v)
@@ -143,13 +134,13 @@ def test_padding_and_other_masks() -> None:
         mask = mask & ph.padding(real)
         visible = densify(mask, batch=2, heads=1, queries=64, keys=64)[:, 0]
         expected = ph.reference("hisa")(*own.features(q, k), **call, visible=visible, real=real)
-        assert torch.equal(read(ph.hisa(**call, indexer=own), q, k, mask), expected)
+        assert torch.equal(pairs_read(ph.hisa(**call, indexer=own), q, k, mask), expected)
         flat = ph.reference("token_indexer")(*own.features(q, k), keep=9, visible=visible)
-        assert torch.equal(read(ph.token_indexer(9, own), q, k, mask), flat)
+        assert torch.equal(pairs_read(ph.token_indexer(9, own), q, k, mask), flat)
     spoilt = k.clone()
     spoilt[1, :, :21] = 1e4
     masks = ph.causal() & ph.padding(real)
-    before, after = (read(ph.hisa(**call, indexer=own), q, x, masks) for x in (k, spoilt))
+    before, after = (pairs_read(ph.hisa(**call, indexer=own), q, x, masks) for x in (k, spoilt))
     assert torch.equal(before, after)
 
 
@@ -232,17 +223,17 @@ def test_beside_another_selector_and_under_a_guard() -> None:
     own = ph.hisa(4, 3, 4)
     both = own | ph.fixed(ph.window(2), rows=1, cols=1)
     near = densify(ph.causal() & ph.window(2), queries=40, keys=40).view(40, 40)
-    assert torch.equal(read(both, q, k), read(own, q, k) | near)
-    assert torch.equal(read(ph.guarded(own, 1.0), q, k), read(own, q, k))
+    assert torch.equal(pairs_read(both, q, k), pairs_read(own, q, k) | near)
+    assert torch.equal(pairs_read(ph.guarded(own, 1.0), q, k), pairs_read(own, q, k))
     assert torch.equal(
-        read(ph.guarded(own, 0.0), q, k), densify(ph.causal(), queries=40, keys=40).view(1, 40, 40)
+        pairs_read(ph.guarded(own, 0.0), q, k), densify(ph.causal(), queries=40, keys=40).view(1, 40, 40)
     )
 
 
 def test_half_precision_ranks_in_float32() -> None:
     q, k, _ = (x.to(torch.bfloat16) for x in tensors(1, 2, 2, 40, 40))
     own = ph.hisa(6, 3, 4)
-    assert torch.equal(read(own, q, k), read(own, q.float(), k.float()))
+    assert torch.equal(pairs_read(own, q, k), pairs_read(own, q.float(), k.float()))
 
 
 def test_fewer_products_are_counted() -> None:

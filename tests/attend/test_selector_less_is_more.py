@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.chosen_parts import pairs_read
 from polyhead.attend import attend
 from polyhead.attend.masks import densify
-from polyhead.attend.selectors import Selector, choose
 from polyhead.errors import ConfigError
 
 SHAPES = [(2, 4, 2, 33, 33), (1, 6, 2, 20, 41), (1, 3, 1, 1, 70)]
@@ -24,22 +24,12 @@ def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, widt
     return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
-def read(selector: Selector, q: Tensor, k: Tensor, mask: ph.Mask | None = None) -> Tensor:
-    """Which pairs are read, the same ones for all heads: bool (B, L, S)."""
-    mask = ph.causal() if mask is None else mask
-    found = mask & choose(selector, q, k, mask, q.shape[-1] ** -0.5)
-    sizes = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
-    table = densify(found, **sizes).expand(q.shape[0], q.shape[1], -1, -1)
-    assert (table == table[:, :1]).all()
-    return table[:, 0]
-
-
 @pytest.mark.parametrize(("keep", "recent", "first"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_its_twin(shape: tuple[int, ...], keep: int, recent: float, first: int) -> None:
     q, k, _ = tensors(*shape)
     call = {"keep": keep, "recent": recent, "first": first}
-    found = read(ph.unified_keys(**call), q, k)
+    found = pairs_read(ph.unified_keys(**call), q, k)
     assert torch.equal(found, ph.reference("unified_keys")(q, k, **call))
     seen = torch.arange(shape[4] - shape[3], shape[4]) + 1
     assert torch.equal(found.sum(-1), seen.clamp(max=keep).expand_as(found.sum(-1)))
@@ -47,7 +37,7 @@ def test_equals_its_twin(shape: tuple[int, ...], keep: int, recent: float, first
 
 def test_first_and_latest_keys_are_read_and_the_best_of_every_head() -> None:
     q, k, _ = tensors(2, 4, 2, 1, 70)
-    found = read(ph.unified_keys(16, 0.5, 3), q, k)[:, 0]
+    found = pairs_read(ph.unified_keys(16, 0.5, 3), q, k)[:, 0]
     assert found[:, :3].all()
     assert found[:, -5:].all()
     scores = (q @ k.repeat_interleave(2, 1).mT)[:, :, 0, 3:-5]
@@ -58,7 +48,7 @@ def test_first_and_latest_keys_are_read_and_the_best_of_every_head() -> None:
 
 def test_one_head_names_its_best() -> None:
     q, k, _ = tensors(1, 1, 1, 1, 50)
-    found = read(ph.unified_keys(10, 0.0, 4), q, k)[0, 0]
+    found = pairs_read(ph.unified_keys(10, 0.0, 4), q, k)[0, 0]
     assert set(found.nonzero().view(-1).tolist()) == set((q @ k.mT)[0, 0, 0].topk(10).indices.tolist())
 
 
@@ -68,7 +58,7 @@ def test_heads_name_in_turns_what_was_not_named() -> None:
         None, :, None
     ]
     for keep, named in ((1, {0}), (2, {0, 1}), (3, {0, 1, 4}), (4, {0, 1, 4, 2}), (5, {0, 1, 4, 2, 5})):
-        assert set(read(ph.unified_keys(keep, 0.0, 0), q, k)[0, 0].nonzero().view(-1).tolist()) == named
+        assert set(pairs_read(ph.unified_keys(keep, 0.0, 0), q, k)[0, 0].nonzero().view(-1).tolist()) == named
 
 
 def test_padding_and_windows_count_from_what_is_seen() -> None:
@@ -78,7 +68,7 @@ def test_padding_and_windows_count_from_what_is_seen() -> None:
         mask = mask & ph.padding(real)
         visible = densify(mask, batch=2, heads=1, queries=40, keys=40)[:, 0]
         expected = ph.reference("unified_keys")(q, k, keep=9, first=2, recent=0.5, visible=visible)
-        assert torch.equal(read(ph.unified_keys(9, 0.5, 2), q, k, mask), expected)
+        assert torch.equal(pairs_read(ph.unified_keys(9, 0.5, 2), q, k, mask), expected)
 
 
 def test_decoding_chooses_as_the_whole_call_does() -> None:
@@ -92,7 +82,7 @@ def test_decoding_chooses_as_the_whole_call_does() -> None:
 
 def test_what_is_chosen_is_read_exactly() -> None:
     x = tensors(2, 4, 2, 40, 40)
-    table = read(ph.unified_keys(9), *x[:2])[:, None]
+    table = pairs_read(ph.unified_keys(9), *x[:2])[:, None]
     k, v = (t.repeat_interleave(2, 1) for t in x[1:])
     weights = (x[0] @ k.mT * 8**-0.5).masked_fill(~table, -math.inf).softmax(-1)
     torch.testing.assert_close(attend(*x, mask=ph.causal(), select=ph.unified_keys(9)), weights @ v)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.chosen_parts import blocks_read
 from polyhead.attend.masks import Chosen, densify
-from polyhead.attend.selectors import Grid, Scorer, Selector, choose
+from polyhead.attend.selectors import Grid, Scorer, choose
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 
 SHAPES = [
@@ -31,15 +32,6 @@ def turned(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width
     return [rope(q + 1.5, at[keys - queries :]), rope(k + 1.5, at), v]
 
 
-def read(selector: Selector, q: Tensor, k: Tensor) -> Tensor:
-    """Which blocks are read: bool (B, H, M, N)."""
-    found = choose(selector, q, k, ph.causal(), q.shape[-1] ** -0.5)
-    assert isinstance(found, Chosen)
-    blocks = -(-k.shape[2] // selector.cols)
-    table = torch.zeros(*found.index.shape[:3], blocks + 1, dtype=torch.bool)
-    return table.scatter_(-1, found.index.masked_fill(found.index < 0, blocks), True)[..., :-1]
-
-
 def scored(scorer: Scorer, q: Tensor, k: Tensor, rows: int, cols: int) -> Tensor:
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
     grid = Grid(*sizes, rows, cols, q.shape[-1] ** -0.5)
@@ -47,7 +39,7 @@ def scored(scorer: Scorer, q: Tensor, k: Tensor, rows: int, cols: int) -> Tensor
 
 
 def visible(q: Tensor, k: Tensor, rows: int, cols: int) -> Tensor:
-    return read(ph.fixed(ph.causal(), rows=rows, cols=cols), q, k)
+    return blocks_read(ph.fixed(ph.causal(), rows=rows, cols=cols), q, k)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,14 +50,14 @@ def test_equals_its_twin(shape: tuple[int, ...], mass: float) -> None:
     for bands in ({}, {"high": 0.25, "low": 0.5}):
         own = ph.prism(mass, rows=rows, cols=cols, **bands)
         assert torch.equal(
-            read(own, q, k), ph.reference("prism")(q, k, rows=rows, cols=cols, mass=mass, **bands)
+            blocks_read(own, q, k), ph.reference("prism")(q, k, rows=rows, cols=cols, mass=mass, **bands)
         )
 
 
 def test_all_mass_is_plain_attention() -> None:
     q, k, v = turned(2, 4, 2, 90, 90)
     own = ph.prism(1.0, rows=16, cols=16)
-    assert torch.equal(read(own, q, k), visible(q, k, 16, 16))
+    assert torch.equal(blocks_read(own, q, k), visible(q, k, 16, 16))
     dense = ph.attend(q, k, v, mask=ph.causal())
     torch.testing.assert_close(ph.attend(q, k, v, mask=ph.causal(), select=own), dense)
 
@@ -74,7 +66,7 @@ def test_all_mass_is_plain_attention() -> None:
 def test_the_first_block_and_the_own_are_read_and_nothing_to_come(shape: tuple[int, ...]) -> None:
     *sizes, rows, cols = shape
     q, k, _ = turned(*sizes)
-    found = read(ph.prism(0.0, rows=rows, cols=cols), q, k)
+    found = blocks_read(ph.prism(0.0, rows=rows, cols=cols), q, k)
     assert found[..., 0].all()
     for m in range(found.shape[2]):
         first = k.shape[2] - q.shape[2] + m * rows
@@ -93,7 +85,9 @@ def test_bands_of_all_features_are_mean_keys() -> None:
             torch.testing.assert_close(found, expected)
     always = ph.fixed(ph.sink(1) | ph.window(0), rows=8, cols=16)
     plain = ph.select(ph.mean_keys(), ph.keep_mass(0.7), rows=8, cols=16) | always
-    assert torch.equal(read(ph.prism(0.7, high=1.0, low=1.0, rows=8, cols=16), q, k), read(plain, q, k))
+    assert torch.equal(
+        blocks_read(ph.prism(0.7, high=1.0, low=1.0, rows=8, cols=16), q, k), blocks_read(plain, q, k)
+    )
 
 
 @pytest.mark.parametrize("band", ["high", "low"])
@@ -150,7 +144,7 @@ def test_what_is_chosen_is_read_exactly() -> None:
     for *sizes, rows, cols in SHAPES:
         x = turned(*sizes)
         own = ph.prism(0.6, rows=rows, cols=cols)
-        table = read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+        table = blocks_read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
         table = table[:, :, : sizes[3], : sizes[4]] & densify(ph.causal(), queries=sizes[3], keys=sizes[4])
         k, v = (t.repeat_interleave(sizes[1] // sizes[2], 1) for t in x[1:])
         weights = (x[0] @ k.mT / 4).masked_fill(~table, -math.inf).softmax(-1)
@@ -174,7 +168,7 @@ def test_the_high_band_finds_a_slash_that_mean_keys_pass_over() -> None:
     mass = weights.softmax(-1).unflatten(2, (-1, block)).unflatten(4, (-1, block)).sum((3, 5)) / block
 
     def held(scorer: Scorer) -> float:
-        table = read(ph.select(scorer, ph.keep_blocks(4), rows=block, cols=block), q, k)
+        table = blocks_read(ph.select(scorer, ph.keep_blocks(4), rows=block, cols=block), q, k)
         return float((mass * table).sum(-1)[..., 12:].mean())  # rows with the slash in their past
 
     assert held(ph.band_means("high", 0.5)) > 0.99

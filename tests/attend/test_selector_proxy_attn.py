@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.chosen_parts import blocks_read
 from polyhead.attend.masks import Chosen, densify
-from polyhead.attend.selectors import Grid, Scorer, Selector, choose
+from polyhead.attend.selectors import Grid, Scorer, choose
 from polyhead.errors import ConfigError
 
 SHAPES = [
@@ -26,15 +27,6 @@ def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, widt
     sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
     q, k, v = (torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes)
     return [2 * q, k, v]
-
-
-def read(selector: Selector, q: Tensor, k: Tensor) -> Tensor:
-    """Which blocks are read: bool (B, H, M, N)."""
-    found = choose(selector, q, k, ph.causal(), q.shape[-1] ** -0.5)
-    assert isinstance(found, Chosen)
-    blocks = -(-k.shape[2] // selector.cols)
-    table = torch.zeros(*found.index.shape[:3], blocks + 1, dtype=torch.bool)
-    return table.scatter_(-1, found.index.masked_fill(found.index < 0, blocks), True)[..., :-1]
 
 
 def scored(scorer: Scorer, q: Tensor, k: Tensor, rows: int, cols: int) -> Tensor:
@@ -66,7 +58,7 @@ def test_equals_its_twin(shape: tuple[int, ...], groups: int, stride: int) -> No
     q, k, _ = tensors(*sizes)
     for mass, least in ((0.5, 1), (0.8, 1), (0.3, 25)):
         call = {"mass": mass, "groups": groups, "stride": stride, "least": least, "rows": rows, "cols": cols}
-        assert torch.equal(read(ph.proxy_attn(**call), q, k), ph.reference("proxy_attn")(q, k, **call))
+        assert torch.equal(blocks_read(ph.proxy_attn(**call), q, k), ph.reference("proxy_attn")(q, k, **call))
 
 
 def test_all_mass_or_a_large_floor_is_plain_attention() -> None:
@@ -99,7 +91,7 @@ def test_heads_of_a_group_read_nested_blocks() -> None:
     q, k, _ = tensors(1, 4, 4, 128, 128)
     q = q * torch.tensor([0.2, 1.0, 2.0, 4.0], dtype=torch.float64).view(4, 1, 1)  # ever sharper
     for groups in (1, 2):
-        found = read(ph.proxy_attn(0.9, groups=groups, least=1, rows=8, cols=8), q, k)
+        found = blocks_read(ph.proxy_attn(0.9, groups=groups, least=1, rows=8, cols=8), q, k)
         sizes = found.sum(-1)
         for one in range(4):
             for other in range(4):
@@ -114,7 +106,7 @@ def test_heads_of_a_group_read_nested_blocks() -> None:
 def test_nothing_to_come_is_read_and_the_own_block_is(shape: tuple[int, ...]) -> None:
     *sizes, rows, cols = shape
     q, k, _ = tensors(*sizes)
-    found = read(ph.proxy_attn(0.2, least=1, rows=rows, cols=cols), q, k)
+    found = blocks_read(ph.proxy_attn(0.2, least=1, rows=rows, cols=cols), q, k)
     assert found[..., 0].all()
     for m in range(found.shape[2]):
         first = k.shape[2] - q.shape[2] + m * rows
@@ -127,7 +119,7 @@ def test_what_is_chosen_is_read_exactly() -> None:
     for *sizes, rows, cols in SHAPES:
         x = tensors(*sizes)
         own = ph.proxy_attn(0.6, least=1, rows=rows, cols=cols)
-        table = read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+        table = blocks_read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
         table = table[:, :, : sizes[3], : sizes[4]] & densify(ph.causal(), queries=sizes[3], keys=sizes[4])
         k, v = (t.repeat_interleave(sizes[1] // sizes[2], 1) for t in x[1:])
         weights = (x[0] @ k.mT / 4).masked_fill(~table, -math.inf).softmax(-1)
@@ -142,7 +134,7 @@ def test_the_sharper_the_last_queries_the_fewer_blocks() -> None:
         sharp = q.clone()
         sharp[:, :, -8:] = factor * q[:, :, -8:].mean(2, keepdim=True)
         own = ph.select(ph.proxy_heads(), ph.keep_last_mass(0.95), rows=8, cols=8)
-        sizes.append(int(read(own, sharp, k)[0, 0, -1].sum()))
+        sizes.append(int(blocks_read(own, sharp, k)[0, 0, -1].sum()))
     assert sizes[0] == 15  # alike everywhere, and of the 16th block the last queries see but a part
     assert sizes[-1] == 1  # one key has it all
     assert sizes == sorted(sizes, reverse=True)
@@ -151,12 +143,12 @@ def test_the_sharper_the_last_queries_the_fewer_blocks() -> None:
 def test_a_budget_from_the_last_queries_goes_with_other_scorers() -> None:
     q, k, _ = tensors(1, 2, 2, 64, 64)
     own = ph.select(ph.mean_keys(), ph.keep_last_mass(0.7, least=9), rows=8, cols=8)
-    found = read(own, q, k)
+    found = blocks_read(own, q, k)
     last = probabilities(q, k)[:, :, -8:].sum(2).unflatten(2, (8, 8)).sum(-1) / 8
     held = last.sort(-1, descending=True).values.cumsum(-1)
     counts = ((held < 0.7).sum(-1) + 1).clamp(min=2)
     fixed = ph.select(ph.mean_keys(), ph.keep_blocks(counts[0]), rows=8, cols=8)
-    assert torch.equal(found, read(fixed, q, k))
+    assert torch.equal(found, blocks_read(fixed, q, k))
 
 
 def test_what_stands_at_padding_does_not_count() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.chosen_parts import blocks_read
 from polyhead.attend.masks import Chosen, densify
-from polyhead.attend.selectors import Selector, choose
+from polyhead.attend.selectors import choose
 from polyhead.errors import ConfigError, ShapeError
 
 SHAPES = [
@@ -27,15 +28,6 @@ def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, widt
     return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
-def read(selector: Selector, q: Tensor, k: Tensor) -> Tensor:
-    """Which blocks are read: bool (B, H, M, N)."""
-    found = choose(selector, q, k, ph.causal(), q.shape[-1] ** -0.5)
-    assert isinstance(found, Chosen)
-    blocks = -(-k.shape[2] // selector.cols)
-    table = torch.zeros(*found.index.shape[:3], blocks + 1, dtype=torch.bool)
-    return table.scatter_(-1, found.index.masked_fill(found.index < 0, blocks), True)[..., :-1]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_its_twin(shape: tuple[int, ...]) -> None:
     *sizes, rows, cols = shape
@@ -47,7 +39,7 @@ def test_equals_its_twin(shape: tuple[int, ...]) -> None:
     ):
         own = ph.vertical_slash(**counts, rows=rows, cols=cols)
         assert torch.equal(
-            read(own, q, k), ph.reference("vertical_slash")(q, k, rows=rows, cols=cols, **counts)
+            blocks_read(own, q, k), ph.reference("vertical_slash")(q, k, rows=rows, cols=cols, **counts)
         )
 
 
@@ -84,7 +76,7 @@ def test_what_is_chosen_is_read_exactly() -> None:
     for *sizes, rows, cols in SHAPES:
         x = tensors(*sizes)
         own = ph.vertical_slash(6, 5, first=2, nearest=3, rows=rows, cols=cols)
-        table = read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+        table = blocks_read(own, *x[:2]).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
         table = table[:, :, : sizes[3], : sizes[4]] & densify(ph.causal(), queries=sizes[3], keys=sizes[4])
         assert table.any(-1).all()  # the own block is always read
         k, v = (t.repeat_interleave(sizes[1] // sizes[2], 1) for t in x[1:])
@@ -97,10 +89,10 @@ def test_heads_have_numbers_of_their_own() -> None:
     own = ph.vertical_slash(
         torch.tensor([1, 9]), torch.tensor([7, 2]), first=0, nearest=1, rows=8, cols=1, probes=8
     )
-    found = read(own, q, k)
+    found = blocks_read(own, q, k)
     for head, (verticals, slashes) in enumerate([(1, 7), (9, 2)]):
         alone = ph.vertical_slash(verticals, slashes, first=0, nearest=1, rows=8, cols=1, probes=8)
-        assert torch.equal(found[:, head], read(alone, q, k)[:, head])
+        assert torch.equal(found[:, head], blocks_read(alone, q, k)[:, head])
 
 
 def test_padding_is_asked_by_no_probe() -> None:
