@@ -5,29 +5,11 @@ from pydoc_data import topics
 import pytest
 import torch
 
-from polyhead.errors import PolyheadError
-from polyhead.hf import attach, load
+from polyhead.hf import attach
 
 pytestmark = pytest.mark.real
 TEXT = topics.topics["formatstrings"]
 QUESTION = "What is the capital of France? Answer in one word."
-
-
-def real(name):
-    try:
-        return load(name)
-    except PolyheadError as error:
-        pytest.skip(f"the demo model {name!r} cannot be had: {error}")
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return real("smollm2")
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return real("minilm")
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from transformers import DynamicCache
 
 import polyhead as ph
 from polyhead.cache import duo, per_head, razor
-from polyhead.errors import PolyheadError
-from polyhead.hf import attach, load
+from polyhead.hf import attach
 from polyhead.report.facts import STOCK, answered, hide
 from polyhead.tasks import HELD_OUT_NAMES, held_out_text, needle, sample_text, score
 
@@ -17,11 +16,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    try:
-        model, tokenizer = load("smollm2")
-    except PolyheadError as error:
-        pytest.skip(f"the demo model cannot be had: {error}")
+def smollm2(smollm2):
+    model, tokenizer = smollm2
     model.requires_grad_(False)
     model.generation_config.pad_token_id = 0
     return model, tokenizer

@@ -4,24 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-import polyhead as ph
-from polyhead.errors import PolyheadError
 from polyhead.heads import copy_scores, profile, retrieval_mass
 from polyhead.tasks import HELD_OUT_NAMES, held_out_text, needle, perplexity, sample_text, score
 
 pytestmark = pytest.mark.real
-
-
-def real(name):
-    try:
-        return ph.hf.load(name)
-    except PolyheadError as error:
-        pytest.skip(f"the demo model {name!r} cannot be had: {error}")
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return real("smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +78,8 @@ def test_perplexity_of_prose(smollm2):
         assert found.nats == pytest.approx(model(x, labels=x).loss.item(), rel=1e-3)
 
 
-def test_an_encoder_has_roles_without_retrieval():
-    model, tokenizer = real("minilm")
+def test_an_encoder_has_roles_without_retrieval(minilm):
+    model, tokenizer = minilm
     seen = profile(model, tokenizer, length=256)
     assert seen.is_encoder
     assert len(seen.ids) == 256

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import polyhead as ph
-from polyhead.errors import PolyheadError
 from polyhead.heads import amplified
-from polyhead.hf import attach, load
+from polyhead.hf import attach
 from polyhead.mechanisms.explicit_multihead import merged, virtual
 from polyhead.tasks import held_out_text, sample_text
 from polyhead.tasks.texts import sentences
@@ -20,23 +19,17 @@ pytestmark = pytest.mark.real
 LAYERS, HEADS, GROUPS = 30, 9, 3
 
 
-def real(name):
-    try:
-        model, tokenizer = load(name)
-    except PolyheadError as error:
-        pytest.skip(f"the demo model {name!r} cannot be had: {error}")
-    return model.requires_grad_(False), tokenizer
-
-
 @pytest.fixture(scope="module")
-def smollm2():
-    model, tokenizer = real("smollm2")
+def smollm2(smollm2):
+    model, tokenizer = smollm2
+    model.requires_grad_(False)
     return model, tokenizer(sample_text(), return_tensors="pt", verbose=False).input_ids[:, :200]
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    model, tokenizer = real("minilm")
+def minilm(minilm):
+    model, tokenizer = minilm
+    model.requires_grad_(False)
     found = sentences(held_out_text())
     texts = [" ".join(found[n : n + 4]) for n in range(0, 64, 4)]
     return model, tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)

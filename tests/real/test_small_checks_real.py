@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 import polyhead as ph
 from polyhead.cache import per_head, razor
-from polyhead.errors import PolyheadError
-from polyhead.hf import attach, load
+from polyhead.hf import attach
 from polyhead.mechanisms.decoupled_head import decoupled
 from polyhead.mechanisms.el_attention import el_attention
 from polyhead.mechanisms.weighted_grouped_query import merged, weighted
@@ -23,23 +22,6 @@ from polyhead.tasks import HELD_OUT_NAMES, held_out_text, needle, sample_text, s
 
 pytestmark = pytest.mark.real
 HEADS = 9  # of SmolLM2, three of each KV head
-
-
-def real(name):
-    try:
-        return load(name)
-    except PolyheadError as error:
-        pytest.skip(f"the demo model {name!r} cannot be had: {error}")
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return real("smollm2")
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return real("minilm")
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,14 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.errors import PolyheadError
 from polyhead.tasks import sample_text
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    try:
-        model, tokenizer = ph.hf.load("smollm2")
-    except PolyheadError as error:
-        pytest.skip(f"the demo model cannot be had: {error}")
+def smollm2(smollm2):
+    model, tokenizer = smollm2
     return model.requires_grad_(False), tokenizer
 
 

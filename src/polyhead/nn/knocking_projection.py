@@ -111,18 +111,7 @@ class KnockingProjection(Projection):
         """
         if isinstance(self.value_map, GatedMap):
             raise ConfigError("knock='mlp' cannot be folded, only linear maps can: build with knock='linear'")
-        found = Projection(
-            self.dim,
-            self.query_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            context_dim=self.context_dim,
-            bias=self.key.bias is not None,
-            qk_norm=self.key_norm is not None,
-            device=self.key.weight.device,
-            dtype=self.key.weight.dtype,
-        )
+        found = self._plain()
         with torch.no_grad():
             state = {name: t for name, t in self.state_dict().items() if "_map" not in name}
             for name in _NAMES.values():

@@ -102,18 +102,7 @@ class PooledProjection(Projection):
 
     def merged(self) -> Projection:
         """A plain projection of G key/value heads that gives the same."""
-        found = Projection(
-            self.dim,
-            self.query_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            context_dim=self.context_dim,
-            bias=self.key.bias is not None,
-            qk_norm=self.key_norm is not None,
-            device=self.key.weight.device,
-            dtype=self.key.weight.dtype,
-        )
+        found = self._plain()
         with torch.no_grad():
             state = {name: tensor for name, tensor in self.state_dict().items() if name in found.state_dict()}
             for name in ("key", "value"):

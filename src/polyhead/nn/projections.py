@@ -175,6 +175,21 @@ class Projection(nn.Module):
         width = self.kv_heads * (self.head_dim + self.value_dim)
         return 2 * (queries * self.dim * self.query_heads * self.head_dim + keys * self.context_dim * width)
 
+    def _plain(self) -> Projection:
+        """A `Projection` of the same sizes, place and precision, with parameters of its own."""
+        return Projection(
+            self.dim,
+            self.query_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            context_dim=self.context_dim,
+            bias=self.key.bias is not None,
+            qk_norm=self.key_norm is not None,
+            device=self.key.weight.device,
+            dtype=self.key.weight.dtype,
+        )
+
 
 class OutputProjection(FanInLinear):
     """Heads `(B, H, L, Dv)` side by side, mapped to `(B, L, d)`.
