@@ -80,6 +80,7 @@ from polyhead.attend.selectors import (
     shared,
     spans,
     token_indexer,
+    triangle_spans,
     unified_keys,
     vertical_slash,
 )
@@ -237,6 +238,7 @@ __all__ = [
     "to_json",
     "token_indexer",
     "top_k",
+    "triangle_spans",
     "unified_keys",
     "vertical_slash",
     "where",

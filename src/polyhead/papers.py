@@ -34,6 +34,7 @@ _ELSEWHERE = {
     "066": ("heads/chai.py", "heads/clustering.py", "heads/head_maps.py", "heads/shared_maps.py"),
     "069": ("intensity.py",),
     "078": ("heads/retrieval.py",),
+    "082": ("attend/selectors/triangle_spans.py", "attend/selectors/triangles.py"),
     "085": ("attend/selectors/qada.py", "heads/key_gaussians.py"),
     "099": ("nn/regularizers/token_masking.py",),
     "104": ("mechanisms/multi_head_moe.py",),
@@ -55,6 +56,7 @@ _ELSEWHERE = {
     "160": ("nn/hyper_attention.py",),
     "162": ("heads/measurements/received.py",),
     "163": ("mechanisms/neighborhood_attention.py",),
+    "166": ("hf/layer_routing.py", "nn/layer_router.py", "cache/flux.py"),
     "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),
 }
 

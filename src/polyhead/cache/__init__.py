@@ -4,10 +4,11 @@
     model.generate(**inputs, past_key_values=cache)
 
 `duo` and `razor` are two ways of finding the heads that need the whole context, `spans` finds how far each
-head has to look. Nothing here imports transformers before it is used.
+head has to look. `flux` trains routers that let whole layers look at little, and
+keeps what they read. Nothing here imports transformers before it is used.
 """
 
-from polyhead.cache import duo, razor, spans
+from polyhead.cache import duo, flux, razor, spans
 from polyhead.cache.per_head import per_head
 
-__all__ = ["duo", "per_head", "razor", "spans"]
+__all__ = ["duo", "flux", "per_head", "razor", "spans"]

@@ -126,7 +126,7 @@ class PerHeadLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens: -n removes n. Refused where dropped tokens would be seen again."""
         self.check_crop(tokens_to_remove)
-        self._settle()
+        self.settle()
         self.seen += tokens_to_remove
         for group in self.groups:
             group.rows.crop(self.seen)
@@ -138,7 +138,7 @@ class PerHeadLayer(CacheLayerMixin):
                 f"crop takes minus the number of tokens to remove, at most the {self.seen} seen; got "
                 f"{tokens_to_remove}"
             )
-        self._settle()
+        self.settle()
         for group in self.groups:
             group.rows.check_crop(self.seen + tokens_to_remove)
 
@@ -164,7 +164,7 @@ class PerHeadLayer(CacheLayerMixin):
 
     def change(self, select: Callable[[Tensor], Tensor]) -> None:
         """Put `select(tensor)` in the place of every tensor, all of which start with the batch."""
-        self._settle()
+        self.settle()
         for group in self.groups:
             group.rows.change(select)
 
@@ -205,7 +205,7 @@ class PerHeadLayer(CacheLayerMixin):
                 f"brings {len(k)} in {k.dtype} on {k.device}; make a new cache, or reset() this one"
             )
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take in rows that nobody attended to: a handler answered the call by itself."""
         if self._pending is not None:
             self._take(self._pending, None)

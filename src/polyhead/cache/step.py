@@ -80,6 +80,11 @@ class Steps:
         self.seen = 0
         self._known: list[Step] = []
 
+    def begin(self, tokens: int, real: Tensor | None) -> None:
+        """Go on from tokens that were read elsewhere, of which the `real` ones, `(B, S)`, are no padding."""
+        self.reset()
+        self.real, self.seen = real, tokens
+
     def of(self, mask: Mask | None, batch: int, keys: int, queries: int) -> Step:
         """The step of a call; the layers of a forward pass, which share their mask, share it too."""
         for step in self._known:

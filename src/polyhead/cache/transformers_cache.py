@@ -62,6 +62,33 @@ class PerHeadCache(Cache):
         """Bytes of the keys and values that are held."""
         return sum(own.nbytes_used() for own in self._own) + _nbytes(self._others)
 
+    def take_over(self, past: Cache, real: Tensor | None = None) -> None:
+        """Go on from the tokens that another cache of the model holds; of them each head keeps its own.
+
+        Args:
+            past: with all tokens of all layers, such as a `DynamicCache`; it is left as it is.
+            real: bool `(B, S)`, which of them are no padding; None: all.
+
+        Raises:
+            ConfigError: this cache has begun, or the other one does not hold all tokens.
+        """
+        tokens = past.get_seq_length()
+        if self.get_seq_length():
+            raise ConfigError(f"this cache has seen {self.get_seq_length()} tokens; reset() it first")
+        for place, own in enumerate(self.layers):
+            keys = getattr(past.layers[place], "keys", None) if place < len(past.layers) else None
+            count = keys.shape[2] if isinstance(keys, Tensor) else 0
+            if not isinstance(own, PerHeadLayer) or count != tokens or not tokens:
+                name = own.info.name if isinstance(own, PerHeadLayer) else type(own).__name__
+                raise ConfigError(
+                    f"a cache can be taken over that holds every token of every layer; of {name!r} it holds "
+                    f"{count} of {tokens}"
+                )
+        self._steps.begin(tokens, None if real is None or bool(real.all()) else real)
+        for own, other in zip(self._own, past.layers, strict=True):
+            own.update(other.keys, other.values)
+            own.settle()
+
     def held(self) -> list[list[int]]:
         """How many tokens each key/value head of each attention layer holds."""
         return [own.held() for own in self._own]

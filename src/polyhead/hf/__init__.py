@@ -6,6 +6,7 @@ Nothing here imports transformers before it is used.
 from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
+from polyhead.hf.layer_routing import LayerRouters, LayerRouting, layer_routers, routed_layers
 from polyhead.hf.loading import Loaded, load
 from polyhead.hf.long_heads import long_heads
 from polyhead.hf.selecting import sparse
@@ -16,9 +17,13 @@ __all__ = [
     "Handler",
     "KVHandle",
     "LayerInfo",
+    "LayerRouters",
+    "LayerRouting",
     "Loaded",
     "attach",
+    "layer_routers",
     "load",
     "long_heads",
+    "routed_layers",
     "sparse",
 ]

@@ -19,7 +19,7 @@ from torch import nn
 from polyhead.errors import UnsupportedModel
 from polyhead.hf.call import Kind, LayerInfo
 
-__all__ = ["find_layers", "own_attention", "pretrained_parts"]
+__all__ = ["QUERIES", "find_layers", "own_attention", "pretrained_parts"]
 
 # arguments of an attention call that change its result and that a `Call` cannot carry
 _UNREAD = {
@@ -28,7 +28,7 @@ _UNREAD = {
     "sinks": "a sink logit for every query",
 }
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_QUERIES = ("q_proj", "query", "q", "query_proj", "wq", "to_q", "Wq")
+QUERIES = ("q_proj", "query", "q", "query_proj", "wq", "to_q", "Wq")
 _KEYS = ("k_proj", "key", "k", "key_proj", "wk", "to_k", "Wk")
 _CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
 
@@ -195,7 +195,7 @@ def _sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
     heads = _integer(module, *_HEADS, "heads", "num_query_heads")
     kv_heads = _integer(module, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
     groups = _integer(module, "num_key_value_groups", "num_kv_groups")
-    wide, narrow = _width(module, *_QUERIES), _width(module, *_KEYS)
+    wide, narrow = _width(module, *QUERIES), _width(module, *_KEYS)
     if kv_heads is None and heads and groups:
         kv_heads = heads // groups
     if kv_heads is None and dim and narrow and narrow % dim == 0:

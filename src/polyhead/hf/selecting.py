@@ -35,6 +35,7 @@ class Choices:
         self._followed = {one.layer for one in selectors if isinstance(one, Follow)}
         self._made: dict[int, tuple[tuple[int, ...], Mask | None]] = {}
         self._last = -1
+        self._reading: dict[int, Selector] = {}
 
     def enter(self, layer: LayerInfo) -> Selector | None:
         """The selector of a layer that is called; every call of every layer has to be told."""
@@ -42,6 +43,22 @@ class Choices:
             self._made.clear()
         self._last = layer.index
         return self.selectors[layer.index]
+
+    def see(self, call: Call) -> None:
+        """Take notice of a call that chooses nothing, where later ones have to know of it."""
+        selector = self.selectors[call.layer.index]
+        own = selector.selector if isinstance(selector, Lead) else selector
+        if own is not None and own.remembers:
+            keys = keys_of(call)
+            self._own(call, own, keys).see(call.q, keys, call.mask, call.scale)
+
+    def _own(self, call: Call, selector: Selector, keys: Tensor) -> Selector:
+        """The selector, or what it has become since the text began."""
+        if not selector.remembers:
+            return selector
+        if keys.shape[2] == call.q.shape[2] and not call.start:
+            self._reading[call.layer.index] = selector.begin()
+        return self._reading.get(call.layer.index, selector)
 
     def mask(self, call: Call) -> Mask | None:
         """The mask of a call of the layer that was entered, with what its selector chooses.
@@ -68,8 +85,9 @@ class Choices:
         else:
             own = selector.selector if isinstance(selector, Lead) else selector
             found = None
-            if own is not None and keys.shape[2] > own.cols:  # of one block the best one would be read
-                found = choice(call.q, keys, call.mask, own, call.scale)
+            # of one block the best one would be read
+            if own is not None and (keys.shape[2] > own.cols or own.remembers):
+                found = choice(call.q, keys, call.mask, self._own(call, own, keys), call.scale)
             if index in self._followed:
                 self._made[index] = shape, found
             if isinstance(selector, Lead):
@@ -92,7 +110,10 @@ class Selecting:
         """The call with what its layer reads as its mask."""
         call = densely(call)
         selector = self.choices.enter(call.layer)
-        if selector is None or not (self.decode if call.q.shape[2] == 1 else self.prefill):
+        if selector is None:
+            return call
+        if not (self.decode if call.q.shape[2] == 1 else self.prefill):
+            self.choices.see(call)
             return call
         return call.replace(mask=self.choices.mask(call))
 

@@ -12,6 +12,7 @@ from polyhead.nn.hyper_attention import hyper_attention
 from polyhead.nn.kv_cache import ContextCache, FixedCache, GrowingCache, Kept, KeyValueCache, WindowCache
 from polyhead.nn.landmarks import insert_landmarks, is_landmark, without_landmarks
 from polyhead.nn.latent_projection import LatentProjection
+from polyhead.nn.layer_router import LayerRouter, TargetPenalty
 from polyhead.nn.packing import Packed, pack, unpack
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import (
@@ -68,6 +69,7 @@ __all__ = [
     "Kept",
     "KeyValueCache",
     "LatentProjection",
+    "LayerRouter",
     "LinearScaling",
     "Llama3Scaling",
     "LongRope",
@@ -85,6 +87,7 @@ __all__ = [
     "RopeScaling",
     "Sinusoidal",
     "StackCache",
+    "TargetPenalty",
     "TokenMasking",
     "WindowCache",
     "Yarn",

@@ -93,6 +93,8 @@ from polyhead.attend.selectors.scorers import (
 )
 from polyhead.attend.selectors.selector import Either, Listing, Ranked, Selector, choose, select
 from polyhead.attend.selectors.spans import Spans, spans
+from polyhead.attend.selectors.triangle_spans import SpanIndex, TriangleSpans, triangle_spans
+from polyhead.attend.selectors.triangles import Span, cover, detect_spans, triangle_scores
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
@@ -140,7 +142,10 @@ __all__ = [
     "Selections",
     "Selector",
     "Shared",
+    "Span",
+    "SpanIndex",
     "Spans",
+    "TriangleSpans",
     "UnifiedKeys",
     "VerticalSlash",
     "a_shape",
@@ -151,6 +156,8 @@ __all__ = [
     "boundary_ratio",
     "choose",
     "computed_indexer",
+    "cover",
+    "detect_spans",
     "dhsa",
     "even_chunks",
     "fixed",
@@ -185,6 +192,8 @@ __all__ = [
     "shared",
     "spans",
     "token_indexer",
+    "triangle_scores",
+    "triangle_spans",
     "unified_keys",
     "vertical_slash",
 ]

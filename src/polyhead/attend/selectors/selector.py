@@ -52,6 +52,18 @@ class Selector(Part):
         """Operations of the matrix products of a choice, heads so wide; 0 where nothing is said."""
         return 0
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it goes by queries of the past, so that calls that go on need what `begin` gives."""
+        return False
+
+    def begin(self) -> Selector:
+        """The selector of one layer for a text that is read call by call, from its start."""
+        return self
+
+    def see(self, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> None:
+        """Take notice of a call that chooses nothing."""
+
     def __or__(self, other: Selector) -> Selector:
         return Either((self, other))
 
@@ -236,15 +248,21 @@ def real_keys(mask: Mask | None, device: torch.device) -> Tensor | None:
     return reduce(torch.logical_and, found) if found else None
 
 
+def grid_of(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Grid:
+    """A call as the grid of a selector's blocks."""
+    (batch, heads, queries, _), (kv_heads, keys) = q.shape, k.shape[1:3]
+    real = real_keys(mask, q.device)
+    return Grid(batch, heads, kv_heads, queries, keys, selector.rows, selector.cols, scale, real)
+
+
 @torch.no_grad()
 def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Mask:
     """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held."""
-    batch, heads, queries, _ = q.shape
     rows, cols = selector.rows, selector.cols
-    grid = Grid(batch, heads, k.shape[1], queries, k.shape[2], rows, cols, scale, real_keys(mask, q.device))
+    grid = grid_of(selector, q, k, mask, scale)
     selector.check(grid.heads)
     if not grid.keys or not grid.queries:
-        nothing = torch.empty(batch, heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
+        nothing = torch.empty(grid.batch, grid.heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
         return chosen(nothing, rows=rows, cols=cols, first=grid.offset)
     if isinstance(selector, Listing):
         return chosen(
