@@ -20,7 +20,10 @@ STOREYS = (
     ("nn",),
     ("attend",),
     ("reference",),
-    ("head_scores", "description", "checks", "errors", "console", "machine", "memory", "folder", "data"),
+    (
+        *("head_scores", "description", "checks", "errors", "data"),
+        *("console", "machine", "memory", "folder", "own_file"),
+    ),
 )
 LEVEL = {room: -depth for depth, storey in enumerate(STOREYS) for room in storey}
 

@@ -29,7 +29,7 @@ from polyhead.sparsify import job
 from polyhead.sparsify.counting import keys_seen
 from polyhead.sparsify.levels import Heard, listen, solve
 from polyhead.sparsify.methods import METHODS, Method, find
-from polyhead.sparsify.reading import Counting, reading
+from polyhead.sparsify.reading import Case, Counting, reading
 from polyhead.sparsify.settings import Settings
 from polyhead.sparsify.table import Comparison, Row
 from polyhead.sparsify.timing import Round, Taken, measure
@@ -197,7 +197,8 @@ def test_the_page_stands_alone(folder: Path) -> None:
 
 def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(folder / "results.json")
-    (folder / "trials" / "a_shape.0.3.json").unlink()
+    levels = [one["level"] for one in read(folder / "levels.json") if one["method"] == "a_shape"]
+    (folder / "trials" / f"a_shape.0.3.at.{levels[0]:.12g}.json").unlink()
     tried = []
     run = Trial.run
 
@@ -216,6 +217,104 @@ def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: 
     assert [row.label for row in more.rows] == ["dense", "a_shape 0.3", "a_shape 0.9"]
     job.run(model, methods=("a_shape", "block_oracle"), shares=(0.3, 0.6), out=folder, console=QUIET, **SIZE)
     assert read(folder / "results.json") == before
+
+
+def test_what_an_earlier_version_kept_is_used_at_its_level_only(
+    folder: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = shutil.copytree(folder, tmp_path / "old")
+    # other tests add shares to the folder
+    levels, times = (
+        [one for one in read(old / name) if one["share"] < 0.9] for name in ("levels.json", "times.json")
+    )
+    before = {(one["method"], one["share"]): one["level"] for one in levels}
+    before["a_shape", 0.6] /= 2  # matched on other layers
+    for file in (old / "trials").glob("*.at.*"):
+        kept = json.loads(file.read_text())
+        name, share = file.name.split(".at.")[0].split(".", 1)
+        if (name, float(share)) in before:
+            kept["level"] = before[name, float(share)]
+            file.with_name(f"{name}.{share}.json").write_text(json.dumps(kept))
+        file.unlink()
+    (old / "levels.json").write_text(json.dumps([[*pair, level] for pair, level in before.items()]))
+    old_times = [[one["method"], one["share"], one["rounds"]] for one in times]
+    (old / "times.json").write_text(json.dumps(old_times))
+    names = {file.name for file in (old / "trials").iterdir()}
+    tried, timed = [], []
+    run = Trial.run
+
+    def noted(self: Trial, method: Method | None, level: float | None, told: Any) -> Outcome:
+        tried.append((method and method.name, level))
+        return run(self, method, level, told)
+
+    monkeypatch.setattr(Trial, "run", noted)
+    monkeypatch.setattr(job, "measure", lambda *a, **k: timed.append(a[1:]) or Taken(1.0, 1.0, None))
+    job.run(model, methods=("a_shape", "block_oracle"), shares=(0.3, 0.6), out=old, console=QUIET, **SIZE)
+    own = next(one["level"] for one in levels if (one["method"], one["share"]) == ("a_shape", 0.6))
+    assert tried == [("a_shape", own)]
+    assert timed == [(None, None), ("a_shape", own)]
+    assert {file.name for file in (old / "trials").iterdir()} == {*names, f"a_shape.0.6.at.{own:.12g}.json"}
+    assert [one for one in read(old / "levels.json") if isinstance(one, dict)] == levels
+    assert {(one["method"], one["share"], one["level"]) for one in read(old / "times.json")} == {
+        *((name, share, level) for (name, share), level in before.items() if name == "a_shape"),
+        ("a_shape", 0.6, own),
+    }
+
+
+def test_what_methods_of_files_gave_is_kept_by_what_the_files_say(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float | None] = []
+    run = Trial.run
+
+    def noted(self: Trial, method: Method | None, level: float | None, told: Any) -> Outcome:
+        tried.append(method and method.make(0.5, Case(None, (), 100)).budget.share)
+        return run(self, method, level, told)
+
+    def written(folder: str, share: float, more: str = "") -> str:
+        file = tmp_path / folder / "near.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            f"import polyhead as ph{more}\n"
+            "from polyhead.sparsify.methods import Method\n"
+            "def make(level, case):\n"
+            f"    return ph.select(ph.mean_keys(), ph.keep_share({share} * level), rows=32, cols=32)\n"
+            'METHOD = Method("near", "what is near", "", make)\n'
+        )
+        return str(file)
+
+    monkeypatch.setattr(Trial, "run", noted)
+    own = {"shares": (0.4,), "out": tmp_path / "out", "console": QUIET, **SIZE, "rounds": 0}
+    a, b = written("a", 1.0), written("b", 0.5)
+    found = job.run(model, methods=(a, b), **own)
+    assert tried == [None, 0.5, 0.25]
+    first, second = (row.method for row in found.rows[1:])
+    assert first != second
+    assert re.fullmatch(r"near\.[0-9a-f]{8}", first)
+    tried.clear()
+    written("a", 1.0, "  # a comment")
+    job.run(model, methods=(a, b), **own)
+    assert tried == []
+    written("a", 0.75)
+    changed = job.run(model, methods=(a,), **own)
+    assert tried == [0.375]
+    assert changed.rows[1].method not in (first, second)
+    with pytest.raises(ConfigError, match="two files of .* are the same"):
+        job.run(model, methods=(b, written("c", 0.5)), **own)
+
+
+def test_a_file_that_changes_on_the_way_is_told(model: str, tmp_path: Path, settings: Settings) -> None:
+    file = tmp_path / "near.py"
+    text = (
+        "import polyhead as ph\nfrom polyhead.sparsify.methods import METHODS\nMETHOD = METHODS['a_shape']\n"
+    )
+    file.write_text(text)
+    chosen = job.Chosen.of(replace(settings, methods=(str(file),)))
+    (name,) = chosen.methods
+    assert chosen.same(name) == str(file)
+    file.write_text(text.replace("a_shape", "prism"))
+    with pytest.raises(PolyheadError, match="has changed since the command began"):
+        chosen.same(name)
 
 
 def test_a_file_that_is_no_trial_is_told(folder: Path, model: str, tmp_path: Path) -> None:
@@ -300,10 +399,11 @@ def row(method: str, right: str, seconds: float | None, nats: float = 1.0) -> Ro
 
 def test_the_best_is_the_fastest_that_keeps_what_dense_finds(settings: Settings) -> None:
     own = replace(settings, methods=("a_shape", "mean_keys", "prism"), lengths=(448,))
+    methods = {name: find(name) for name in own.methods}
     dense = row("", "yyny", 8.0)
 
     def best(*rows: Row) -> str | None:
-        found = Comparison(own, (dense, *rows), "").best
+        found = Comparison(own, methods, (dense, *rows), "").best
         return found and found.method
 
     # a lost fact, and one that dense does not find
@@ -312,7 +412,7 @@ def test_the_best_is_the_fastest_that_keeps_what_dense_finds(settings: Settings)
     assert best(row("a_shape", "yyny", 4.0), row("prism", "yyny", 2.0, nats=1.03)) == "a_shape"
     assert best(row("a_shape", "yyny", 9.0)) is None
     assert best(row("a_shape", "yyny", None)) is None
-    made = Comparison(own, (dense, row("prism", "yyyy", 4.0)), "")
+    made = Comparison(own, methods, (dense, row("prism", "yyyy", 4.0)), "")
     assert made.kept(made.rows[1]) == (3, 3)
     assert "prefill of 448 tokens 2.00 times as fast" in made.verdict()
     assert made.records()[1]["prefill faster"] == 2.0

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from polyhead.machine import processor
 from polyhead.report.page import require_jinja
 from polyhead.report.stages import Stages
 from polyhead.sparsify.levels import listen, solve
-from polyhead.sparsify.methods import METHODS, find
+from polyhead.sparsify.methods import METHODS, Method, find, key
 from polyhead.sparsify.page import build_page
 from polyhead.sparsify.plots import plots
 from polyhead.sparsify.settings import LENGTHS, QUICK, ROOM, Settings
@@ -84,17 +84,18 @@ def run(
         loaded, tokenizer, settings = _load(settings, lengths is None, stages, console)
         trial = Trial(loaded, tokenizer, settings)
         settings = trial.settings = _fitting(trial, methods is None, console)
+        chosen = Chosen.of(settings)
         folder = JobFolder(out, _rules(settings), file="settings.json", what="comparison of selectors")
         with folder.held():
-            levels = _levels(trial, folder.path, stages)
-            outcomes = _outcomes(trial, levels, folder.path, stages)
-            times = _times(settings, levels, folder.path, stages)
+            levels = _levels(trial, chosen, folder.path, stages)
+            outcomes = _outcomes(trial, chosen, levels, folder.path, stages)
+            times = _times(settings, chosen, levels, folder.path, stages)
         rows = [
             Row(method, share, outcomes[method, share], tuple(times.get((method, share), ())))
             for method, share in outcomes
         ]
         machine = f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}"
-        comparison = Comparison(settings, tuple(rows), machine)
+        comparison = Comparison(settings, chosen.methods, tuple(rows), machine)
         page = _write(comparison, folder.path)
     console.print(comparison.table())
     console.print(comparison.verdict(), markup=False, soft_wrap=True)
@@ -168,45 +169,103 @@ def _fitting(trial: Trial, all_methods: bool, console: Console) -> Settings:
     return replace(settings, methods=tuple(found))
 
 
-def _pairs(settings: Settings) -> list[Pair]:
-    return [(method, share) for method in settings.methods for share in settings.shares]
+@dataclass(frozen=True)
+class Chosen:
+    """The methods of a command, by what their results are kept under.
+
+    Attributes:
+        given: how each was named.
+        methods: as they were when the command began.
+        shares: of the keys.
+    """
+
+    given: dict[str, str]
+    methods: dict[str, Method]
+    shares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, settings: Settings) -> Chosen:
+        """Those of the settings."""
+        given = {key(name): name for name in settings.methods}
+        return cls(given, {own: find(name) for own, name in given.items()}, settings.shares)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every method at every share."""
+        return [(name, share) for name in self.methods for share in self.shares]
+
+    def same(self, name: str) -> str:
+        """How a method was named, if that is still the same one: others look it up again.
+
+        Raises:
+            PolyheadError: its file has changed.
+        """
+        if key(self.given[name]) != name:
+            raise PolyheadError(
+                f"methods: {self.given[name]} has changed since the command began; the same command goes on "
+                "with what it says now"
+            )
+        return self.given[name]
 
 
-def _levels(trial: Trial, path: Path, stages: Stages) -> dict[Pair, float]:
-    """For every method and share the level at which it reads so much."""
+def _levels(trial: Trial, chosen: Chosen, path: Path, stages: Stages) -> dict[Pair, float]:
+    """For every method and share the level at which it reads so much.
+
+    Levels that an earlier version matched on a few layers, kept as lists, are matched anew.
+    """
     file = path / "levels.json"
-    known = {(m, float(s)): level for m, s, level in read(file)} if file.is_file() else {}
-    missing = [pair for pair in _pairs(trial.settings) if pair not in known]
+    held = read(file) if file.is_file() else []
+    known = {(one["method"], one["share"]): one["level"] for one in held if isinstance(one, dict)}
+    missing = [pair for pair in chosen.pairs if pair not in known]
     if missing:
         with stages.stage("matching shares", len(missing)) as advance:
             text = trial.text(trial.settings.longest - ROOM)
-            readers = [trial.reader(find(method), 1.0, len(text)) for method, _ in missing]
+            readers = [trial.reader(chosen.methods[name], 1.0, len(text)) for name, _ in missing]
             heard = listen(trial.model, text, followed={n for one in readers for n in one.followed})
-            for method, share in missing:
-                known[method, share], _ = solve(find(method), share, heard)
-                write(file, json.dumps([[m, s, level] for (m, s), level in known.items()], indent=1))
-                advance(f"{method} {share:g}")
-    return {pair: known[pair] for pair in _pairs(trial.settings)}
+            for name, share in missing:
+                level, _ = solve(chosen.methods[name], share, heard)
+                known[name, share] = level
+                held.append({"method": name, "share": share, "level": level})
+                write(file, json.dumps(held, indent=1))
+                advance(f"{name} {share:g}")
+    return {pair: known[pair] for pair in chosen.pairs}
 
 
-def _outcomes(trial: Trial, levels: dict[Pair, float], path: Path, stages: Stages) -> dict[Pair, Outcome]:
+def _outcomes(
+    trial: Trial, chosen: Chosen, levels: dict[Pair, float], path: Path, stages: Stages
+) -> dict[Pair, Outcome]:
     """What came out: of the model as it is, then of every method and share."""
     found: dict[Pair, Outcome] = {}
     pairs: list[Pair] = [("", 1.0), *levels]
     with stages.stage("trying", trial.steps * len(pairs)) as advance:
-        for method, share in pairs:
-            file = path / "trials" / (f"{_name(method)}.{share:g}.json" if method else "dense.json")
-            said = f"{method} {share:g}" if method else "dense"
-            if file.is_file():
-                found[method, share] = _outcome(file)
+        for pair in pairs:
+            name, share = pair
+            level = levels.get(pair)
+            said = f"{name} {share:g}" if name else "dense"
+            own = _kept(path / "trials", pair, level)
+            if own is not None:
+                found[pair] = own
                 for _ in range(trial.steps):
                     advance(said)
                 continue
-            own = find(method) if method else None
-            level = levels[method, share] if method else None
-            found[method, share] = trial.run(own, level, lambda said=said: advance(said))  # type: ignore[misc]
-            write(file, json.dumps(found[method, share].to_json(), indent=1))
+            method = chosen.methods[name] if name else None
+            found[pair] = trial.run(method, level, lambda said=said: advance(said))  # type: ignore[misc]
+            write(path / "trials" / _file(pair, level), json.dumps(found[pair].to_json(), indent=1))
     return found
+
+
+def _file(pair: Pair, level: float | None) -> str:
+    name, share = pair
+    return f"{name}.{share:g}.at.{level:.12g}.json" if name else "dense.json"
+
+
+def _kept(path: Path, pair: Pair, level: float | None) -> Outcome | None:
+    """What came out at this level before; an earlier version named no level in its files."""
+    name, share = pair
+    for file in (path / _file(pair, level), path / f"{name}.{share:g}.json"):
+        if file.is_file() and (found := _outcome(file)).level == level:
+            return found
+    return None
 
 
 def _outcome(file: Path) -> Outcome:
@@ -219,32 +278,50 @@ def _outcome(file: Path) -> Outcome:
 
 
 def _times(
-    settings: Settings, levels: dict[Pair, float], path: Path, stages: Stages
+    settings: Settings, chosen: Chosen, levels: dict[Pair, float], path: Path, stages: Stages
 ) -> dict[Pair, list[Round]]:
     """Prefill and decoding in rounds, each of which begins with the dense model."""
     file = path / "times.json"
-    held = read(file) if file.is_file() else []
-    found = {(m, float(s)): [Round.from_json(one) for one in rounds] for m, s, rounds in held}
-    timed = [pair for pair in levels if not find(pair[0]).oracle]  # its time would say nothing
+    held = _held_times(path)
+    timed = [pair for pair in levels if not chosen.methods[pair[0]].oracle]  # its time would say nothing
+    found = {pair: held.setdefault((*pair, levels[pair]), []) for pair in timed}
     with stages.stage("timing", settings.rounds * len(timed)) as advance:
         for number in range(settings.rounds):
             same: Taken | None = None  # of the dense model, for all of this round
-            for method, share in timed:
-                own = found.setdefault((method, share), [])
-                if len(own) <= number:
+            for pair in timed:
+                name, share = pair
+                if len(found[pair]) <= number:
                     size = {"length": settings.longest, "steps": settings.steps}
                     same = same or measure(settings.model, None, None, **size)
-                    own.append(Round(measure(settings.model, method, levels[method, share], **size), same))
-                    rows = [[m, s, [one.to_json() for one in rounds]] for (m, s), rounds in found.items()]
+                    own = measure(settings.model, chosen.same(name), levels[pair], **size)
+                    found[pair].append(Round(own, same))
+                    rows = [
+                        {"method": m, "share": s, "level": at, "rounds": [one.to_json() for one in rounds]}
+                        for (m, s, at), rounds in held.items()
+                        if rounds
+                    ]
                     write(file, json.dumps(rows, indent=1))
-                advance(f"{method} {share:g}")
-    dense = dict.fromkeys(one.dense for pair in timed for one in found.get(pair, ()))
-    found["", 1.0] = [Round(one, one) for one in dense]
+                advance(f"{name} {share:g}")
+    dense = dict.fromkeys(one.dense for rounds in found.values() for one in rounds)
+    return found | {("", 1.0): [Round(one, one) for one in dense]}
+
+
+def _held_times(path: Path) -> dict[tuple[str, float, float | None], list[Round]]:
+    """Rounds by method, share and level.
+
+    An earlier version kept lists of method, share and rounds, at the level in its lists of levels.
+    """
+    levels, file = path / "levels.json", path / "times.json"
+    before = {(m, s): at for m, s, at in (one for one in read(levels) if isinstance(one, list))}
+    found: dict[tuple[str, float, float | None], list[Round]] = {}
+    for one in read(file) if file.is_file() else []:
+        if isinstance(one, list):
+            name, share, rounds = one
+            place = (name, share, before.get((name, share)))
+        else:
+            place, rounds = (one["method"], one["share"], one["level"]), one["rounds"]
+        found[place] = [Round.from_json(made) for made in rounds]
     return found
-
-
-def _name(method: str) -> str:
-    return Path(method).stem
 
 
 def _write(comparison: Comparison, path: Path) -> Path:

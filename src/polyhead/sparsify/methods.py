@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 from polyhead.attend import selectors as s
 from polyhead.attend.masks import sink, window
 from polyhead.checks import given
-from polyhead.errors import ConfigError, PolyheadError, unknown_name
+from polyhead.errors import ConfigError, unknown_name
 from polyhead.hf.long_heads import LongHeads
 from polyhead.hf.selecting import LayerSelectors
+from polyhead.own_file import digest, run
 from polyhead.sparsify.reading import Case, Chunks, Reader, Selected
 
-__all__ = ["METHODS", "Make", "Method", "find"]
+__all__ = ["METHODS", "Make", "Method", "find", "key"]
 
 Make = Callable[[float, Case], LayerSelectors | Reader]
 
@@ -175,26 +175,31 @@ def find(name: str) -> Method:
         UnknownName: no method is called so.
         ConfigError: a file that cannot be run, or that defines no method.
     """
-    if isinstance(name, str) and name.endswith(".py"):
+    if _is_file(name):
         return _from_file(Path(name).expanduser())
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
 
 
+def key(name: str) -> str:
+    """What the results of a method are kept under: its name, or of a file the stem and what it says now.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is no Python.
+    """
+    if not _is_file(name):
+        return name
+    file = Path(name).expanduser()
+    return f"{file.stem}.{digest(file, what='methods')}"
+
+
+def _is_file(name: str) -> bool:
+    return isinstance(name, str) and name.endswith(".py")
+
+
 def _from_file(file: Path) -> Method:
-    if not file.is_file():
-        raise ConfigError(f"methods: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"polyhead_method_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except PolyheadError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"methods: {file} cannot be run: {type(error).__name__}: {error}") from error
+    module = run(file, kind="method", what="methods")
     found = getattr(module, "METHOD", None)
     if not isinstance(found, Method):
         raise ConfigError(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from polyhead.report.drawing import colour
 from polyhead.report.standalone import asset, standalone
-from polyhead.sparsify.methods import find
 from polyhead.sparsify.plots import drawings, place
 from polyhead.sparsify.table import Comparison
 
@@ -32,7 +31,7 @@ def build_page(comparison: Comparison) -> str:
         drawings=drawings(comparison),
         lengths=list(_by_length(comparison)),
         depths=list(_by_depth(comparison)),
-        methods=[(find(name).name, find(name).summary, find(name).paper) for name in settings.methods],
+        methods=[(name, own.summary, own.paper) for name, own in comparison.methods.items()],
     )
 
 

@@ -41,7 +41,7 @@ def _share(part: int, whole: int) -> float:
 
 def place(comparison: Comparison, row: Row) -> int:
     """The place of a row's method among all, which its colour goes by; the model as it is: 0."""
-    return (*comparison.settings.methods,).index(row.method) + 1 if row.method else 0
+    return [*comparison.methods].index(row.method) + 1 if row.method else 0
 
 
 def drawings(comparison: Comparison) -> list[Drawing]:
@@ -75,7 +75,7 @@ def _pareto(comparison: Comparison, across: _Axis, up: _Axis) -> Drawing:
         {(a, b) for _, a, b in known if not any(_beaten(across, up, (a, b), o[1:]) for o in known)}
     )
     parts.append(curve([(x(a), y(b)) for a, b in front], "front chance"))
-    for number in range(len(comparison.settings.methods) + 1):
+    for number in range(len(comparison.methods) + 1):
         own = sorted((a, b, row.label) for row, a, b in known if place(comparison, row) == number)
         style = colour(number)
         shapes = [curve([(x(a), y(b)) for a, b, _ in own], style)]
@@ -104,7 +104,7 @@ def plots(comparison: Comparison) -> dict[str, str]:
         parts.append(text(left + 50, top + 16, one.title, class_="strong"))
         parts.append(nested(left, top + 26, one.figure))
     tall = height * -(-len(drawn) // columns)
-    names = ("dense", *comparison.settings.methods)
+    names = ("dense", *comparison.methods)
     for n, name in enumerate(names):
         left, top = 50 + 190 * (n % 5), tall + 14 + 20 * (n // 5)
         parts += [dot(left, top, 4, colour(n), name), text(left + 10, top + 4, name)]

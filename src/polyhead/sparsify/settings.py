@@ -6,7 +6,7 @@ from polyhead.checks import number, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 from polyhead.report.facts import STOCK
-from polyhead.sparsify.methods import find
+from polyhead.sparsify.methods import find, key
 
 __all__ = ["LENGTHS", "QUICK", "SHARES", "Settings"]
 
@@ -51,6 +51,10 @@ class Settings(Part):
                 raise ConfigError(f"{name} must be some values, each once; got {value}")
         for method in self.methods:
             find(method)
+        if len({key(method) for method in self.methods}) < len(self.methods):
+            raise ConfigError(
+                f"methods must be some values, each once; two files of {self.methods} are the same"
+            )
         for share in self.shares:
             if number("shares", share, above=0, most=1) == 1:
                 raise ConfigError("shares must be below 1: all keys are read by the model as it is")

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyhead.description import to_json
+from polyhead.sparsify.methods import Method
 from polyhead.sparsify.settings import Settings
 from polyhead.sparsify.timing import Round, Taken
 from polyhead.sparsify.trials import Found, Outcome
@@ -29,7 +30,7 @@ class Row:
     """One method at one share, or the model as it is.
 
     Attributes:
-        method: its name; "" for the model as it is.
+        method: its name, with a digest where it is a file's; "" for the model as it is.
         share: of the keys, as it was asked for; 1 for the model as it is.
         outcome: of the trials.
         rounds: of timing.
@@ -60,11 +61,13 @@ class Comparison:
 
     Attributes:
         settings: what they were made under.
+        methods: by the names that rows call them by.
         rows: of methods and shares.
         machine: where, in a line.
     """
 
     settings: Settings
+    methods: Mapping[str, Method]
     rows: tuple[Row, ...]
     machine: str
 

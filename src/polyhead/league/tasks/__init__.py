@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +23,7 @@ from polyhead.league.tasks.recall import RecallTask
 from polyhead.league.tasks.regression import RegressionTask
 from polyhead.league.tasks.relational import RelationalTask
 from polyhead.league.tasks.text import TextTask
+from polyhead.own_file import run
 
 __all__ = ["TASKS", "Batch", "Recipe", "Sizes", "Task", "changed", "find", "with_data"]
 
@@ -82,24 +79,11 @@ def changed(part: P, **values: Any) -> P:
 
 
 def _from_file(file: Path) -> Task:
-    if not file.is_file():
-        raise ConfigError(f"task: there is no file {file}")
-    # by what it says, so that rules name another task once it has changed, and another file of this name
-    name = f"polyhead_task_{file.stem}_{_digest(file)}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        # not by the loader, which takes a compiled file for it that is as old and as long
-        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"task: {file} cannot be run: {type(error).__name__}: {error}") from error
+    module = run(file, kind="task", what="task")
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == name
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise ConfigError(
@@ -109,12 +93,3 @@ def _from_file(file: Path) -> Task:
         return found[0]()
     except TypeError as error:
         raise ConfigError(f"task: {file}: every field needs a default: {error}") from None
-
-
-def _digest(file: Path) -> str:
-    """Of what a file does: comments and the layout of lines do not count."""
-    try:
-        said = ast.dump(ast.parse(file.read_bytes(), str(file)))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"task: {file} cannot be run: {type(error).__name__}: {error}") from None
-    return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=4).hexdigest()
