@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from polyhead.league import Row, Standings
-from polyhead.report.drawing import LINES_CSS, Drawing, colour, dot, short, span, title
+from polyhead.report.drawing import LINES_CSS, Drawing, Group, colour, dot, pareto, short, span, title
 from polyhead.report.svg import Scale, area, curve, document, element, line, nested, text
 
 __all__ = ["costs", "learning", "plots", "scores"]
@@ -113,49 +113,19 @@ def costs(standings: Standings) -> list[Drawing]:
 
 
 def _pareto(standings: Standings, cost: _Cost) -> Drawing:
-    width, height, left, right, top, bottom = 340.0, 250.0, 50.0, 326.0, 12.0, 206.0
-    known = [
-        (row, cost.of(row), row.score("validation")[0])
-        for row in standings.rows
-        if math.isfinite(cost.of(row)) and math.isfinite(row.score("validation")[0])
-    ]
-    x = Scale(*span([c for _, c, _ in known], 0.1), left, right)
-    y = Scale(*span([s for _, _, s in known], 0.1), bottom, top)
-    parts = []
-    for v in y.ticks(4):
-        parts += [
-            line(left, y(v), right, y(v), "grid"),
-            text(left - 6, y(v) + 4, short(v), text_anchor="end"),
-        ]
-    for v in x.ticks(3):
-        parts.append(text(x(v), bottom + 18, short(v), text_anchor="middle"))
-    parts += [line(left, bottom, right, bottom, "axis")]
-    parts.append(text((left + right) / 2, bottom + 36, cost.title, text_anchor="middle"))
-    good = standings.rules.task.looks_good
-    front = [(c, s) for _, c, s in known if not any(_beats(cost, good, (c, s), (d, t)) for _, d, t in known)]
-    parts.append(curve([(x(c), y(s)) for c, s in sorted(set(front))], "front chance"))
-    for row, c, s in known:
-        said = f"{row.label}: {s:.4f} at {short(c)}"
-        parts.append(_of(standings, row, [dot(x(c), y(s), 4.5, colour(_place(standings, row)), said)]))
-    less = "less" if cost.less else "more"
-    return Drawing(
-        f"Score against {cost.title[0].lower()}{cost.title[1:]}"
-        if cost.title[1].islower()
-        else f"Score against {cost.title}",
-        f"{less} is better",
-        width,
-        height,
-        tuple(parts),
+    groups = []
+    for row in standings.rows:
+        paid, score = cost.of(row), row.score("validation")[0]
+        said = f"{row.label}: {score:.4f} at {short(paid)}"
+        groups.append(Group(_place(standings, row), [(paid, score, said)]))
+    name = f"{cost.title[0].lower()}{cost.title[1:]}" if cost.title[1].islower() else cost.title
+    return pareto(
+        groups,
+        title=f"Score against {name}",
+        good=f"{'less' if cost.less else 'more'} is better",
+        across=cost.title,
+        gains=(lambda paid: -paid if cost.less else paid, standings.rules.task.looks_good),
     )
-
-
-def _beats(
-    cost: _Cost, good: Callable[[float], float], one: tuple[float, float], other: tuple[float, float]
-) -> bool:
-    """Whether the other is at least as good in both, and better in one."""
-    cheaper = (one[0] - other[0]) * (1 if cost.less else -1)
-    better = good(other[1]) - good(one[1])
-    return cheaper >= 0 and better >= 0 and (cheaper > 0 or better > 0)
 
 
 def _place(standings: Standings, row: Row) -> int:

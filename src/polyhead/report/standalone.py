@@ -25,7 +25,7 @@ def standalone(template: str, *, css: str = "", script: str = "", **values: Any)
     """A filled template, with the project's style, and a script that no other can take the place of.
 
     Args:
-        template: jinja2's; it gets `css`, `script`, `script_hash` and `version` besides.
+        template: jinja2's, which extends `frame.html` by the blocks `title` and `body`.
         css: style beyond the project's own.
         script: what the page runs.
         values: what the template says.
@@ -36,7 +36,12 @@ def standalone(template: str, *, css: str = "", script: str = "", **values: Any)
     require_jinja()
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"frame.html": asset("polyhead.report", "frame.html")}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     script = "\n" + script
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (css_variables(), asset("polyhead.report", "style.css"), SHAPES_CSS, LINES_CSS, css)

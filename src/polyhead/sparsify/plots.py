@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from polyhead.report.drawing import LINES_CSS, Drawing, colour, dot, short, span
-from polyhead.report.svg import Scale, curve, document, element, line, nested, text
+from polyhead.report.drawing import LINES_CSS, Drawing, Group, colour, dot, pareto
+from polyhead.report.svg import document, nested, text
 from polyhead.sparsify.table import Comparison, Row
 
 __all__ = ["drawings", "place", "plots"]
@@ -18,6 +18,9 @@ class _Axis:
     title: str
     of: Callable[[Comparison, Row], float]
     less: bool  # whether less of it is better
+
+    def gain(self, value: float) -> float:
+        return -value if self.less else value
 
 
 _READ = _Axis("share of keys read", lambda c, row: c.read(row, c.settings.longest), True)
@@ -53,45 +56,21 @@ def drawings(comparison: Comparison) -> list[Drawing]:
 
 
 def _pareto(comparison: Comparison, across: _Axis, up: _Axis) -> Drawing:
-    width, height, left, right, top, bottom = 340.0, 250.0, 50.0, 326.0, 12.0, 206.0
-    known = [
-        (row, across.of(comparison, row), up.of(comparison, row))
-        for row in comparison.rows
-        if math.isfinite(across.of(comparison, row)) and math.isfinite(up.of(comparison, row))
-    ]
-    x = Scale(*span([one[1] for one in known], 0.08), left, right)
-    y = Scale(*span([one[2] for one in known], 0.08), bottom, top)
-    parts = []
-    for v in y.ticks(4):
-        parts += [
-            line(left, y(v), right, y(v), "grid"),
-            text(left - 6, y(v) + 4, short(v), text_anchor="end"),
-        ]
-    for v in x.ticks(4):
-        parts.append(text(x(v), bottom + 18, short(v), text_anchor="middle"))
-    parts += [line(left, bottom, right, bottom, "axis")]
-    parts.append(text((left + right) / 2, bottom + 36, across.title, text_anchor="middle"))
-    front = sorted(
-        {(a, b) for _, a, b in known if not any(_beaten(across, up, (a, b), o[1:]) for o in known)}
-    )
-    parts.append(curve([(x(a), y(b)) for a, b in front], "front chance"))
+    groups = []
     for number in range(len(comparison.methods) + 1):
-        own = sorted((a, b, row.label) for row, a, b in known if place(comparison, row) == number)
-        style = colour(number)
-        shapes = [curve([(x(a), y(b)) for a, b, _ in own], style)]
-        shapes += [dot(x(a), y(b), 4, style, f"{label}: {b:.4g} at {a:.4g}") for a, b, label in own]
-        parts.append(element("g", *shapes, class_=f"of of-{number}"))
-    good = "less" if up.less else "more"
-    return Drawing(f"{up.title}, by {across.title}", f"{good} is better", width, height, tuple(parts))
-
-
-def _beaten(across: _Axis, up: _Axis, one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether the other is at least as good on both axes, and better on one."""
-    gains = [
-        (mine - its) if axis.less else (its - mine)
-        for axis, mine, its in zip((across, up), one, other, strict=True)
-    ]
-    return min(gains) >= 0 and max(gains) > 0
+        points = []
+        for row in comparison.rows:
+            if place(comparison, row) == number:
+                a, b = across.of(comparison, row), up.of(comparison, row)
+                points.append((a, b, f"{row.label}: {b:.4g} at {a:.4g}"))
+        groups.append(Group(number, points, joined=True))
+    return pareto(
+        groups,
+        title=f"{up.title}, by {across.title}",
+        good=f"{'less' if up.less else 'more'} is better",
+        across=across.title,
+        gains=(across.gain, up.gain),
+    )
 
 
 def plots(comparison: Comparison) -> dict[str, str]:
