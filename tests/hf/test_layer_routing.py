@@ -62,6 +62,7 @@ def test_a_window_over_everything_is_full_attention(name):
     assert routing.sparsity().tolist() == [1.0, 1.0]
 
 
+@torch.no_grad()
 def test_a_sparse_layer_reads_its_sinks_and_its_window():
     """Against the naive layer, on what the model's own projections gave."""
     model = llama()
