@@ -1,13 +1,14 @@
 """Spans found by triangles in SmolLM2: a number in a text of 1,900 tokens, read by spans, pieces and windows.
 
-The small check of paper 082. A text with a number in it is read, then a question with its answer in one call;
-every layer reads 4 first tokens, the 256 before a block of 64 queries and 256 tokens of spans, which are found
-in chunks of 64 by triangles, or are pieces of 32 tokens, each with the vector that later tokens vote for or
-with its mean key. Besides: the first tokens and a window alone, of 256 and of 512 tokens. Measured are the
-log-probability of the answer, a token; in which share of the layers the call of the question reads the whole
-number; and of all that lies before the window of that call, the share that is read. Of the dense model's maps
-it is asked whether spans begin where sentences and lines do: the share of such tokens among those at which a
-span begins within its chunk, over their share of all tokens within chunks, mean over layers.
+The small check of paper 082. A text with a number in it is read, then a question with its answer in one
+call; every layer reads 4 first tokens, the 256 before a block of 64 queries and 256 tokens of spans, which
+are found in chunks of 64 by triangles, or are pieces of 32 tokens, each with the vector that later tokens
+vote for or with its mean key. Besides: the first tokens and a window alone, of 256 and of 512 tokens.
+Measured are the log-probability of the answer, a token; in which share of the layers the call of the
+question reads the whole number; and of all that lies before the window of that call, the share that is
+read. Of the dense model's maps it is asked whether spans begin where sentences and lines do: the share of
+such tokens among those at which a span begins within its chunk, over their share of all tokens within
+chunks, mean over layers.
 """
 
 from __future__ import annotations
