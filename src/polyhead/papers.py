@@ -33,6 +33,7 @@ _ELSEWHERE = {
     "064": ("attend/selectors/prism.py",),
     "066": ("heads/chai.py", "heads/clustering.py", "heads/head_maps.py", "heads/shared_maps.py"),
     "069": ("intensity.py",),
+    "072": ("attend/selectors/rectified.py",),
     "078": ("heads/retrieval.py",),
     "082": ("attend/selectors/triangle_spans.py", "attend/selectors/triangles.py"),
     "085": ("attend/selectors/qada.py", "heads/key_gaussians.py"),
@@ -58,6 +59,7 @@ _ELSEWHERE = {
     "163": ("mechanisms/neighborhood_attention.py",),
     "166": ("hf/layer_routing.py", "nn/layer_router.py", "cache/flux.py"),
     "188": ("attend/masks/neighborhood.py", "attend/simulate.py"),
+    "195": ("heads/sensitivity.py", "heads/budget.py"),
 }
 
 _PACKAGE = Path(__file__).parent

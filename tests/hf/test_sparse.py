@@ -6,6 +6,7 @@ import transformers as t
 
 import polyhead as ph
 from hf.tiny import DECODERS, bert, llama, make, t5, tokens, vit
+from polyhead.attend.masks import Chosen
 from polyhead.attend.selectors import choose
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.heads.measurements.places import WindowMass
@@ -74,6 +75,43 @@ def test_equals_a_choice_written_out(name):
     model.set_attn_implementation("written_out")
     torch.testing.assert_close(found, logits(model))
     assert (found - dense).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_corrected_output():
+    """As in the operator, layer by layer; handlers on the way see what is read; steps equal the prefill."""
+    model = llama().double()
+    inner = ph.select(ph.mean_keys(), ph.keep_blocks(1), rows=1, cols=3, always=ph.window(0))
+    own = ph.rectified(inner, gate=ph.open_gate(), apart=ph.sink(1))
+    read = []
+
+    def look(call):
+        read.append(call.mask)
+        return call.proceed()
+
+    with attach(model, handler=look), ph.sparse(model, own):
+        found = logits(model)
+    assert len(read) == 2
+    assert all(any(isinstance(term, Chosen) for term in mask.terms) for mask in read)
+
+    def directly(call):
+        return ph.attend(call.q, call.k, call.v, mask=call.mask, select=own, scale=call.scale)
+
+    with attach(model, handler=directly):
+        torch.testing.assert_close(found, logits(model))
+    with ph.sparse(model, own):
+        steps = stepwise(model, long(), t.DynamicCache(config=model.config))
+    torch.testing.assert_close(steps, found)
+    dense = logits(model)
+    with ph.sparse(model, inner):
+        plain = logits(model)
+    assert (found - plain).abs().max() > 0.01
+    with ph.sparse(model, [own, None]):  # by layer, and among layers that follow
+        assert (logits(model) - dense).abs().max() > 0.01
+    for name, what in (("gemma2", "score"), ("gpt_oss", "normalizer")):
+        other = DECODERS[name]()
+        with ph.sparse(other, own), pytest.raises(ConfigError, match=f"rectified corrects .* no {what}"):
+            logits(other)
 
 
 def stepwise(model, ids, cache, **more):

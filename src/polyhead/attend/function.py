@@ -13,18 +13,18 @@ from torch import Tensor
 from polyhead.attend.backends import BACKENDS, STREAMING
 from polyhead.attend.backends.reference import dense_weights
 from polyhead.attend.backends.sdpa import plain
-from polyhead.attend.masks import Mask, Window
+from polyhead.attend.masks import Chosen, Mask, Window
 from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.selectors import Selector, choose
+from polyhead.attend.selectors import Correcting, Selector, choose
 from polyhead.attend.tiles import Consumer, observe_tiles
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["attend", "explain", "observe", "resolved", "weights_of"]
+__all__ = ["attend", "check_correctable", "choice", "explain", "observe", "resolved", "weights_of"]
 
 _SOFTMAX = softmax()
 _NUMBER = (float, int)
@@ -128,6 +128,9 @@ def attend(
     ):
         # the common call, decided without building a plan: the planner would say the same
         return plain(q, k, v, causal=mask is not None, scale=scale)
+    if isinstance(select, Correcting):
+        check_correctable(select, score, normalizer, weight_map, dropout, return_lse)
+        return _corrected(q, k, v, mask, select, scale, backend)
     request = _request(q, k, v, mask, select, score, normalizer, weight_map, scale, dropout, return_lse)
     if torch.compiler.is_compiling() and backend in ("auto", *(b.name for b in STREAMING)):
         from polyhead.attend.opaque import attend_opaque  # imports the compiler, which is here already
@@ -139,6 +142,48 @@ def attend(
         return out
     assert lse is not None
     return out, lse
+
+
+def _corrected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    select: Correcting,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    request = _request(q, k, v, mask, None, None, _SOFTMAX, None, scale, 0.0, False)
+    q, k, v, scale = request.q, request.k, request.v, request.problem.scale
+    found = choice(q, k, mask, select, scale)
+    out = attend(q, k, v, mask=found if mask is None else mask & found, scale=scale, backend=backend)
+    return select.correct(out, q, k, v, mask, found, scale)
+
+
+def check_correctable(
+    select: Selector,
+    score: object = None,
+    normalizer: Normalizer = _SOFTMAX,
+    weight_map: object = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> None:
+    """Raise a `ConfigError` if a call has more than plain softmax, and its selector corrects the output."""
+    if not isinstance(select, Correcting):
+        return
+    plain_softmax = type(normalizer) is Softmax and normalizer.sink is None
+    for name, wrong in (
+        ("score", bool(score)),
+        ("normalizer", not plain_softmax),
+        ("weight_map", bool(weight_map)),
+        ("dropout", bool(dropout)),
+        ("return_lse", return_lse),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"select: {type(select).__name__.lower()} corrects the output of plain softmax, and takes no "
+                f"{name}; leave it out, or use the selector that is corrected"
+            )
 
 
 def explain(
@@ -180,6 +225,7 @@ def observe(
     which batch items, heads, query and key positions it holds; pairs outside the tiles have weight 0.
     The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
     """
+    _check_shown(select)
     request = _request(q, k, v, mask, select, score, normalizer, weight_map, scale, 0.0, False)
     return observe_tiles(request.q, request.k, request.v, request.problem, _consumers(consumers))
 
@@ -200,8 +246,17 @@ def weights_of(
     For what needs them whole, such as a loss on them. In float32, or float64 where q is. `observe` shows
     them strip by strip.
     """
+    _check_shown(select)
     request = _request(q, k, k, mask, select, score, normalizer, weight_map, scale, 0.0, False)
     return dense_weights(request)[0]
+
+
+def _check_shown(select: Selector | None) -> None:
+    if isinstance(select, Correcting):
+        raise ConfigError(
+            f"select: {type(select).__name__.lower()} corrects the output, which is made of more than these "
+            "weights; use the selector that is corrected to see what is read"
+        )
 
 
 def _consumers(consumers: Iterable[Consumer]) -> tuple[Consumer, ...]:
@@ -310,7 +365,7 @@ def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, s
     return found if mask is None else mask & found
 
 
-def choice(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Mask:
+def choice(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Chosen:
     """The blocks that a selector chooses in this call, as a mask."""
     if not isinstance(select, Selector):
         raise ConfigError(

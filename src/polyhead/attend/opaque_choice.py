@@ -17,7 +17,7 @@ from polyhead.attend.spelling import Spelling, read, spell
 __all__ = ["choose_opaque"]
 
 
-def choose_opaque(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Mask:
+def choose_opaque(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Chosen:
     """`choose` as one step of the graph that is being compiled."""
     found = Spelling()
     text = spell((selector, mask), found, constant_name)
@@ -47,7 +47,6 @@ def _choose(
 ) -> Tensor:
     selector, mask = read(text, tensors, ints, floats)
     own = choose(selector, q, k, mask, scale)
-    assert isinstance(own, Chosen)
     index = own.index.new_full((*q.shape[:2], own.index.shape[2], -(-k.shape[2] // cols)), -1)
     index[..., : own.index.shape[3]] = own.index
     return index

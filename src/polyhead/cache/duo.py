@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.cache.gate_gradients import Questions, gate_gradients
-from polyhead.cache.gating import Gates, decoder, frozen
+from polyhead.cache.gating import Gates, decoder
 from polyhead.errors import ConfigError
 from polyhead.head_scores import HeadScores
 from polyhead.hf import Attachment, Call, attach
+from polyhead.tasks.reading import frozen
 
 __all__ = ["Questions", "Sample", "gate_gradients", "gates", "passkeys"]
 

@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyhead.cache.gating import decoder, frozen
+from polyhead.cache.gating import decoder
 from polyhead.cache.per_head import cached_layers, per_head
 from polyhead.checks import number, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.hf.layer_routing import LayerRouters, LayerRouting, routed_layers
 from polyhead.nn.layer_router import TargetPenalty, router_temperature
+from polyhead.tasks.reading import frozen
 
 if TYPE_CHECKING:
     from polyhead.cache.transformers_cache import PerHeadCache

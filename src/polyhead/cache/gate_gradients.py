@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyhead.cache.gating import Gates, decoder, frozen
+from polyhead.cache.gating import Gates, decoder
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.head_scores import HeadScores
 from polyhead.hf import attach
+from polyhead.tasks.reading import frozen
 
 __all__ = ["Questions", "gate_gradients"]
 

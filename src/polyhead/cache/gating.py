@@ -8,8 +8,7 @@ The query heads that read one KV head share its gate. `polyhead.cache.duo` train
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from polyhead.errors import UnsupportedModel
 from polyhead.hf import Attachment, Call
 from polyhead.hf.layers import pretrained_parts
 
-__all__ = ["Gates", "decoder", "frozen"]
+__all__ = ["Gates", "decoder"]
 
 
 class Gates:
@@ -85,19 +84,3 @@ def decoder(model: nn.Module, what: str) -> Any:
             f"{what} are for decoders that read one sequence; {type(whole).__name__} reads two"
         )
     return whole
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients for the weights, and everything given back."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in wanted:
-            parameter.requires_grad_(grad)

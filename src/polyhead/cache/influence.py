@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from polyhead.attend import Tile
 from polyhead.cache.duo import Sample
-from polyhead.cache.gating import decoder, frozen
+from polyhead.cache.gating import decoder
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, ShapeError, UnsupportedModel
 from polyhead.hf import Call, attach
+from polyhead.tasks.reading import frozen
 
 __all__ = ["Influence", "influence", "loss_of"]
 

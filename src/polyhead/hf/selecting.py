@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from polyhead.attend.function import choice
-from polyhead.attend.masks import Mask
-from polyhead.attend.selectors import Follow, Lead, Selector
+from polyhead.attend.function import check_correctable, choice
+from polyhead.attend.masks import Chosen, Mask
+from polyhead.attend.selectors import Correcting, Follow, Lead, Selector
 from polyhead.checks import flag, given, several
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.hf.attachment import Attachment, attach
@@ -33,7 +33,7 @@ class Choices:
     def __init__(self, selectors: Sequence[Selector | None]) -> None:
         self.selectors = tuple(selectors)
         self._followed = {one.layer for one in selectors if isinstance(one, Follow)}
-        self._made: dict[int, tuple[tuple[int, ...], Mask | None]] = {}
+        self._made: dict[int, tuple[tuple[int, ...], Chosen | None]] = {}
         self._last = -1
         self._reading: dict[int, Selector] = {}
 
@@ -60,8 +60,41 @@ class Choices:
             self._reading[call.layer.index] = selector.begin()
         return self._reading.get(call.layer.index, selector)
 
+    def applied(self, call: Call) -> Call:
+        """A call of the layer that was entered, as it reads what its selector chooses.
+
+        Raises:
+            ConfigError: as `choice`; or the output would be corrected behind something else than softmax.
+        """
+        found = self.choice(call)
+        if found is None:
+            return call
+        made = call.replace(mask=_both(call.mask, found))
+        selector = self.selectors[call.layer.index]
+        if not isinstance(selector, Correcting):
+            return made
+        try:
+            check_correctable(selector, call.score, call.normalizer, None, call.dropout)
+        except ConfigError as error:
+            raise ConfigError(f"layer {call.layer.name!r}: {error}") from error
+        k, v = keys_of(call), call.v
+        assert isinstance(v, Tensor)  # as the keys are
+
+        def corrected(lower: Call) -> Tensor:
+            return selector.correct(lower.proceed(), call.q, k, v, call.mask, found, call.scale)
+
+        return made.replace(below=(*made.below, (corrected, call.layer)))
+
     def mask(self, call: Call) -> Mask | None:
         """The mask of a call of the layer that was entered, with what its selector chooses.
+
+        Raises:
+            ConfigError: as `choice`.
+        """
+        return _both(call.mask, self.choice(call))
+
+    def choice(self, call: Call) -> Chosen | None:
+        """What the selector of the layer that was entered chooses; None where it reads everything.
 
         Raises:
             ConfigError: it follows a layer that has chosen nothing in this pass, or among other keys.
@@ -91,12 +124,16 @@ class Choices:
             if index in self._followed:
                 self._made[index] = shape, found
             if isinstance(selector, Lead):
-                return call.mask
-        return found if call.mask is None else call.mask if found is None else call.mask & found
+                return None
+        return found
+
+
+def _both(mask: Mask | None, found: Chosen | None) -> Mask | None:
+    return found if mask is None else mask if found is None else mask & found
 
 
 class Selecting:
-    """The handler of `sparse`: it adds a layer's choice of blocks to the mask of the call."""
+    """The handler of `sparse`: it adds a layer's choice of blocks to the mask, and corrects for the rest."""
 
     def __init__(self, selectors: Sequence[Selector | None], prefill: bool, decode: bool) -> None:
         self.choices = Choices(selectors)
@@ -107,7 +144,7 @@ class Selecting:
         return self.chosen(call).proceed()
 
     def chosen(self, call: Call) -> Call:
-        """The call with what its layer reads as its mask."""
+        """The call, as its layer reads what is chosen."""
         call = densely(call)
         selector = self.choices.enter(call.layer)
         if selector is None:
@@ -115,7 +152,7 @@ class Selecting:
         if not (self.decode if call.q.shape[2] == 1 else self.prefill):
             self.choices.see(call)
             return call
-        return call.replace(mask=self.choices.mask(call))
+        return self.choices.applied(call)
 
 
 def densely(call: Call) -> Call:

@@ -99,6 +99,11 @@ def _long_heads(level: float, case: Case) -> Reader:
     return Chunks(LongHeads.of(case.model, window=window, length=_CHUNKS * window))
 
 
+def _rectified(level: float, case: Case) -> LayerSelectors:
+    own = s.select(s.mean_keys(), s.keep_mass(level), rows=_ROWS, cols=_COLS, always=_ALWAYS)
+    return s.rectified(own, apart=_ALWAYS)
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -155,6 +160,12 @@ METHODS = {
             "16 chunks of each head's choice, moved next to each other, at positions below their length",
             "062",
             _long_heads,
+        ),
+        Method(
+            "rectified",
+            "blocks by the product of means until they hold so much, means standing for those that it trusts",
+            "072",
+            _rectified,
         ),
         Method(
             "block_oracle",

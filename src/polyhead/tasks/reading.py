@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
 
-__all__ = ["context_length", "encode", "evaluating", "texts"]
+__all__ = ["context_length", "encode", "evaluating", "frozen", "texts"]
 
 
 @contextmanager
@@ -25,6 +25,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients for the weights, and everything given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in wanted:
+            parameter.requires_grad_(grad)
 
 
 def context_length(model: nn.Module) -> int | None:

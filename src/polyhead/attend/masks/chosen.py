@@ -124,7 +124,7 @@ class Chosen(Mask):
             )
 
 
-def chosen(index: Tensor, *, rows: int, cols: int, first: int = 0) -> Mask:
+def chosen(index: Tensor, *, rows: int, cols: int, first: int = 0) -> Chosen:
     """Queries of block m read the keys of the blocks `index[b, h, m]`, and no others.
 
     Query r of the call is in block r // rows, key j in block j // cols; the last blocks may be shorter. What

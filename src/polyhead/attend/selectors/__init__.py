@@ -79,6 +79,15 @@ from polyhead.attend.selectors.qada import (
     NearOrAll,
     qada,
 )
+from polyhead.attend.selectors.rectified import (
+    GainGate,
+    OpenGate,
+    PoolingGate,
+    Rectified,
+    gain_gate,
+    open_gate,
+    rectified,
+)
 from polyhead.attend.selectors.region_routing import RegionRouting, region_routing
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
@@ -91,7 +100,7 @@ from polyhead.attend.selectors.scorers import (
     sampled_mass,
     shared,
 )
-from polyhead.attend.selectors.selector import Either, Listing, Ranked, Selector, choose, select
+from polyhead.attend.selectors.selector import Correcting, Either, Listing, Ranked, Selector, choose, select
 from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.triangle_spans import SpanIndex, TriangleSpans, triangle_spans
 from polyhead.attend.selectors.triangles import Span, cover, detect_spans, triangle_scores
@@ -104,6 +113,7 @@ __all__ = [
     "Budget",
     "Chunks",
     "ComputedIndexer",
+    "Correcting",
     "Dhsa",
     "Either",
     "EvenChunks",
@@ -111,6 +121,7 @@ __all__ = [
     "FarMass",
     "Fixed",
     "Follow",
+    "GainGate",
     "Grid",
     "Guarded",
     "Hisa",
@@ -134,8 +145,11 @@ __all__ = [
     "MeanKeys",
     "NearGaussian",
     "NearOrAll",
+    "OpenGate",
+    "PoolingGate",
     "ProxyHeads",
     "Ranked",
+    "Rectified",
     "RegionRouting",
     "SampledMass",
     "Scorer",
@@ -162,6 +176,7 @@ __all__ = [
     "even_chunks",
     "fixed",
     "follow",
+    "gain_gate",
     "guarded",
     "hisa",
     "index_scores",
@@ -181,10 +196,12 @@ __all__ = [
     "low_rank_scores",
     "mean_indexer",
     "mean_keys",
+    "open_gate",
     "prism",
     "proxy_attn",
     "proxy_heads",
     "qada",
+    "rectified",
     "region_routing",
     "sampled_mass",
     "select",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Kept, Selector, choose, listed
+from polyhead.attend.selectors.selector import Correcting, Kept, Selector, choose, listed
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
 
@@ -62,6 +62,11 @@ class Guarded(Selector):
                 f"guarded: selector must be one such as select(mean_keys(), keep_share(0.1)); "
                 f"got {given(self.selector)}"
             )
+        if isinstance(self.selector, Correcting):
+            raise ConfigError(
+                "guarded: a selector that corrects the output goes around the guarded one, "
+                f"rectified(guarded(a)); got {given(self.selector)}"
+            )
         object.__setattr__(self, "most", number("guarded: most", self.most, least=0, most=1))
         whole("guarded: probes", self.probes, 1)
 
@@ -78,7 +83,6 @@ class Guarded(Selector):
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         found = choose(self.selector, q, k, mask, grid.scale)
-        assert isinstance(found, Chosen)
         missed = _missed(q, k, mask, found, grid, min(self.probes, grid.queries))
         dense = missed > self.most
         seen = _SEEN.get()

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Mask, Padding, chosen, terms_of, tile_map
+from polyhead.attend.masks import Chosen, Mask, Padding, chosen, terms_of, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer
@@ -16,7 +16,7 @@ from polyhead.checks import given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["Either", "Listing", "Ranked", "Selector", "choose", "select"]
+__all__ = ["Correcting", "Either", "Listing", "Ranked", "Selector", "choose", "select"]
 
 Kept = Callable[[int, int, Tensor], Tensor]
 
@@ -88,6 +88,22 @@ class Listing(Selector):
         return kept
 
 
+class Correcting(Selector):
+    """A selector behind which the output is corrected for what was not read."""
+
+    def correct(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, found: Chosen, scale: float
+    ) -> Tensor:
+        """The output `(B, H, L, Dv)`, corrected.
+
+        Args:
+            out: what plain softmax over the chosen keys gave.
+            q, k, v, mask, scale: of the call.
+            found: what was chosen in it.
+        """
+        raise NotImplementedError
+
+
 def listed(index: Tensor, blocks: int) -> Tensor:
     """Blocks listed in `(..., K)`, -1 for none, as a table `(..., blocks)` of those that are."""
     table = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
@@ -140,6 +156,11 @@ class Either(Selector):
     def __post_init__(self) -> None:
         if not all(isinstance(term, Selector) for term in self.terms) or not self.terms:
             raise ConfigError(f"|: both sides must be selectors; got {given(self.terms)}")
+        if any(isinstance(term, Correcting) for term in self.terms):
+            raise ConfigError(
+                "|: a selector that corrects the output goes around the others, rectified(a | b); got "
+                f"{given(self.terms)}"
+            )
         flat = tuple(
             one for term in self.terms for one in (term.terms if isinstance(term, Either) else (term,))
         )
@@ -256,7 +277,7 @@ def grid_of(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: 
 
 
 @torch.no_grad()
-def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Mask:
+def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Chosen:
     """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held."""
     rows, cols = selector.rows, selector.cols
     grid = grid_of(selector, q, k, mask, scale)
