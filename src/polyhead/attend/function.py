@@ -18,7 +18,7 @@ from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.selectors import Correcting, Selector, choose
+from polyhead.attend.selectors import Correcting, Recalling, Selector, Summaries, choose
 from polyhead.attend.tiles import Consumer, observe_tiles
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import finite, flag, given, number, several
@@ -365,8 +365,21 @@ def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, s
     return found if mask is None else mask & found
 
 
-def choice(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Chosen:
-    """The blocks that a selector chooses in this call, as a mask."""
+def choice(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    select: Selector | None,
+    scale: float | None,
+    summaries: Summaries | None = None,
+) -> Chosen:
+    """The blocks that a selector chooses in this call, as a mask.
+
+    `summaries` keep what is derived of the keys, for the next call.
+    """
+    if isinstance(select, Recalling):
+        summaries = select.summaries
+        select = select.selector
     if not isinstance(select, Selector):
         raise ConfigError(
             f"select must be a selector such as select(mean_keys(), keep_share(0.1)), got {given(select)}"
@@ -376,7 +389,7 @@ def choice(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, sca
         from polyhead.attend.opaque_choice import choose_opaque  # imports the compiler, which is here already
 
         return choose_opaque(select, q, k, mask, scale)
-    return choose(select, q, k, mask, scale)
+    return choose(select, q, k, mask, scale, summaries)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

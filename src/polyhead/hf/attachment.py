@@ -27,7 +27,7 @@ yields no weights: observe instead. With gradient checkpointing, call `backward(
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
@@ -46,6 +46,8 @@ from polyhead.hf.translate import attention_call
 from polyhead.hf.written import WrittenMasks
 
 __all__ = ["NAME", "Attachment", "Call", "Handler", "KVHandle", "LayerInfo", "attach"]
+
+Watcher = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 # what stands on each attention module: one entry for each attachment and handler, the top one last
 _entries: WeakKeyDictionary[nn.Module, tuple[_Entry, ...]] = WeakKeyDictionary()
@@ -134,6 +136,26 @@ class Attachment:
         finally:
             with _lock:
                 self._pop(own)
+
+    @contextmanager
+    def watching(self, before: Watcher) -> Iterator[None]:
+        """Within the block, `before` gets index, module, args and kwargs of every attention layer called."""
+
+        def hook(index: int) -> Callable[..., None]:
+            def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                before(index, module, args, kwargs)
+
+            return torch.compiler.disable(run)
+
+        handles = [
+            module.register_forward_pre_hook(hook(layer.index), with_kwargs=True)
+            for module, layer in self._found
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _push(self, handler: Handler | None) -> dict[nn.Module, _Entry]:
         memory = WrittenMasks()

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from polyhead.attend.function import check_correctable, choice
 from polyhead.attend.masks import Chosen, Mask
-from polyhead.attend.selectors import Correcting, Follow, Lead, Selector
+from polyhead.attend.selectors import Correcting, Follow, Lead, Selector, Summaries
 from polyhead.checks import flag, given, several
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.hf.attachment import Attachment, attach
 from polyhead.hf.call import Call, LayerInfo
 from polyhead.hf.handles import KVHandle
+from polyhead.hf.kept_summaries import KeptSummaries
 
 __all__ = ["Choices", "LayerSelectors", "Selecting", "by_layer", "densely", "keys_of", "sparse"]
 
@@ -60,13 +61,15 @@ class Choices:
             self._reading[call.layer.index] = selector.begin()
         return self._reading.get(call.layer.index, selector)
 
-    def applied(self, call: Call) -> Call:
+    def applied(self, call: Call, summaries: Summaries | None = None) -> Call:
         """A call of the layer that was entered, as it reads what its selector chooses.
+
+        `summaries` are what is kept of its keys, if somebody keeps them.
 
         Raises:
             ConfigError: as `choice`; or the output would be corrected behind something else than softmax.
         """
-        found = self.choice(call)
+        found = self.choice(call, summaries)
         if found is None:
             return call
         made = call.replace(mask=_both(call.mask, found))
@@ -93,7 +96,7 @@ class Choices:
         """
         return _both(call.mask, self.choice(call))
 
-    def choice(self, call: Call) -> Chosen | None:
+    def choice(self, call: Call, summaries: Summaries | None = None) -> Chosen | None:
         """What the selector of the layer that was entered chooses; None where it reads everything.
 
         Raises:
@@ -120,7 +123,8 @@ class Choices:
             found = None
             # of one block the best one would be read
             if own is not None and (keys.shape[2] > own.cols or own.remembers):
-                found = choice(call.q, keys, call.mask, self._own(call, own, keys), call.scale)
+                own = self._own(call, own, keys)
+                found = choice(call.q, keys, call.mask, own, call.scale, summaries)
             if index in self._followed:
                 self._made[index] = shape, found
             if isinstance(selector, Lead):
@@ -137,6 +141,7 @@ class Selecting:
 
     def __init__(self, selectors: Sequence[Selector | None], prefill: bool, decode: bool) -> None:
         self.choices = Choices(selectors)
+        self.kept = KeptSummaries()
         self.prefill = prefill
         self.decode = decode
 
@@ -147,12 +152,13 @@ class Selecting:
         """The call, as its layer reads what is chosen."""
         call = densely(call)
         selector = self.choices.enter(call.layer)
+        summaries = self.kept.of(call.layer.index, call.k)
         if selector is None:
             return call
         if not (self.decode if call.q.shape[2] == 1 else self.prefill):
             self.choices.see(call)
             return call
-        return self.choices.applied(call)
+        return self.choices.applied(call, summaries)
 
 
 def densely(call: Call) -> Call:
@@ -275,5 +281,5 @@ def sparse(
     flag("decode", decode)
     with attach(model) as attachment:
         choosing = Selecting(by_layer(selector, attachment.layers), prefill, decode)
-        with attachment.handling(choosing):
+        with attachment.handling(choosing), attachment.watching(choosing.kept.before):
             yield attachment

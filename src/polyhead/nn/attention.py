@@ -15,14 +15,14 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
-from polyhead.attend.selectors import Selector
+from polyhead.attend.selectors import Correcting, Recalling, Selector, Summaries
 from polyhead.attend.weight_maps import WeightMap, weight_chain
 from polyhead.checks import given, is_integer_tensor, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
-from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache, row_bytes
+from polyhead.nn.kv_cache import ContextCache, GrowingCache, Kept, KeyValueCache, row_bytes
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import place_mask, place_score, place_weight_map
 from polyhead.nn.part_module import PartModule
@@ -170,7 +170,10 @@ class MultiHeadAttention(AttentionModule):
     ) -> KeyValueCache:
         if window is not None and self.select is not None:
             raise cut(self.select.spec, f"a cache of the {window} most recent")
-        return super()._cache_of(streams, batch, max_length, window, *more)
+        cache = super()._cache_of(streams, batch, max_length, window, *more)
+        if self.select is not None and isinstance(cache, GrowingCache):
+            cache.summaries = Summaries()
+        return cache
 
     def forward(
         self,
@@ -384,7 +387,10 @@ class MultiHeadAttention(AttentionModule):
         options: dict[str, Any] = {"mask": allowed, "score": score, "scale": self.scale}
         if self.select is not None:
             check_present(self.select.spec, kept, shift)
-            options["select"] = self.select()
+            own = self.select()
+            if kept.summaries is not None and not isinstance(own, Correcting):
+                own = Recalling(own, kept.summaries)
+            options["select"] = own
         if self.normalizer is not None:
             options["normalizer"] = self.normalizer()
         after = self._weight_map()

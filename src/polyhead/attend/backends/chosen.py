@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend.chosen_row import attend_row
 from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward, unfit
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.pieces import Piece, Sizes, pieces, split, whole
@@ -62,6 +63,9 @@ class ChosenBlocks:
         assert found is not None
         choice, rest = found
         batch, heads, queries, width = q.shape
+        if queries == 1 and not request.needs_grad and k.shape[2] >= choice.cols:
+            out, lse = attend_row(q, k, v, choice, rest, problem.scale)
+            return out, lse if request.want_lse else None
         sizes = Sizes(batch, heads, k.shape[1], queries, k.shape[2], 2 * width * k.element_size())
         if not request.want_lse and whole(choice, rest, sizes):
             freed = replace(request, problem=replace(problem, mask=rest))

@@ -46,6 +46,7 @@ from polyhead.attend.selectors.indexer import (
     IndexScores,
     LearnedIndexer,
     MeanIndexer,
+    SeparateIndexer,
     computed_indexer,
     index_scores,
     indexer_loss,
@@ -100,8 +101,18 @@ from polyhead.attend.selectors.scorers import (
     sampled_mass,
     shared,
 )
-from polyhead.attend.selectors.selector import Correcting, Either, Listing, Ranked, Selector, choose, select
+from polyhead.attend.selectors.selector import (
+    Correcting,
+    Either,
+    Listing,
+    Ranked,
+    Recalling,
+    Selector,
+    choose,
+    select,
+)
 from polyhead.attend.selectors.spans import Spans, spans
+from polyhead.attend.selectors.summaries import Summaries, unchanged
 from polyhead.attend.selectors.triangle_spans import SpanIndex, TriangleSpans, triangle_spans
 from polyhead.attend.selectors.triangles import Span, cover, detect_spans, triangle_scores
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
@@ -149,16 +160,19 @@ __all__ = [
     "PoolingGate",
     "ProxyHeads",
     "Ranked",
+    "Recalling",
     "Rectified",
     "RegionRouting",
     "SampledMass",
     "Scorer",
     "Selections",
     "Selector",
+    "SeparateIndexer",
     "Shared",
     "Span",
     "SpanIndex",
     "Spans",
+    "Summaries",
     "TriangleSpans",
     "UnifiedKeys",
     "VerticalSlash",
@@ -211,6 +225,7 @@ __all__ = [
     "token_indexer",
     "triangle_scores",
     "triangle_spans",
+    "unchanged",
     "unified_keys",
     "vertical_slash",
 ]

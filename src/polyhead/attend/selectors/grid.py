@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from polyhead.attend.selectors.summaries import Summaries
 
 __all__ = ["Grid"]
 
@@ -21,6 +24,7 @@ class Grid:
         scale: factor of q·k.
         real: bool `(B or 1, S)`, which keys are no padding, as far as the mask says so; None: all are.
             Scorers leave the others out, whatever stands there.
+        summaries: what is known of the keys from the call before, if somebody keeps it.
     """
 
     batch: int
@@ -32,6 +36,7 @@ class Grid:
     cols: int
     scale: float
     real: Tensor | None = None
+    summaries: Summaries | None = None
 
     @property
     def row_blocks(self) -> int:
@@ -56,6 +61,38 @@ class Grid:
     def spread(self, x: Tensor) -> Tensor:
         """Something of the key/value heads `(B, G, ...)`, for every query head `(B, H, ...)`."""
         return x if self.repeat == 1 else x.repeat_interleave(self.repeat, 1)
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """q·k of `(B, H, m, D)` and `(B, G, n, D)`, each head by those of its group: `(B, H, m, n)`."""
+        if self.repeat == 1:
+            return q @ k.mT
+        # the queries of a group become rows, so that nothing is copied for every head
+        return (q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3) @ k.mT).view(*q.shape[:3], k.shape[2])
+
+    def summarised(
+        self, name: Hashable, make: Callable[[Tensor, Grid], Tensor], k: Tensor, size: int | None = None
+    ) -> Tensor:
+        """`make(k, grid)`, `(B, X, N, ...)`, whose rows come each from its own block of `size` keys alone.
+
+        In a step of decoding, where somebody keeps what complete blocks came to, only the rows of later ones
+        are made: `make` gets the keys from there on, and a grid of them, of which it may ask `cols`, `keys`
+        and `real`.
+
+        Args:
+            name: what the rows are, equal only for what comes out the same.
+            make: makes them.
+            k: keys `(B, G, S, D)` of the call.
+            size: keys of a block; default `cols`.
+        """
+        if self.summaries is None:
+            return make(k, self)
+
+        def rest(start: int) -> Tensor:
+            real = None if self.real is None else self.real[:, start:]
+            part = replace(self, keys=self.keys - start, real=real, summaries=None)
+            return make(k[:, :, start:] if start else k, part)
+
+        return self.summaries.rows(name, size or self.cols, self.keys, rest)
 
     def blocks_of_keys(self, k: Tensor, fill: float = 0.0) -> Tensor:
         """Keys `(B, G, S, D)` in blocks `(B, G, N, C, D)`; `fill` for padding and behind the end."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Correcting, Kept, Selector, choose, listed
+from polyhead.attend.selectors.selector import Correcting, Kept, Selector, chosen_blocks, listed
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
 
@@ -82,7 +82,7 @@ class Guarded(Selector):
         self.selector.check(heads)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
-        found = choose(self.selector, q, k, mask, grid.scale)
+        found = chosen_blocks(self.selector, q, k, mask, grid)
         missed = _missed(q, k, mask, found, grid, min(self.probes, grid.queries))
         dense = missed > self.most
         seen = _SEEN.get()

@@ -10,7 +10,14 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.budgets import ordered
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.indexer import Indexer, checked, index_products, mean_indexer
+from polyhead.attend.selectors.indexer import (
+    Indexer,
+    SeparateIndexer,
+    checked,
+    features_of,
+    index_products,
+    mean_indexer,
+)
 from polyhead.attend.selectors.selector import Listing, Selector, seen, seen_pairs
 from polyhead.checks import whole
 from polyhead.errors import ConfigError
@@ -55,10 +62,10 @@ class Hisa(Listing):
         return self.indexer.flops(grid, width) + 2 * pairs * heads * wide
 
     def places(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor:
-        queries, weights, keys = self.indexer.features(q, k)
+        queries, weights, keys = features_of(self.indexer, q, k, grid)
         coarse = replace(grid, cols=self.size)
         every = coarse.col_blocks <= self.blocks
-        means = keys if every else coarse.mean_keys(keys[:, None])[:, 0]
+        means = keys if every else self._means(keys, k, coarse)
 
         def band(start: int, stop: int) -> Tensor:
             own = queries[:, :, start:stop], weights[:, :, start:stop]
@@ -78,6 +85,16 @@ class Hisa(Listing):
         step = max(1, _HELD // max(1, grid.batch * across * (keys.shape[-1] + queries.shape[1])))
         found = [band(at, min(at + step, grid.queries)) for at in range(0, grid.queries, step)]
         return torch.cat(found, 2)
+
+    def _means(self, keys: Tensor, k: Tensor, coarse: Grid) -> Tensor:
+        """The mean key of every block, `(B, N, D_I)`, of an indexer's `keys`."""
+
+        def make(_: Tensor, part: Grid) -> Tensor:
+            return part.mean_keys(keys[:, None, coarse.keys - part.keys :])
+
+        if not isinstance(self.indexer, SeparateIndexer):
+            return make(k, coarse)[:, 0]
+        return coarse.summarised(("means", self.indexer.name()), make, k)[:, 0]
 
 
 def hisa(keep: int = 2048, blocks: int = 64, size: int = 128, indexer: Indexer | None = None) -> Selector:

@@ -9,6 +9,7 @@ them from, it says itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from polyhead.attend.selectors.budgets import keep_blocks
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer, Scores
 from polyhead.attend.selectors.selector import Selector, real_keys, seen_pairs, select
+from polyhead.attend.selectors.summaries import Same
 from polyhead.checks import floating, given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
@@ -28,6 +30,7 @@ __all__ = [
     "Indexer",
     "LearnedIndexer",
     "MeanIndexer",
+    "SeparateIndexer",
     "computed_indexer",
     "index_products",
     "index_scores",
@@ -58,7 +61,26 @@ class Indexer(Part):
         return 0
 
 
-class MeanIndexer(Indexer):
+class SeparateIndexer(Indexer):
+    """An indexer whose keys come each of one key of the layer alone: they can be kept in decoding."""
+
+    def of_queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q_I `(B, H_I, L, D_I)` and w `(B, H_I, L)`."""
+        raise NotImplementedError
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        """k_I `(B, S, D_I)`."""
+        raise NotImplementedError
+
+    def name(self) -> Hashable:
+        """Equal only for indexers that make the same of the same key."""
+        raise NotImplementedError
+
+    def features(self, q: Tensor, k: Tensor) -> Features:
+        return *self.of_queries(q), self.of_keys(k)
+
+
+class MeanIndexer(SeparateIndexer):
     """Mean queries of groups of heads and the mean key of all. See `mean_indexer`."""
 
     groups: int = 1
@@ -66,11 +88,17 @@ class MeanIndexer(Indexer):
     def __post_init__(self) -> None:
         whole("mean_indexer: groups", self.groups, 1)
 
-    def features(self, q: Tensor, k: Tensor) -> Features:
+    def of_queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         if q.shape[1] % self.groups:
             raise ConfigError(f"mean_indexer: groups must divide the {q.shape[1]} heads; got {self.groups}")
         queries = _wide(q).unflatten(1, (self.groups, -1)).mean(2)
-        return queries, queries.new_full(queries.shape[:3], self.groups**-0.5), _wide(k).mean(1)
+        return queries, queries.new_full(queries.shape[:3], self.groups**-0.5)
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        return _wide(k).mean(1)
+
+    def name(self) -> Hashable:
+        return "mean indexer"
 
     def sizes(self, heads: int, width: int) -> tuple[int, int]:
         return self.groups, width
@@ -84,7 +112,7 @@ def mean_indexer(groups: int = 1) -> Indexer:
     return MeanIndexer(groups)
 
 
-class LearnedIndexer(Indexer):
+class LearnedIndexer(SeparateIndexer):
     """Linear maps of what all heads of a token hold. See `learned_indexer`."""
 
     queries: Tensor
@@ -102,18 +130,18 @@ class LearnedIndexer(Indexer):
                 f"agree; got {tuple(own)}, {tuple(self.weights.shape)} and {tuple(self.keys.shape)}"
             )
 
-    def features(self, q: Tensor, k: Tensor) -> Features:
-        of_query, of_key = (_wide(x).transpose(1, 2).flatten(2) for x in (q, k))
-        for name, x, held in (("queries", of_query, self.queries), ("keys", of_key, self.keys)):
-            if x.shape[-1] != held.shape[-1]:
-                raise ShapeError(
-                    f"learned_indexer: {name} reads {held.shape[-1]} features of a token, all its heads "
-                    f"together; the call has {x.shape[-1]}"
-                )
-        wq, ww, wk = (x.to(of_query) for x in (self.queries, self.weights, self.keys))
-        queries = (of_query @ wq.flatten(0, 1).T).unflatten(-1, wq.shape[:2]).transpose(1, 2)
-        weights = (of_query @ ww.T).transpose(1, 2) * len(ww) ** -0.5
-        return queries, weights, of_key @ wk.T
+    def of_queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        token = _token("queries", q, self.queries)
+        wq, ww = (x.to(token) for x in (self.queries, self.weights))
+        queries = (token @ wq.flatten(0, 1).T).unflatten(-1, wq.shape[:2]).transpose(1, 2)
+        return queries, (token @ ww.T).transpose(1, 2) * len(ww) ** -0.5
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        token = _token("keys", k, self.keys)
+        return token @ self.keys.to(token).T
+
+    def name(self) -> Hashable:
+        return "learned indexer", Same(self.keys)
 
     def sizes(self, heads: int, width: int) -> tuple[int, int]:
         return self.queries.shape[0], self.queries.shape[1]
@@ -122,6 +150,17 @@ class LearnedIndexer(Indexer):
         heads, wide = self.sizes(grid.heads, width)
         of_queries = grid.queries * grid.heads * heads * (wide + 1)
         return 2 * grid.batch * width * (of_queries + grid.keys * grid.kv_heads * wide)
+
+
+def _token(name: str, x: Tensor, held: Tensor) -> Tensor:
+    """What all heads of a token hold, `(B, L, H·D)`, or a `ShapeError` if `held` reads another width."""
+    token = _wide(x).transpose(1, 2).flatten(2)
+    if token.shape[-1] != held.shape[-1]:
+        raise ShapeError(
+            f"learned_indexer: {name} reads {held.shape[-1]} features of a token, all its heads "
+            f"together; the call has {token.shape[-1]}"
+        )
+    return token
 
 
 def learned_indexer(queries: Tensor, weights: Tensor, keys: Tensor) -> Indexer:
@@ -192,6 +231,29 @@ def index_products(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     return (products * weights[..., None]).sum(-3)
 
 
+def features_of(indexer: Indexer, q: Tensor, k: Tensor, grid: Grid) -> Features:
+    """`indexer.features`, with keys that are kept where somebody keeps them."""
+    if grid.summaries is None or not isinstance(indexer, SeparateIndexer):
+        return indexer.features(q, k)
+    found = grid.summarised(indexer.name(), lambda keys, _: indexer.of_keys(keys)[:, None], k, 1)
+    return *indexer.of_queries(q), found[:, 0]
+
+
+def mean_features_of(indexer: Indexer, q: Tensor, k: Tensor, grid: Grid) -> Features:
+    """The same with the mean key of every block, `(B, N, D_I)`."""
+    if grid.cols == 1:
+        return features_of(indexer, q, k, grid)
+    if not isinstance(indexer, SeparateIndexer):
+        queries, weights, keys = indexer.features(q, k)
+        return queries, weights, grid.mean_keys(keys[:, None])[:, 0]
+
+    def means(keys: Tensor, part: Grid) -> Tensor:
+        return part.mean_keys(indexer.of_keys(keys)[:, None])
+
+    found = grid.summarised(("means", indexer.name()), means, k)
+    return *indexer.of_queries(q), found[:, 0]
+
+
 class IndexScores(Scorer):
     """The score of an indexer. See `index_scores`."""
 
@@ -205,8 +267,7 @@ class IndexScores(Scorer):
             raise ConfigError(
                 f"index_scores: an indexer scores for single queries; use rows=1, got rows={grid.rows}"
             )
-        queries, weights, keys = self.indexer.features(q, k)
-        keys = keys if grid.cols == 1 else grid.mean_keys(keys[:, None])[:, 0]
+        queries, weights, keys = mean_features_of(self.indexer, q, k, grid)
 
         def scores(start: int, stop: int) -> Tensor:
             step = max(1, _HELD // max(1, weights[:, :, 0].numel() * keys.shape[1]))

@@ -12,7 +12,7 @@ from polyhead.attend.masks import sink, window
 from polyhead.attend.selectors.budgets import keep_mass
 from polyhead.attend.selectors.fixed import fixed
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.scorers import Scorer, Scores
+from polyhead.attend.selectors.scorers import Scorer, Scores, mean_of_blocks
 from polyhead.attend.selectors.selector import Selector, select
 from polyhead.checks import flag, number
 from polyhead.errors import ShapeError, unknown_name
@@ -47,7 +47,7 @@ class BandMeans(Scorer):
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
         own = self.features(q.shape[-1], q.device)
-        queries, keys = grid.mean_queries(q, 0, grid.row_blocks), grid.mean_keys(k)
+        queries, keys = grid.mean_queries(q, 0, grid.row_blocks), mean_of_blocks(k, grid)
         wide = torch.promote_types(keys.dtype, torch.float32)
         queries, keys = queries.to(wide), keys.to(wide)
         part = math.sqrt(len(own) / q.shape[-1])
@@ -59,10 +59,10 @@ class BandMeans(Scorer):
             t = part * _kept(asked, own) * grid.spread(_kept(keys, own))
             queries = torch.where(t > 0, queries / t, 0.0)
         queries = queries[..., own] * (grid.scale / part)
-        products = grid.spread(keys[..., own]).transpose(2, 3)
+        keys = keys[..., own]
 
         def scores(start: int, stop: int) -> Tensor:
-            return queries[:, :, start:stop] @ products
+            return grid.products(queries[:, :, start:stop], keys)
 
         return scores
 

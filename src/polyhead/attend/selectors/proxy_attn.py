@@ -39,7 +39,7 @@ class ProxyHeads(Scorer):
             _first_of_every(length, block, self.stride, q.device)
             for length, block in ((grid.queries, grid.rows), (grid.keys, grid.cols))
         )
-        keys = grid.spread(k[:, :, taken].to(wide)).unflatten(1, (self.groups, -1)).mean(2).mT
+        keys = self._keys(k, grid)[:, :, : len(taken)].mT
         queries = q[:, :, at].to(wide).unflatten(1, (self.groups, -1)).mean(2)
         hidden = None if grid.real is None else ~grid.real[:, None, None, taken]
         of_row, of_col = at // grid.rows, taken // grid.cols
@@ -60,6 +60,21 @@ class ProxyHeads(Scorer):
             return found.repeat_interleave(grid.heads // self.groups, 1)
 
         return scores
+
+    def _keys(self, k: Tensor, grid: Grid) -> Tensor:
+        """The mean keys of every group, `(B, groups, n, D)`, of the keys that are taken, and zeros behind."""
+        wide = torch.promote_types(k.dtype, torch.float32)
+        most = -(-grid.cols // self.stride)
+
+        def of_blocks(keys: Tensor, part: Grid) -> Tensor:
+            taken = _first_of_every(part.keys, part.cols, self.stride, keys.device)
+            mean = part.spread(keys[:, :, taken].to(wide)).unflatten(1, (self.groups, -1)).mean(2)
+            missing = -len(taken) % most
+            mean = torch.nn.functional.pad(mean, (0, 0, 0, missing)) if missing else mean
+            return mean.unflatten(2, (-1, most))
+
+        name = ("proxy heads", self.groups, self.stride, grid.repeat)
+        return grid.summarised(name, of_blocks, k).flatten(2, 3)
 
 
 def proxy_heads(groups: int = 1, stride: int = 4) -> Scorer:

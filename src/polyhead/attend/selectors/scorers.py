@@ -62,15 +62,20 @@ class MeanKeys(Scorer):
     """scale · mean(q of the block) · mean(k of the block)."""
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
-        keys = grid.spread(grid.mean_keys(k)).transpose(2, 3)
+        keys = mean_of_blocks(k, grid)
 
         def scores(start: int, stop: int) -> Tensor:
-            return grid.mean_queries(q, start, stop).to(keys.dtype) @ keys * grid.scale
+            return grid.products(grid.mean_queries(q, start, stop).to(keys.dtype), keys) * grid.scale
 
         return scores
 
     def flops(self, grid: Grid, width: int) -> int:
         return 2 * grid.batch * grid.heads * grid.row_blocks * grid.col_blocks * width
+
+
+def mean_of_blocks(k: Tensor, grid: Grid) -> Tensor:
+    """`grid.mean_keys`, kept where somebody keeps it."""
+    return grid.summarised("means", lambda keys, part: part.mean_keys(keys), k)
 
 
 def mean_keys() -> Scorer:
@@ -86,21 +91,26 @@ class KeyBounds(Scorer):
     """The largest product that a key within the bounds of the block could have with the mean query."""
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
-        wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
-        most = grid.blocks_of_keys(wide, -math.inf).amax(3)
-        least = grid.blocks_of_keys(wide, math.inf).amin(3)
-        none = most < least  # no real key
-        most, least = (grid.spread(x.masked_fill(none, 0.0)).transpose(2, 3) for x in (most, least))
+        # most and least side by side: each feature takes the bound of its query's sign
+        bounds = grid.summarised("bounds", _bounds, k)
 
         def scores(start: int, stop: int) -> Tensor:
-            queries = grid.mean_queries(q, start, stop).to(most.dtype)
-            # each feature takes the bound of its query's sign
-            return (queries.clamp(min=0) @ most + queries.clamp(max=0) @ least) * grid.scale
+            queries = grid.mean_queries(q, start, stop).to(bounds.dtype)
+            signs = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
+            return grid.products(signs, bounds) * grid.scale
 
         return scores
 
     def flops(self, grid: Grid, width: int) -> int:
         return 4 * grid.batch * grid.heads * grid.row_blocks * grid.col_blocks * width
+
+
+def _bounds(k: Tensor, grid: Grid) -> Tensor:
+    """Largest and smallest features of every block, `(B, G, N, 2·D)`; 0 where there is no real key."""
+    wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
+    most = grid.blocks_of_keys(wide, -math.inf).amax(3)
+    least = grid.blocks_of_keys(wide, math.inf).amin(3)
+    return torch.cat([most, least], -1).masked_fill((most < least).repeat(1, 1, 1, 2), 0.0)
 
 
 def key_bounds() -> Scorer:
@@ -130,7 +140,7 @@ class SampledMass(Scorer):
             )
         wide = torch.promote_types(k.dtype, torch.float32)
         taken = torch.arange(0, grid.keys, self.stride, device=k.device)
-        keys = grid.spread(k[:, :, :: self.stride].to(wide)).transpose(2, 3)
+        keys = grid.summarised("first", lambda keys, _: keys[:, :, :: self.stride].to(wide), k, self.stride)
         hidden = None if grid.real is None else ~grid.real[:, None, None, :: self.stride]
         own = taken // grid.cols
 
@@ -140,7 +150,7 @@ class SampledMass(Scorer):
             first = -(-start * grid.rows // self.stride) * self.stride
             sampled = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
             for at in sampled.split(max(1, _HELD // (grid.batch * grid.heads * len(taken)))):
-                logits = q[:, :, at].to(wide) @ keys * grid.scale
+                logits = grid.products(q[:, :, at].to(wide), keys) * grid.scale
                 # a sampled query weighs its own past alone, or the whole future would share in its mass
                 logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
                 if hidden is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +14,22 @@ from polyhead.attend.masks import Chosen, Mask, Padding, chosen, terms_of, tile_
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer
+from polyhead.attend.selectors.summaries import Summaries
 from polyhead.checks import given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError
 
-__all__ = ["Correcting", "Either", "Listing", "Ranked", "Selector", "choose", "select"]
+__all__ = [
+    "Correcting",
+    "Either",
+    "Listing",
+    "Ranked",
+    "Recalling",
+    "Selector",
+    "choose",
+    "chosen_blocks",
+    "select",
+]
 
 Kept = Callable[[int, int, Tensor], Tensor]
 
@@ -196,6 +209,30 @@ class Either(Selector):
         return kept
 
 
+class Recalling(Selector):
+    """Another selector, with what is kept of the keys of the call before. Not for JSON."""
+
+    selector: Selector
+    summaries: Any
+
+    @property
+    def rows(self) -> int:
+        return self.selector.rows
+
+    @property
+    def cols(self) -> int:
+        return self.selector.cols
+
+    def check(self, heads: int) -> None:
+        self.selector.check(heads)
+
+    def flops(self, grid: Grid, width: int) -> int:
+        return self.selector.flops(grid, width)
+
+    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        return self.selector.prepare(q, k, mask, grid)
+
+
 def select(
     scorer: Scorer, budget: Budget, *, rows: int = 64, cols: int = 64, always: Mask | None = None
 ) -> Selector:
@@ -277,19 +314,35 @@ def grid_of(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: 
 
 
 @torch.no_grad()
-def choose(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Chosen:
-    """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held."""
+def choose(
+    selector: Selector,
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    scale: float,
+    summaries: Summaries | None = None,
+) -> Chosen:
+    """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held.
+
+    `summaries` keep what is derived of the keys for the next call, if they are those that it was told of.
+    """
     rows, cols = selector.rows, selector.cols
     grid = grid_of(selector, q, k, mask, scale)
+    if summaries is not None:
+        grid = replace(grid, summaries=summaries.serve(k, grid.real))
     selector.check(grid.heads)
     if not grid.keys or not grid.queries:
         nothing = torch.empty(grid.batch, grid.heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
         return chosen(nothing, rows=rows, cols=cols, first=grid.offset)
+    return chosen_blocks(selector, q.detach(), k.detach(), mask, grid)
+
+
+def chosen_blocks(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Chosen:
+    """`choose` for a call whose grid is there already, that has keys and queries."""
+    rows, cols = grid.rows, grid.cols
     if isinstance(selector, Listing):
-        return chosen(
-            selector.places(q.detach(), k.detach(), mask, grid), rows=rows, cols=cols, first=grid.offset
-        )
-    kept = selector.prepare(q.detach(), k.detach(), mask, grid)
+        return chosen(selector.places(q, k, mask, grid), rows=rows, cols=cols, first=grid.offset)
+    kept = selector.prepare(q, k, mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
     found = []
     places = torch.arange(grid.col_blocks, device=q.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
+from polyhead.attend.selectors import Summaries
 from polyhead.checks import given, is_integer_tensor, place, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.kv_cache.codec import RowCodec
@@ -31,6 +32,7 @@ class Kept:
         positions: int64 `(S,)`, ascending, where the rows stand in the sequence; None for 0..S-1.
         mask: what the cache itself lets a query of this call see, so that the answer does not depend on
             how the tokens came in chunks; None for everything.
+        summaries: what a selector has kept of the first stream, if the cache keeps it.
     """
 
     rows: tuple[Tensor, ...]
@@ -38,6 +40,7 @@ class Kept:
     padding: Tensor | None = None
     positions: Tensor | None = None
     mask: Mask | None = None
+    summaries: Summaries | None = None
 
 
 def _are_streams(streams: object) -> bool:

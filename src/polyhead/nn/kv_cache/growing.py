@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyhead.attend.selectors import Summaries, unchanged
 from polyhead.checks import whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, TokenRows, beams
@@ -24,6 +25,9 @@ class GrowingCache(KeyValueCache):
             `((kv_heads, head_dim), (kv_heads, value_dim))`.
         capacity: tokens to make room for at the start.
         device, dtype: of the rows.
+
+    Attributes:
+        summaries: what a selector keeps of the first stream from call to call; None: nothing is kept.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class GrowingCache(KeyValueCache):
     ) -> None:
         self.length = 0
         self._tokens = TokenRows(type(self).__name__, batch, streams, capacity, device, dtype)
+        self.summaries: Summaries | None = None
+        self._left: tuple[Tensor, int | None, int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +57,7 @@ class GrowingCache(KeyValueCache):
         return max(length, 2 * self._tokens.room)
 
     def append(self, *rows: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Kept:
-        tokens = self._tokens
+        tokens, summaries = self._tokens, self._vouched()
         differentiate = tokens.accept(rows, padding, positions)
         start, stop = self.length, self.length + rows[0].shape[2]
         room = self._enlarge(stop) if stop > tokens.room or differentiate else tokens.room
@@ -64,7 +70,25 @@ class GrowingCache(KeyValueCache):
             tokens.write(rows, padding, positions, start)
         self.length = stop
         seen, known = tokens.seen(0, stop)
-        return Kept(seen, stop, known)
+        if summaries is not None:
+            summaries.of(seen[0])
+            self._leave()
+        return Kept(seen, stop, known, summaries=summaries)
+
+    def _vouched(self) -> Summaries | None:
+        """The summaries, emptied if the rows are not as the cache itself left them."""
+        if self.summaries is None or torch.compiler.is_compiling():
+            return None
+        held = self._tokens.streams[0]
+        state = unchanged(held)
+        left = self._left
+        if left is None or left[0] is not held or state is None or left[1:] != (state, self.length):
+            self.summaries.clear()
+        return self.summaries
+
+    def _leave(self) -> None:
+        held = self._tokens.streams[0]
+        self._left = held, unchanged(held), self.length
 
     def next_positions(self, count: int) -> Tensor | None:
         return self._tokens.following(self.length - 1, count) if self.length else None
@@ -74,15 +98,23 @@ class GrowingCache(KeyValueCache):
 
     def reorder(self, beam_index: Tensor) -> None:
         index = beams(beam_index)
+        summaries = self._vouched()
         self._tokens.change(lambda held: held.index_select(0, index.to(held.device)))
+        if summaries is not None:
+            summaries.reorder(index)
+            self._leave()
 
     def crop(self, length: int) -> None:
         if not 0 <= whole("crop: length", length, 0) <= self.length:
             raise ConfigError(f"crop: length must lie in 0..{self.length}, the tokens seen; got {length}")
+        summaries = self._vouched()
         self.length = length
+        if summaries is not None:
+            summaries.crop(length)
+            self._leave()
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self._left = 0, None
         self._tokens.change(Tensor.detach)
         self._tokens.padding = self._tokens.positions = None
 
