@@ -105,3 +105,14 @@ def test_keys_that_nobody_chose_are_not_read() -> None:
     hidden[57:60] = False  # the ragged block is read together with keys before it, which weigh nothing
     k[:, :, hidden], v[:, :, hidden] = torch.nan, torch.nan
     torch.testing.assert_close(attend(q, k, v, mask=mask, backend="chosen"), expected)
+
+
+def test_the_planner_takes_it_for_many_keys() -> None:
+    q, k, v = draw(1, 6, 1, 8), draw(1, 2, 600, 8, seed=1), draw(1, 2, 600, 8, seed=2)
+    mask = chosen(0.2, 6, 1, 38, 16, 600) & ph.causal()
+    assert explain(q, k, v, mask=mask).backend == "chosen"
+    assert "blocks of them were chosen" in str(explain(q, k, v, mask=mask))
+    torch.testing.assert_close(attend(q, k, v, mask=mask), attend(q, k, v, mask=mask, backend="reference"))
+    few = chosen(0.2, 6, 1, 25, 16, 400)
+    assert explain(q, k[:, :, :400], v[:, :, :400], mask=few).backend == "sdpa"
+    assert explain(q.requires_grad_(), k, v, mask=mask).backend == "sdpa"

@@ -12,14 +12,30 @@ import math
 import torch
 from torch import Tensor
 
-from polyhead.attend.fused_cpu import HIDDEN, fused
-from polyhead.attend.masks import And, Chosen, Mask, causal
+from polyhead.attend.fused_cpu import HIDDEN, fused, unfit
+from polyhead.attend.masks import And, Chosen, Mask, runs_of_last
+from polyhead.attend.pieces import split
+from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
 
-__all__ = ["attend_row"]
+__all__ = ["attend_row", "pays"]
 
-_CAUSAL = causal()
-_MOST = 0.6  # of the blocks: gathering more, a copy, takes longer than reading all of them
+_MOST = 0.4  # of the blocks: gathering more, a copy, takes longer than reading all of them
+_BYTES = 1 << 20  # of keys and values that are gathered at a time: more does not stay near a core
+_MANY = 512  # keys: fewer are read as quickly as some of them are found
+
+
+def pays(request: Request) -> bool:
+    """Whether the call is one query by chosen blocks of many keys: reading them all is slower then."""
+    found = split(request.problem.mask)
+    return (
+        request.q.shape[2] == 1
+        and request.k.shape[2] >= _MANY
+        and found is not None
+        and found[0].cols <= request.k.shape[2]
+        and not request.needs_grad
+        and not unfit(request)
+    )
 
 
 def attend_row(
@@ -35,52 +51,55 @@ def attend_row(
     """
     batch, heads, _, width = q.shape
     kv_heads, keys, cols = k.shape[1], k.shape[2], choice.cols
-    blocks, repeat = -(-keys // cols), heads // kv_heads
-    rest = _without_causal(rest)
-    table = _table(choice.index, blocks).expand(batch, heads, -1)
-    grouped = table.unflatten(1, (kv_heads, repeat))
+    blocks, repeat, device = -(-keys // cols), heads // kv_heads, q.device
+    rest = _hiding(rest, keys)
+    grouped = _table(choice.index, blocks).expand(batch, heads, -1).unflatten(1, (kv_heads, repeat))
     either = grouped.any(2)  # (B, G, N)
-    count = int(either.sum(-1).amax())
-    if count == 0:
-        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=wide(q.dtype))
-    gathered = count <= _MOST * blocks
-    if gathered:
-        # distinct blocks in any order, some of them not chosen where groups chose unequally many
-        index = either.to(torch.uint8).topk(count, dim=-1, sorted=False).indices
+    counts = either.sum(-1).flatten().tolist()
+    most = max(counts)
+    if most > _MOST * blocks:
+        j = torch.arange(keys, device=device)
+        hidden = ~grouped.repeat_interleave(cols, -1)[..., :keys]
+    else:
+        # the chosen blocks come first, others behind them where groups chose unequally many
+        index = either.to(torch.uint8).topk(max(most, 1), dim=-1).indices
         start = (index * cols).clamp(max=keys - cols)  # the last block reaches back for a whole one
-        own_k, own_v = _windows(k, start, cols), _windows(v, start, cols)
-        j = start[..., None] + torch.arange(cols, device=q.device)  # (B, G, n, C)
+        j = start[..., None] + torch.arange(cols, device=device)  # (B, G, n, C)
         hidden = ~grouped.gather(-1, index[:, :, None].expand(-1, -1, repeat, -1))[..., None]
         if keys % cols:
             hidden = hidden | (j < index[..., None] * cols)[:, :, None]
         hidden = hidden.expand(-1, -1, -1, -1, cols).flatten(3)
         j = j.flatten(2)[:, :, None]
-    else:
-        own_k, own_v = ((x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)[:, None] for x in (k, v))
-        j = torch.arange(keys, device=q.device)
-        hidden = ~grouped.repeat_interleave(cols, -1)[..., :keys]
     if rest is not None:
-        b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
-        h = torch.arange(heads, device=q.device).view(kv_heads, repeat, 1)
-        i = torch.full((1, 1), keys - 1, device=q.device)
+        b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(heads, device=device).view(kv_heads, repeat, 1)
+        i = torch.full((1, 1), keys - 1, device=device)
         hidden = hidden | ~rest.allowed(b, h, i, j)
-    added = torch.zeros(hidden.shape, dtype=wide(q.dtype), device=q.device).masked_fill_(hidden, HIDDEN)
-    out, lse = fused(
-        q.reshape(batch * kv_heads, 1, repeat, width),
-        own_k,
-        own_v,
-        attn_mask=added.flatten(0, 1)[:, None],
-        scale=scale,
-    )
+    added = torch.zeros(hidden.shape, dtype=wide(q.dtype), device=device).masked_fill_(hidden, HIDDEN)
+    added = added.flatten(0, 1)[:, None]
+    queries = q.reshape(batch * kv_heads, 1, repeat, width)
+    if most > _MOST * blocks:
+        own = ((x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)[:, None] for x in (k, v))
+        out, lse = fused(queries, *own, attn_mask=added, scale=scale)
+    else:
+        runs = [_Runs(x, cols) for x in (k, v)]
+        step = max(1, _BYTES // (2 * max(most, 1) * cols * width * k.element_size()))
+        found = []
+        for at in range(0, len(counts), step):
+            n = max(1, *counts[at : at + step])
+            gathered = [x.at(start, slice(at, at + step), n) for x in runs]
+            part = added[at : at + step, ..., : n * cols]
+            found.append(fused(queries[at : at + step], *gathered, attn_mask=part, scale=scale))
+        out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     nothing = lse < HIDDEN / 2
     return out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -math.inf)
 
 
-def _without_causal(mask: Mask | None) -> Mask | None:
-    """A mask for the last query alone, which may look at all that lies before."""
+def _hiding(mask: Mask | None, keys: int) -> Mask | None:
+    """What of a mask hides anything from the last query, which may look at all that lies before."""
     terms = mask.terms if isinstance(mask, And) else (mask,)
-    left = tuple(term for term in terms if term is not None and term != _CAUSAL)
+    left = tuple(term for term in terms if term is not None and runs_of_last(term, keys) != [(0, keys)])
     return None if not left else left[0] if len(left) == 1 else And(left)
 
 
@@ -91,15 +110,30 @@ def _table(index: Tensor, blocks: int) -> Tensor:
     return table.scatter_(-1, torch.where(listed < 0, blocks, listed), True)[..., :blocks]
 
 
-def _windows(x: Tensor, start: Tensor, cols: int) -> Tensor:
-    """`cols` rows of `(B, G, S, D)` from each of the rows start `(B, G, n)` on: `(B·G, 1, n·cols, D)`."""
-    width = x.shape[3]
-    if x.stride(3) != 1 or x.stride(2) != width or any(x.stride(n) % width for n in (0, 1) if x.shape[n] > 1):
-        x = x.contiguous()
-    # every run of `cols` rows, overlapping, so that a block is one copy wherever it starts
-    rows = sum((size - 1) * step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)) // width + 1
-    runs = x.as_strided((rows - cols + 1, cols, width), (width, width, 1))
-    base = torch.arange(x.shape[0], device=x.device)[:, None] * (x.stride(0) // width)
-    base = base + torch.arange(x.shape[1], device=x.device) * (x.stride(1) // width)
-    found = runs.index_select(0, (base[..., None] + start).flatten())
-    return found.view(x.shape[0] * x.shape[1], 1, -1, width)
+class _Runs:
+    """`(B, G, S, D)` as all its runs of `cols` rows, so that a block is one copy wherever it starts."""
+
+    def __init__(self, x: Tensor, cols: int) -> None:
+        self.width, self.cols = x.shape[3], cols
+        apart = any(x.stride(n) % self.width for n in (0, 1) if x.shape[n] > 1)
+        if x.stride(3) != 1 or x.stride(2) != self.width or apart:
+            x = x.contiguous()
+        last = sum((size - 1) * step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True))
+        strides = (self.width, self.width, 1)
+        self.runs = x.as_strided((last // self.width + 2 - cols, cols, self.width), strides)
+        own = torch.arange(x.shape[0], device=x.device)[:, None] * (x.stride(0) // self.width)
+        self.base = own + torch.arange(x.shape[1], device=x.device) * (x.stride(1) // self.width)
+        self.held: Tensor | None = None
+
+    def at(self, start: Tensor, groups: slice, count: int) -> Tensor:
+        """`count` runs of some of the B·G groups, from `start` `(B, G, n)` on: `(m, 1, count·cols, D)`.
+
+        What was given before is written over, so that memory stays in the cache of a core.
+        """
+        place = (self.base[..., None] + start).flatten(0, 1)[groups, :count]
+        rows = place.numel()
+        if self.held is None or len(self.held) < rows:
+            self.held = self.runs.new_empty(rows, self.cols, self.width)
+        into = self.held[:rows]
+        torch.index_select(self.runs, 0, place.flatten(), out=into)
+        return into.view(len(place), 1, -1, self.width)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend.chosen_row import pays
 from polyhead.attend.masks import And, Mask, Padding, causal, densify
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
@@ -80,6 +81,8 @@ class Sdpa:
             return (
                 "it returns the log-sum-exp without a mask, and with a causal one for as many queries as keys"
             )
+        if cpu and pays(request):
+            return f"of {keys} keys it would read all, and blocks of them were chosen"
         if queries * keys <= _SMALL and not problem.dropout:
             return ""
         if mask == _CAUSAL:

@@ -19,6 +19,7 @@ from polyhead.attend.masks.content import (
     where,
 )
 from polyhead.attend.masks.gathered import Gathered, gathered
+from polyhead.attend.masks.last_row import runs_of_last
 from polyhead.attend.masks.neighborhood import Neighborhood, neighborhood
 from polyhead.attend.masks.on_grid import Halo, Lattice, OnGrid, halo, lattice
 from polyhead.attend.masks.positional import (
@@ -82,6 +83,7 @@ __all__ = [
     "padding",
     "per_head",
     "prefix",
+    "runs_of_last",
     "shard",
     "sink",
     "some_of",

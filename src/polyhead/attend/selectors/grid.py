@@ -118,6 +118,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _means(x: Tensor, length: int) -> Tensor:
+    if x.shape[2] <= 1:
+        return _wide(x)
     sums = F.pad(_wide(x), (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length)).sum(3)
     sizes = torch.full((sums.shape[2], 1), float(length), dtype=sums.dtype, device=x.device)
     sizes[-1] = (x.shape[2] - 1) % length + 1

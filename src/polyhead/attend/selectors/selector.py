@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Chosen, Mask, Padding, chosen, terms_of, tile_map
+from polyhead.attend.masks import Chosen, Mask, Padding, chosen, runs_of_last, terms_of, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer
@@ -260,6 +260,13 @@ def seen(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.dev
     """
     if mask is None:
         return torch.ones(1, 1, stop - start, grid.col_blocks, dtype=torch.bool, device=device)
+    if grid.queries == 1:
+        runs = runs_of_last(mask, grid.keys)
+        if runs is not None:
+            row = torch.zeros(1, 1, 1, grid.col_blocks, dtype=torch.bool, device=device)
+            for a, b in runs:
+                row[..., a // grid.cols : (b - 1) // grid.cols + 1] = True
+            return row
     if grid.rows == grid.cols == 1:  # of a block masks may not know, of a pair they do
         return seen_pairs(mask, grid, start, stop, torch.arange(grid.keys, device=device))
     first = start * grid.rows
