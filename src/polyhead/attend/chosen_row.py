@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.fused_cpu import HIDDEN, fused, unfit
-from polyhead.attend.masks import And, Chosen, Mask, runs_of_last
+from polyhead.attend.masks import Chosen, Mask, all_of, runs_of_last, terms_of
 from polyhead.attend.pieces import split
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
@@ -98,9 +98,7 @@ def attend_row(
 
 def _hiding(mask: Mask | None, keys: int) -> Mask | None:
     """What of a mask hides anything from the last query, which may look at all that lies before."""
-    terms = mask.terms if isinstance(mask, And) else (mask,)
-    left = tuple(term for term in terms if term is not None and runs_of_last(term, keys) != [(0, keys)])
-    return None if not left else left[0] if len(left) == 1 else And(left)
+    return all_of(term for term in terms_of(mask) if runs_of_last(term, keys) != [(0, keys)])
 
 
 def _table(index: Tensor, blocks: int) -> Tensor:
