@@ -14,12 +14,14 @@ from polyhead.attend.selectors.budgets import (
     KeepBlocks,
     KeepMass,
     KeepShare,
+    KeepSimilarity,
     KeepTotal,
     keep_above,
     keep_at_least,
     keep_blocks,
     keep_mass,
     keep_share,
+    keep_similarity,
     keep_total,
 )
 from polyhead.attend.selectors.chunks import (
@@ -38,6 +40,7 @@ from polyhead.attend.selectors.chunks import (
 from polyhead.attend.selectors.dhsa import Dhsa, dhsa
 from polyhead.attend.selectors.fixed import Fixed, a_shape, fixed
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.grid_blocks import GridBlocks, grid_blocks, vmoba
 from polyhead.attend.selectors.guard import Guarded, Selections, guarded, selections
 from polyhead.attend.selectors.hisa import Hisa, hisa
 from polyhead.attend.selectors.indexer import (
@@ -113,6 +116,7 @@ from polyhead.attend.selectors.selector import (
 )
 from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.summaries import Summaries, unchanged
+from polyhead.attend.selectors.together import Together, together
 from polyhead.attend.selectors.triangle_spans import SpanIndex, TriangleSpans, triangle_spans
 from polyhead.attend.selectors.triangles import Span, cover, detect_spans, triangle_scores
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
@@ -134,6 +138,7 @@ __all__ = [
     "Follow",
     "GainGate",
     "Grid",
+    "GridBlocks",
     "Guarded",
     "Hisa",
     "IndexScores",
@@ -144,6 +149,7 @@ __all__ = [
     "KeepLastMass",
     "KeepMass",
     "KeepShare",
+    "KeepSimilarity",
     "KeepTotal",
     "KeyBounds",
     "KeyGaussian",
@@ -173,6 +179,7 @@ __all__ = [
     "SpanIndex",
     "Spans",
     "Summaries",
+    "Together",
     "TriangleSpans",
     "UnifiedKeys",
     "VerticalSlash",
@@ -191,6 +198,7 @@ __all__ = [
     "fixed",
     "follow",
     "gain_gate",
+    "grid_blocks",
     "guarded",
     "hisa",
     "index_scores",
@@ -201,6 +209,7 @@ __all__ = [
     "keep_last_mass",
     "keep_mass",
     "keep_share",
+    "keep_similarity",
     "keep_total",
     "key_bounds",
     "lead",
@@ -222,10 +231,12 @@ __all__ = [
     "selections",
     "shared",
     "spans",
+    "together",
     "token_indexer",
     "triangle_scores",
     "triangle_spans",
     "unchanged",
     "unified_keys",
     "vertical_slash",
+    "vmoba",
 ]

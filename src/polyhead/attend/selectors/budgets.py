@@ -6,6 +6,8 @@ block: there is no choice that reads nothing where something may be read.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,27 @@ __all__ = [
     "KeepBlocks",
     "KeepMass",
     "KeepShare",
+    "KeepSimilarity",
     "KeepTotal",
     "keep_above",
     "keep_at_least",
     "keep_blocks",
     "keep_mass",
     "keep_share",
+    "keep_similarity",
     "keep_total",
 ]
 
 
 class Budget(Part):
-    """A rule that keeps some of the scored blocks."""
+    """A rule that keeps some of the scored blocks.
+
+    Attributes:
+        row_by_row: whether a row's blocks are kept whatever the scores of other rows of its head are; a rule
+            of which that does not hold is shown all rows of a call at once.
+    """
+
+    row_by_row: ClassVar[bool] = True
 
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         """Which blocks are read, bool `(B, H, m, N)`; only visible ones.
@@ -213,6 +224,48 @@ def keep_mass(mass: float | Tensor) -> Budget:
         mass: 0 to 1; 1 keeps everything. Or a tensor `(H,)`.
     """
     return KeepMass(mass)
+
+
+class KeepSimilarity(Budget):
+    """Blocks until their scores, between 0 and 1, sum up to a share. See `keep_similarity`."""
+
+    share: float | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", per_head("keep_similarity: share", self.share, 0.0, None, False))
+
+    def check(self, heads: int) -> None:
+        heads_fit("keep_similarity", self.share, heads)
+
+    def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+        known = visible & scores.isfinite()
+        wide = scores.double()
+        low = wide.masked_fill(~known, torch.inf).amin(-1, keepdim=True)
+        span = wide.masked_fill(~known, -torch.inf).amax(-1, keepdim=True) - low
+        like = ((wide - low) / torch.where(span < 1e-6, 1.0, span)).masked_fill(~known, 0.0)
+        order = ordered(scores, visible, forced)
+        taken = like.gather(-1, order)
+        before = taken.cumsum(-1) - taken
+        share = _column(self.share, scores)
+        # rounding must not leave out anything where all is asked for
+        enough = (before < share * like.sum(-1, keepdim=True)) | (share >= 1)
+        first = torch.arange(enough.shape[-1], device=enough.device) == forced.sum(-1, keepdim=True)
+        return torch.empty_like(enough).scatter_(-1, order, enough | first) & visible | forced
+
+
+def keep_similarity(share: float | Tensor) -> Budget:
+    """The best blocks of every row until their scores, as parts of the row's range, make up a share of all.
+
+        n_j = (s_j - min s) / (max s - min s) over the visible blocks;   Σ_kept n_j >= share · Σ n_j
+
+    with as few kept as it takes, those that are always read first, and of the others at least the best. No
+    softmax: a row whose scores lie close together reads more than with `keep_mass`. The threshold of VMoBA
+    (paper 190, arXiv 2506.23858), which holds over all queries of a head: `together(keep_similarity(0.25))`.
+
+    Args:
+        share: at least 0; from 1 on everything is read. Or a tensor `(H,)`.
+    """
+    return KeepSimilarity(share)
 
 
 class KeepAbove(Budget):

@@ -6,43 +6,18 @@ S_r = the `top_k` regions s with the largest q̄_r · k̄_s;   tokens of r read 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.budgets import ordered
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.partition import Partition
 from polyhead.attend.selectors.selector import Listing
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, ShapeError
 
 __all__ = ["RegionRouting", "region_routing"]
-
-
-class _Regions(NamedTuple):
-    """Regions in a call: `down` × `across` of them, `tall` rows of runs each, `height` rows in all."""
-
-    down: int
-    across: int
-    tall: int
-    height: int
-
-    def of_tokens(self, run: int, width: int, device: torch.device) -> Tensor:
-        """The region of every token, `(height · width,)`."""
-        y, x = torch.arange(self.height, device=device), torch.arange(width, device=device)
-        return ((y // self.tall * self.across)[:, None] + x // run).view(-1)
-
-    def of_runs(self, device: torch.device) -> Tensor:
-        """The region of every run of tokens, `(height · across,)`."""
-        return self.of_tokens(1, self.across, device)
-
-    def runs(self, device: torch.device) -> Tensor:
-        """The runs of every region, `(regions, tall)`, -1 below the last row."""
-        y = torch.arange(self.down * self.tall, device=device).view(self.down, 1, self.tall)
-        found = y * self.across + torch.arange(self.across, device=device)[:, None]
-        return found.masked_fill(y >= self.height, -1).flatten(0, 1)
 
 
 class RegionRouting(Listing):
@@ -70,17 +45,15 @@ class RegionRouting(Listing):
 
     @property
     def rows(self) -> int:
-        return self.region
+        return self.region if self.grid is None else self._regions(0).run
 
     @property
     def cols(self) -> int:
-        return self.region
+        return self.rows
 
-    def _regions(self, tokens: int) -> _Regions:
-        if self.grid is None:
-            return _Regions(1, -(-tokens // self.region), 1, 1)
-        height, width = self.grid
-        return _Regions(-(-height // self.region), width // self.region, self.region, height)
+    def _regions(self, tokens: int) -> Partition:
+        grid = (tokens,) if self.grid is None else self.grid
+        return Partition(grid, (self.region,) * len(grid))
 
     def places(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor:
         if grid.queries != grid.keys or (self.grid is not None and grid.keys != self.grid[0] * self.grid[1]):
@@ -89,9 +62,7 @@ class RegionRouting(Listing):
                 f"region_routing takes {wanted}; the call has {grid.queries} queries and {grid.keys} keys"
             )
         at = self._regions(grid.keys)
-        width = grid.keys if self.grid is None else self.grid[1]
-        own = at.of_tokens(self.region, width, q.device)
-        count = at.down * at.across
+        own, count = at.of_tokens(q.device), at.blocks
         real = own.new_ones(1, len(own), dtype=torch.bool) if grid.real is None else grid.real
         sizes = torch.zeros(len(real), count, device=q.device).index_add_(1, own, real.float())
         means = (_sums(x, own, real, count) / sizes.clamp(min=1)[:, None, :, None] for x in (q, k))
@@ -104,7 +75,7 @@ class RegionRouting(Listing):
 
     def flops(self, grid: Grid, width: int) -> int:
         at = self._regions(grid.keys)
-        return 2 * grid.batch * grid.heads * (at.down * at.across) ** 2 * width
+        return 2 * grid.batch * grid.heads * at.blocks**2 * width
 
 
 def _sums(x: Tensor, own: Tensor, real: Tensor, count: int) -> Tensor:

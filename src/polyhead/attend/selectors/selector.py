@@ -13,7 +13,7 @@ from torch import Tensor
 from polyhead.attend.masks import Chosen, Mask, Padding, chosen, runs_of_last, terms_of, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.scorers import Scorer
+from polyhead.attend.selectors.scorers import Scorer, Scores
 from polyhead.attend.selectors.summaries import Summaries
 from polyhead.checks import given, whole
 from polyhead.description import Part
@@ -28,6 +28,7 @@ __all__ = [
     "Selector",
     "choose",
     "chosen_blocks",
+    "kept_by",
     "select",
 ]
 
@@ -152,13 +153,31 @@ class Ranked(Selector):
         scores = self.scorer.prepare(q, k, grid)
         budget = self.budget.prepare(q, k, mask, grid)
 
-        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
-            forced = torch.zeros_like(visible)
-            if self.always is not None:
-                forced = visible & tiles(self.always, grid, start, stop, q.device)
-            return budget.kept(scores(start, stop), visible, forced)
+        def forced(start: int, stop: int, visible: Tensor) -> Tensor:
+            if self.always is None:
+                return torch.zeros_like(visible)
+            return visible & tiles(self.always, grid, start, stop, q.device)
 
-        return kept
+        return kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
+
+
+def kept_by(budget: Budget, scores: Scores, forced: Kept, seen_by_all: Callable[[], Tensor]) -> Kept:
+    """What a budget keeps, band by band, or where it compares rows, of one table of all rows.
+
+    Args:
+        budget: the rule, prepared for the call.
+        scores: of blocks of queries from start to stop - 1.
+        forced: which of the visible blocks they read in any case.
+        seen_by_all: the visible blocks of all blocks of queries.
+    """
+    if budget.row_by_row:
+        return lambda start, stop, visible: budget.kept(
+            scores(start, stop), visible, forced(start, stop, visible)
+        )
+    visible = seen_by_all()
+    rows = visible.shape[2]
+    table = budget.kept(scores(0, rows), visible, forced(0, rows, visible))
+    return lambda start, stop, visible: table[:, :, start:stop]
 
 
 class Either(Selector):
