@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.selectors.grid import Grid
@@ -34,6 +35,7 @@ __all__ = [
 Scores = Callable[[int, int], Tensor]
 
 _HELD = 1 << 24  # products that are held at a time
+_STRIP = 128  # sampled queries that are taken together, with the keys up to the last of them
 
 
 class Scorer(Part):
@@ -125,55 +127,81 @@ def key_bounds() -> Scorer:
 
 
 class SampledMass(Scorer):
-    """The log of the mass of a block, from every `stride`-th query and key."""
+    """The log of the mass of a block, from every `stride`-th query and every `keys`-th key."""
 
     stride: int = 4
+    keys: int | None = None
 
     def __post_init__(self) -> None:
         whole("sampled_mass: stride", self.stride, 1)
+        if self.keys is not None:
+            whole("sampled_mass: keys", self.keys, 1)
+
+    @property
+    def key_stride(self) -> int:
+        """Keys of which one is taken."""
+        return self.stride if self.keys is None else self.keys
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
-        if self.stride > min(grid.rows, grid.cols):
-            raise ConfigError(
-                f"sampled_mass: stride must be at most the length of a block, {min(grid.rows, grid.cols)}; "
-                f"got {self.stride}: it would pass over whole blocks"
-            )
+        step = self.key_stride
+        for name, each, block in (("stride", self.stride, grid.rows), ("keys", step, grid.cols)):
+            if each > block:
+                raise ConfigError(
+                    f"sampled_mass: {name} must be at most the length of a block, {block}; "
+                    f"got {each}: it would pass over whole blocks"
+                )
         wide = torch.promote_types(k.dtype, torch.float32)
-        taken = torch.arange(0, grid.keys, self.stride, device=k.device)
-        keys = grid.summarised("first", lambda keys, _: keys[:, :, :: self.stride].to(wide), k, self.stride)
-        hidden = None if grid.real is None else ~grid.real[:, None, None, :: self.stride]
-        own = taken // grid.cols
+        taken = torch.arange(0, grid.keys, step, device=k.device)
+        keys = grid.summarised("first", lambda keys, _: keys[:, :, ::step].to(wide), k, step)
+        hidden = None if grid.real is None else ~grid.real[:, None, None, ::step]
 
         def scores(start: int, stop: int) -> Tensor:
             total = keys.new_zeros(grid.batch, grid.heads, stop - start, grid.col_blocks)
             # every stride-th query of the call, so that the bands make no difference
             first = -(-start * grid.rows // self.stride) * self.stride
             sampled = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
-            for at in sampled.split(max(1, _HELD // (grid.batch * grid.heads * len(taken)))):
-                logits = grid.products(q[:, :, at].to(wide), keys) * grid.scale
+            strip = min(_STRIP, max(1, _HELD // (grid.batch * grid.heads * len(taken))))
+            for at in sampled.split(strip):
                 # a sampled query weighs its own past alone, or the whole future would share in its mass
-                logits = logits.masked_fill(taken > (at + grid.offset)[:, None], -math.inf)
+                past = max(0, (int(at[-1]) + grid.offset) // step + 1)
+                logits = grid.products(q[:, :, at].to(wide), keys[:, :, :past]) * grid.scale
+                logits.masked_fill_(taken[:past] > (at + grid.offset)[:, None], -math.inf)
                 if hidden is not None:
-                    logits = logits.masked_fill(hidden, -math.inf)
-                weights = logits.softmax(-1).nan_to_num(0.0)
-                mass = weights.new_zeros(*weights.shape[:3], grid.col_blocks).index_add_(3, own, weights)
-                total.index_add_(2, at // grid.rows - start, mass)
+                    logits.masked_fill_(hidden[..., :past], -math.inf)
+                mass = _by_block(logits.softmax(-1).nan_to_num_(0.0), taken[:past], step, grid.cols)
+                total[..., : mass.shape[-1]].index_add_(2, at // grid.rows - start, mass)
             return total.log()
 
         return scores
 
     def flops(self, grid: Grid, width: int) -> int:
-        queries, keys = (-(-tokens // self.stride) for tokens in (grid.queries, grid.keys))
+        queries, keys = -(-grid.queries // self.stride), -(-grid.keys // self.key_stride)
         return 2 * grid.batch * grid.heads * queries * keys * width
 
 
-def sampled_mass(stride: int = 4) -> Scorer:
+def _by_block(weights: Tensor, taken: Tensor, step: int, cols: int) -> Tensor:
+    """Weights `(..., n)` of the keys `taken`, every step-th, summed over the blocks up to the last of them."""
+    if cols % step == 0:  # as many of every block
+        each = cols // step
+        return F.pad(weights, (0, -weights.shape[-1] % each)).unflatten(-1, (-1, each)).sum(-1)
+    own = taken // cols
+    blocks = int(own[-1]) + 1 if len(own) else 0
+    return weights.new_zeros(*weights.shape[:-1], blocks).index_add_(-1, own, weights)
+
+
+def sampled_mass(stride: int = 4, keys: int | None = None) -> Scorer:
     """A block is worth the log of its mass over sampled queries and keys, softmax over the causal past.
 
-    stride s: 1/s² of the products of dense attention. With s = 1 under a causal mask it is exact. Papers
-    that score blocks by their mass differ in which pairs they sample.
+    1 / (stride · keys) of the products of dense attention. Where every query and key is taken it is exact
+    under a causal mask. Papers that score blocks by their mass differ in which pairs they sample.
+
+    Args:
+        stride: every so many-th query is taken.
+        keys: every so many-th key; default `stride`. A key that is passed over is not seen, however much of
+            the attention it draws, while queries that stand side by side tend to look at the same keys: it
+            is better to take many keys for few queries than as many of both.
     """
-    return SampledMass(stride)
+    return SampledMass(stride, keys)
 
 
 class Shared(Scorer):
