@@ -80,6 +80,21 @@ def test_sampled_mass_of_every_pair_is_the_mass() -> None:
     assert torch.equal(sampled.isneginf(), found.isneginf())
 
 
+@pytest.mark.parametrize(("stride", "keys"), [(4, 4), (8, 2), (3, 5), (8, 1), (1, 16)])
+def test_sampled_mass_is_the_mass_of_the_pairs_that_are_taken(stride: int, keys: int) -> None:
+    q, k, _ = tensors(1, 4, 2, 37, 90)
+    found = scores_of(ph.sampled_mass(stride, keys), q, k, 8, 16)
+    logits = (0.25 * q @ k.repeat_interleave(2, 1).mT).masked_fill(
+        ~densify(ph.causal(), queries=37, keys=90), -math.inf
+    )
+    logits[..., torch.arange(90) % keys != 0] = -math.inf
+    weights = logits.softmax(-1)
+    weights[:, :, torch.arange(37) % stride != 0] = 0.0
+    for m, rows in enumerate(blocks(weights, 8)):
+        for n, part in enumerate(rows.split(16, dim=-1)):
+            torch.testing.assert_close(found[:, :, m, n].exp(), part.sum((-1, -2)))
+
+
 def test_shared_scores_are_joined_over_heads() -> None:
     q, k, _ = tensors(1, 4, 2, 37, 90)
     each = scores_of(ph.mean_keys(), q, k, 8, 16)
@@ -317,6 +332,10 @@ def test_wrong_input_is_said() -> None:
         attend(*x, select=ph.select(ph.mean_keys(), ph.keep_share(torch.full((3,), 0.5))))
     with pytest.raises(ConfigError, match="stride must be at most the length of a block, 8; got 16"):
         attend(*x, select=ph.select(ph.sampled_mass(16), ph.keep_share(0.1), rows=8, cols=8))
+    with pytest.raises(ConfigError, match="keys must be at most the length of a block, 8; got 9"):
+        attend(*x, select=ph.select(ph.sampled_mass(4, keys=9), ph.keep_share(0.1), rows=8, cols=8))
+    with pytest.raises(ConfigError, match="sampled_mass: keys must be at least 1"):
+        ph.sampled_mass(4, keys=0)
     with pytest.raises(UnknownName, match="group"):
         ph.shared(ph.mean_keys(), over="grou")  # type: ignore[arg-type]
 

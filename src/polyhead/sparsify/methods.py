@@ -20,6 +20,7 @@ __all__ = ["METHODS", "Make", "Method", "find", "key"]
 Make = Callable[[float, Case], LayerSelectors | Reader]
 
 _ROWS, _COLS = 128, 64
+_SAMPLED = 16  # queries of which one is sampled
 _CHUNKS = 16  # of 256 tokens each in the paper of long_heads
 _ALWAYS = sink(1) | window(_COLS - 1)
 
@@ -55,6 +56,12 @@ def _ranked(scorer: s.Scorer, budget: Callable[[float], s.Budget]) -> Make:
         return s.select(scorer, budget(level), rows=_ROWS, cols=_COLS, always=_ALWAYS)
 
     return make
+
+
+def _sampled_mass(level: float, case: Case) -> LayerSelectors:
+    # longer blocks of queries, of which few are sampled, for many keys
+    scorer = s.sampled_mass(_SAMPLED, keys=2)
+    return s.select(scorer, s.keep_mass(level), rows=16 * _SAMPLED, cols=_COLS, always=_ALWAYS)
 
 
 def _prism(level: float, case: Case) -> LayerSelectors:
@@ -128,9 +135,9 @@ METHODS = {
         ),
         Method(
             "sampled_mass",
-            "blocks by their mass over every eighth query and key, until they hold so much of it",
+            "blocks by their mass over every 16th query and second key, until they hold so much of it",
             "2503.16428",
-            _ranked(s.sampled_mass(8), s.keep_mass),
+            _sampled_mass,
         ),
         Method(
             "prism", "means in fast and in slow features of rotary positions, each by mass", "064", _prism

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from polyhead.errors import MissingExtra
+from polyhead.errors import MissingExtra, unknown_name
 from polyhead.league.seeds import generator
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 
@@ -23,7 +24,13 @@ class DigitsTask(Task):
     The optical recognition data of handwritten digits (UCI; scikit-learn brings them): 1,437 pictures to
     learn from and 360 to be asked about, the same for all seeds. Training pictures are moved by up to one
     pixel.
+
+    Attributes:
+        read: what the label is read from: "token", a class token; "mean", the mean of the patches, for
+            attention on a grid, which has no place for another token.
     """
+
+    read: Literal["token", "mean"] = "token"
 
     name = "digits"
     summary = "real pictures of written digits, in patches"
@@ -32,6 +39,14 @@ class DigitsTask(Task):
     positions = "learned"
     sizes = Sizes(dim=64, heads=4, layers=2, mlp=128)
     recipe = Recipe(steps=1000, batch=64, rate=3e-3, decay=0.05)
+
+    def __post_init__(self) -> None:
+        if self.read not in ("token", "mean"):
+            raise unknown_name("read", self.read, ("token", "mean"))
+
+    @property
+    def read_from(self) -> str:
+        return self.read
 
     @property
     def width(self) -> int:
