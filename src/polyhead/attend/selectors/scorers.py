@@ -180,7 +180,7 @@ class SampledMass(Scorer):
 
 
 def _by_block(weights: Tensor, taken: Tensor, step: int, cols: int) -> Tensor:
-    """Weights `(..., n)` of the keys `taken`, every step-th, summed over the blocks up to the last of them."""
+    """Weights `(..., n)` of the keys `taken`, every step-th, summed by the blocks up to the last of these."""
     if cols % step == 0:  # as many of every block
         each = cols // step
         return F.pad(weights, (0, -weights.shape[-1] % each)).unflatten(-1, (-1, each)).sum(-1)
