@@ -150,16 +150,43 @@ def test_every_pair_is_in_one_piece_and_no_piece_is_large() -> None:
     count = torch.zeros(2 * 600 + 1, 600, dtype=torch.long)
     for piece in pieces(chosen, ph.causal(), sizes, torch.float64):
         assert piece.blocks.numel() == piece.blocks.shape[1] or piece.blocks.numel() * 8 * 2**16 <= 1 << 22
-        for rows, blocks, added in zip(
-            piece.rows, piece.blocks, piece.added if piece.added is not None else piece.rows, strict=True
-        ):
+        hides = [None] if piece.added is None else piece.added
+        each = hides if len(hides) == len(piece.rows) else [hides[0]] * len(piece.rows)
+        for rows, blocks, added in zip(piece.rows, piece.blocks, each, strict=True):
             columns = ((blocks % 75)[:, None] * 8 + torch.arange(8)).view(-1)
             seen = torch.ones(len(rows), len(columns), dtype=torch.long)
-            if piece.added is not None:
+            if added is not None:
                 seen = (added[0] == 0).long()
             count.index_put_((rows[:, None], columns[None]), seen, accumulate=True)
     causal = torch.ones(600, 600, dtype=torch.bool).tril()
     assert torch.equal(count[:-1].view(1, 2, 600, 600), (pairs & causal).long())
+
+
+@pytest.mark.parametrize(
+    ("rest", "keys", "alike"),
+    [
+        (ph.causal(), 512, True),
+        (ph.window(40), 512, True),
+        (ph.causal() & ph.sink(3), 512, False),  # what a key is counts too
+        (ph.padding(torch.arange(512)[None] < 500) & ph.causal(), 512, False),
+        (ph.causal(), 500, True),  # the last, short blocks have a table of their own
+    ],
+    ids=repr,
+)
+def test_groups_that_see_alike_share_one_table(rest: Mask, keys: int, alike: bool) -> None:
+    near = torch.arange(8)[:, None] * 4 + torch.arange(4)  # of the last 64 queries and keys
+    mask = ph.chosen(near.expand(1, 2, 8, 4), rows=64, cols=16)
+    assert isinstance(mask, Chosen)
+    found = list(pieces(mask, rest, Sizes(1, 2, 1, keys, keys, 64), torch.float32))
+    tables = [(len(piece.rows), len(piece.added)) for piece in found if piece.added is not None]
+    assert any(groups > 1 == held for groups, held in tables) == alike
+    q, k, v = torch.randn(1, 2, keys, 8), torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 8)
+    x = [t.requires_grad_() for t in (q, k, v)]
+    out, expected = (attend(*x, mask=mask & rest, backend=way) for way in ("chosen", "reference"))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    up = torch.randn_like(out)
+    for own, right in zip(torch.autograd.grad(out, x, up), torch.autograd.grad(expected, x, up), strict=True):
+        torch.testing.assert_close(own, right, rtol=0, atol=1e-4)
 
 
 def test_a_choice_of_everything_goes_the_way_of_the_call_without_it() -> None:

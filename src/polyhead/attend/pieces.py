@@ -53,7 +53,8 @@ class Piece:
     Attributes:
         rows: `(m, r)`, queries as places in the flat `(B·H·L)`; `Sizes.nobody`: none.
         blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`.
-        added: `(m, 1, r, n·C)`, what is added to the scores; None: nothing is hidden.
+        added: `(m, 1, r, n·C)`, or `(1, 1, r, n·C)` for every group, what is added to the scores; None:
+            nothing is hidden.
         first: whether no piece before had any of these queries.
     """
 
@@ -154,21 +155,36 @@ def _by_rows(
     places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
     flat, seen, plain = places.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
     rows = _rows_of_blocks(choice.rows, sizes, together, device)
+    # of what distances alone decide one table serves all groups that lie alike; those at the ends do not
+    distances = rest is None or (not rest.thresholds() and rest.distances({}) is not None)
+    inside = (~which | ((index + 1) * choice.cols <= sizes.keys)).all(-1).view(-1)
+    inside = inside & (rows < sizes.nobody).all(-1)
     for count in counts.unique().tolist():
         if not count:
             continue
-        items = (counts == count).nonzero().view(-1)
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
         if masked:  # scores as large as the mask are held besides
             step = max(1, min(step, _BYTES // (count * choice.cols * rows.shape[1] * dtype.itemsize)))
-        for part in items.split(step):
-            keys = flat[part][seen[part]].view(-1, count)
-            added = None
-            if masked:
-                j = plain[part][seen[part]].view(-1, count, 1) * choice.cols
-                j = (j + torch.arange(choice.cols, device=device)).flatten(1)
-                added = _added(rest, rows[part], j, sizes, dtype)
-            yield Piece(rows[part], keys, added, first=first)
+        sized = counts == count
+        for items in (sized & inside, sized & ~inside) if masked and distances else (sized,):
+            for part in items.nonzero().view(-1).split(step):
+                if not len(part):
+                    continue
+                keys = flat[part][seen[part]].view(-1, count)
+                added = None
+                if masked:
+                    j = plain[part][seen[part]].view(-1, count, 1) * choice.cols
+                    j = (j + torch.arange(choice.cols, device=device)).flatten(1)
+                    alike = distances and bool(inside[part[0]]) and _alike(rows[part], j, sizes)
+                    one = slice(0, 1 if alike else None)
+                    added = _added(rest, rows[part][one], j[one], sizes, dtype)
+                yield Piece(rows[part], keys, added, first=first)
+
+
+def _alike(rows: Tensor, j: Tensor, sizes: Sizes) -> bool:
+    """Whether keys `(m, c)` stand as far from queries `(m, r)` in every group."""
+    away = j - rows[:, :1] % sizes.queries
+    return bool((away == away[0]).all())
 
 
 def _rows_of_blocks(length: int, sizes: Sizes, together: int, device: torch.device) -> Tensor:

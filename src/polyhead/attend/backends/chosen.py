@@ -104,7 +104,8 @@ class _Chosen(torch.autograd.Function):
                 share, own = out[at].lerp_(share, (own - both).exp_()[:, None]), both
             out[at], lse[at] = share, own
         nothing = lse < HIDDEN / 2
-        out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
+        if bool(nothing.any()):
+            out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
         out, lse = (_without_spare(x, q.shape) for x in (out, lse))
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)

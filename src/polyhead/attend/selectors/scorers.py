@@ -35,7 +35,7 @@ __all__ = [
 Scores = Callable[[int, int], Tensor]
 
 _HELD = 1 << 24  # products that are held at a time
-_STRIP = 128  # sampled queries that are taken together, with the keys up to the last of them
+_STRIP = 32  # sampled queries that are taken together, with the keys up to the last of them
 
 
 class Scorer(Part):
@@ -161,14 +161,20 @@ class SampledMass(Scorer):
             first = -(-start * grid.rows // self.stride) * self.stride
             sampled = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
             strip = min(_STRIP, max(1, _HELD // (grid.batch * grid.heads * len(taken))))
+            whole_block = max(1, grid.cols // step)
             for at in sampled.split(strip):
                 # a sampled query weighs its own past alone, or the whole future would share in its mass
                 past = max(0, (int(at[-1]) + grid.offset) // step + 1)
-                logits = grid.products(q[:, :, at].to(wide), keys[:, :, :past]) * grid.scale
+                past = min(-(-past // whole_block) * whole_block, len(taken))
+                asked = q[:, :, at].to(wide) * grid.scale
+                logits = grid.products(asked, keys[:, :, :past])
                 logits.masked_fill_(taken[:past] > (at + grid.offset)[:, None], -math.inf)
                 if hidden is not None:
                     logits.masked_fill_(hidden[..., :past], -math.inf)
-                mass = _by_block(logits.softmax(-1).nan_to_num_(0.0), taken[:past], step, grid.cols)
+                weights = logits.softmax(-1)
+                if hidden is not None or int(at[0]) + grid.offset < 0:  # some may see nothing
+                    weights.nan_to_num_(0.0)
+                mass = _by_block(weights, taken[:past], step, grid.cols)
                 total[..., : mass.shape[-1]].index_add_(2, at // grid.rows - start, mass)
             return total.log()
 
@@ -183,7 +189,9 @@ def _by_block(weights: Tensor, taken: Tensor, step: int, cols: int) -> Tensor:
     """Weights `(..., n)` of the keys `taken`, every step-th, summed by the blocks up to the last of these."""
     if cols % step == 0:  # as many of every block
         each = cols // step
-        return F.pad(weights, (0, -weights.shape[-1] % each)).unflatten(-1, (-1, each)).sum(-1)
+        missing = -weights.shape[-1] % each
+        weights = F.pad(weights, (0, missing)) if missing else weights
+        return weights.unflatten(-1, (-1, each)).sum(-1)
     own = taken // cols
     blocks = int(own[-1]) + 1 if len(own) else 0
     return weights.new_zeros(*weights.shape[:-1], blocks).index_add_(-1, own, weights)
