@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from _samples import prose_and_passkeys
 from _shared import main
 from torch import Tensor
 
@@ -121,15 +122,7 @@ def run(seed: int) -> dict[str, float]:
             found = [errors(x, share, size) for x in several]
             for way in found[0]:
                 numbers[f"{what}, {share:.0%}, {way}"] = sum(one[way] for one in found) / len(found)
-    ids = prose[None, start : start + LENGTH]
-    counted = torch.zeros_like(ids, dtype=torch.bool)
-    counted[0, -LAST - 1 : -1] = True
-    asked = {
-        "prose": duo.Sample(ids, counted),
-        "passkeys": next(
-            duo.passkeys(tokenizer, held_out_text(), length=LENGTH, count=2, words=4, seed=seed)
-        ),
-    }
+    asked = prose_and_passkeys(tokenizer, prose[start:], length=LENGTH, last=LAST, seed=seed)
     for what, one in asked.items():
         numbers[f"{what}, dense"] = nats(one, [None] * 30)
         for share in SHARES[:2]:

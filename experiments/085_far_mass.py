@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _samples import prose_and_passkeys
 from _shared import main
 from torch import Tensor
 
@@ -82,15 +83,7 @@ def run(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     prose = torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"])
     start = int(torch.randint(len(prose) - LENGTH, (), generator=draw))
-    ids = prose[None, start : start + LENGTH]
-    counted = torch.zeros_like(ids, dtype=torch.bool)
-    counted[0, -LAST - 1 : -1] = True
-    asked = {
-        "prose": duo.Sample(ids, counted),
-        "passkeys": next(
-            duo.passkeys(tokenizer, held_out_text(), length=LENGTH, count=2, words=4, seed=seed)
-        ),
-    }
+    asked = prose_and_passkeys(tokenizer, prose[start:], length=LENGTH, last=LAST, seed=seed)
     ways: dict[str, list[FarMass]] = {
         "truth": [ph.ExactFar()] * 30,
         "other prose": list(key_gaussians(model, tokenizer, sample_text(), length=LENGTH, first=FIRST)),

@@ -8,7 +8,19 @@ import torch
 
 import polyhead as ph
 from polyhead.attend.masks import densify
-from polyhead.attend.selectors import Span, choose, cover, detect_spans, triangle_scores, triangle_spans
+from polyhead.attend.selectors import (
+    Span,
+    choose,
+    cover,
+    detect_spans,
+    guarded,
+    keep_blocks,
+    mean_keys,
+    rectified,
+    select,
+    triangle_scores,
+    triangle_spans,
+)
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.reference import reference
 
@@ -188,6 +200,27 @@ def test_calls_that_go_on_read_what_the_whole_call_does(ends, how):
         parts.append(ph.attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask=mask, select=going))
         start = end
     torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda own: guarded(own, most=1.0),
+        lambda own: own | select(mean_keys(), keep_blocks(3), rows=1, cols=1),
+        lambda own: rectified(own, apart=ph.sink(3)),
+    ],
+    ids=["guarded", "either", "rectified"],
+)
+def test_selectors_around_it_go_on_too(around):
+    q, k, v = tensors()
+    own = around(triangle_spans(**(HOW | {"rows": 1})))
+    whole = ph.attend(q, k, v, mask=ph.causal(), select=own)
+    going = own.begin()
+    assert own.remembers
+    going.see(q[:, :, :30], k[:, :, :30], ph.causal(), 8**-0.5)
+    for n in range(30, 61):
+        step = ph.attend(q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1], select=going)
+        torch.testing.assert_close(step, whole[:, :, n : n + 1])
 
 
 def test_in_decoding_spans_may_be_kept_for_some_steps():

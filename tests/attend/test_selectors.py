@@ -80,19 +80,32 @@ def test_sampled_mass_of_every_pair_is_the_mass() -> None:
     assert torch.equal(sampled.isneginf(), found.isneginf())
 
 
-@pytest.mark.parametrize(("stride", "keys"), [(4, 4), (8, 2), (3, 5), (8, 1), (1, 16)])
-def test_sampled_mass_is_the_mass_of_the_pairs_that_are_taken(stride: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("stride", "keys", "power"),
+    [(4, 4, 1.0), (8, 2, 2.0), (3, 5, 1.0), (8, 1, 1.0), (1, 16, 3.0), (4, 2, 2.0)],
+)
+def test_sampled_mass_is_the_mass_of_the_pairs_that_are_taken(stride: int, keys: int, power: float) -> None:
     q, k, _ = tensors(1, 4, 2, 37, 90)
-    found = scores_of(ph.sampled_mass(stride, keys), q, k, 8, 16)
+    found = scores_of(ph.sampled_mass(stride, keys, power), q, k, 8, 16)
     logits = (0.25 * q @ k.repeat_interleave(2, 1).mT).masked_fill(
         ~densify(ph.causal(), queries=37, keys=90), -math.inf
     )
     logits[..., torch.arange(90) % keys != 0] = -math.inf
     weights = logits.softmax(-1)
-    weights[:, :, torch.arange(37) % stride != 0] = 0.0
+    # of blocks of 8 queries, and of the last one with 5
+    taken, left = {8: ([4], [2]), 4: ([2, 6], [1, 3]), 3: ([1, 4, 6], [0, 2, 4]), 1: (range(8), range(5))}[
+        stride
+    ]
     for m, rows in enumerate(blocks(weights, 8)):
         for n, part in enumerate(rows.split(16, dim=-1)):
-            torch.testing.assert_close(found[:, :, m, n].exp(), part.sum((-1, -2)))
+            own = part[:, :, list(left if m == 4 else taken)].sum(-1)
+            torch.testing.assert_close(found[:, :, m, n].exp(), own.pow(power).sum(-1).pow(1 / power))
+
+
+def test_sampled_mass_asks_every_query_of_a_short_call() -> None:
+    q, k, _ = tensors(1, 4, 2, 3, 90)
+    one, other = ph.sampled_mass(16, 2), ph.sampled_mass(1, 2)
+    torch.testing.assert_close(scores_of(one, q, k, 64, 16), scores_of(other, q, k, 64, 16))
 
 
 def test_shared_scores_are_joined_over_heads() -> None:

@@ -156,29 +156,25 @@ def _by_rows(
     flat, seen, plain = places.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
     rows = _rows_of_blocks(choice.rows, sizes, together, device)
     # of what distances alone decide one table serves all groups that lie alike; those at the ends do not
-    distances = rest is None or (not rest.thresholds() and rest.distances({}) is not None)
-    inside = (~which | ((index + 1) * choice.cols <= sizes.keys)).all(-1).view(-1)
-    inside = inside & (rows < sizes.nobody).all(-1)
-    for count in counts.unique().tolist():
-        if not count:
-            continue
+    inside = torch.zeros_like(counts, dtype=torch.bool)
+    if masked and (rest is None or (not rest.thresholds() and rest.distances({}) is not None)):
+        inside = (~which | ((index + 1) * choice.cols <= sizes.keys)).all(-1).view(-1)
+        inside = inside & (rows < sizes.nobody).all(-1)
+    within = torch.arange(choice.cols, device=device)
+    for count in counts[counts > 0].unique().tolist():
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
         if masked:  # scores as large as the mask are held besides
             step = max(1, min(step, _BYTES // (count * choice.cols * rows.shape[1] * dtype.itemsize)))
         sized = counts == count
-        for items in (sized & inside, sized & ~inside) if masked and distances else (sized,):
-            for part in items.nonzero().view(-1).split(step):
-                if not len(part):
-                    continue
-                keys = flat[part][seen[part]].view(-1, count)
-                added = None
-                if masked:
-                    j = plain[part][seen[part]].view(-1, count, 1) * choice.cols
-                    j = (j + torch.arange(choice.cols, device=device)).flatten(1)
-                    alike = distances and bool(inside[part[0]]) and _alike(rows[part], j, sizes)
-                    one = slice(0, 1 if alike else None)
-                    added = _added(rest, rows[part][one], j[one], sizes, dtype)
-                yield Piece(rows[part], keys, added, first=first)
+        kinds = [kind.nonzero().view(-1) for kind in (sized & inside, sized & ~inside)]
+        for part in (part for kind in kinds if len(kind) for part in kind.split(step)):
+            read, added = seen[part], None
+            if masked:
+                j = (plain[part][read].view(-1, count, 1) * choice.cols + within).flatten(1)
+                alike = bool(inside[part[0]]) and _alike(rows[part], j, sizes)
+                one = slice(1 if alike else None)
+                added = _added(rest, rows[part][one], j[one], sizes, dtype)
+            yield Piece(rows[part], flat[part][read].view(-1, count), added, first=first)
 
 
 def _alike(rows: Tensor, j: Tensor, sizes: Sizes) -> bool:

@@ -59,9 +59,10 @@ def _ranked(scorer: s.Scorer, budget: Callable[[float], s.Budget]) -> Make:
 
 
 def _sampled_mass(level: float, case: Case) -> LayerSelectors:
-    # longer blocks of queries, of which few are sampled, for many keys
-    scorer = s.sampled_mass(_SAMPLED, keys=2)
-    return s.select(scorer, s.keep_mass(level), rows=16 * _SAMPLED, cols=_COLS, always=_ALWAYS)
+    # longer blocks of queries, of which few are sampled, for many keys in shorter blocks
+    scorer, cols = s.sampled_mass(_SAMPLED, keys=2, power=2), _COLS // 2
+    nearest = sink(1) | window(cols - 1)
+    return s.select(scorer, s.keep_mass(level), rows=16 * _SAMPLED, cols=cols, always=nearest)
 
 
 def _prism(level: float, case: Case) -> LayerSelectors:
@@ -135,7 +136,7 @@ METHODS = {
         ),
         Method(
             "sampled_mass",
-            "blocks by their mass over every 16th query and second key, until they hold so much of it",
+            "blocks by their mass for one query of 16, over every second key, until they hold so much of it",
             "2503.16428",
             _sampled_mass,
         ),

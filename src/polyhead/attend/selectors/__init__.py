@@ -7,6 +7,7 @@ mask (`chosen`), so that all that takes masks takes it: `attend(q, k, v, mask=ca
 exactly, reading only what was chosen.
 """
 
+from polyhead.attend.selectors.around import Around, Recalling
 from polyhead.attend.selectors.budgets import (
     Budget,
     KeepAbove,
@@ -109,7 +110,6 @@ from polyhead.attend.selectors.selector import (
     Either,
     Listing,
     Ranked,
-    Recalling,
     Selector,
     choose,
     select,
@@ -122,6 +122,7 @@ from polyhead.attend.selectors.triangles import Span, cover, detect_spans, trian
 from polyhead.attend.selectors.vertical_slash import VerticalSlash, vertical_slash
 
 __all__ = [
+    "Around",
     "AttentionChunks",
     "BandMeans",
     "BoundaryPredictor",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask
+from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.selector import Correcting, Kept, Selector, chosen_blocks, listed
 from polyhead.checks import given, number, whole
@@ -49,10 +50,9 @@ def selections() -> Iterator[Selections]:
         _SEEN.reset(token)
 
 
-class Guarded(Selector):
+class Guarded(Around):
     """Another selector, but heads of which it misses too much read everything. See `guarded`."""
 
-    selector: Selector
     most: float
     probes: int = 64
 
@@ -70,16 +70,9 @@ class Guarded(Selector):
         object.__setattr__(self, "most", number("guarded: most", self.most, least=0, most=1))
         whole("guarded: probes", self.probes, 1)
 
-    @property
-    def rows(self) -> int:
-        return self.selector.rows
-
-    @property
-    def cols(self) -> int:
-        return self.selector.cols
-
-    def check(self, heads: int) -> None:
-        self.selector.check(heads)
+    def flops(self, grid: Grid, width: int) -> int:
+        probed = 2 * grid.batch * grid.heads * min(self.probes, grid.queries) * grid.keys * width
+        return self.selector.flops(grid, width) + probed
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         found = chosen_blocks(self.selector, q, k, mask, grid)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
+from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.budgets import ranks
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.selector import Kept, Listing, Selector, seen_pairs
@@ -96,10 +97,8 @@ def unified_keys(keep: int, recent: float = 0.25, first: int = 4) -> Selector:
     return UnifiedKeys(keep, recent, first)
 
 
-class Lead(Selector):
+class Lead(Around):
     """A choice that others follow, in a layer that reads everything itself. See `lead`."""
-
-    selector: Selector
 
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector) or isinstance(self.selector, Follow | Lead):
@@ -107,17 +106,6 @@ class Lead(Selector):
                 "lead: selector must be one that chooses, such as unified_keys(1024); "
                 f"got {given(self.selector)}"
             )
-
-    @property
-    def rows(self) -> int:
-        return self.selector.rows
-
-    @property
-    def cols(self) -> int:
-        return self.selector.cols
-
-    def check(self, heads: int) -> None:
-        self.selector.check(heads)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         def kept(start: int, stop: int, visible: Tensor) -> Tensor:

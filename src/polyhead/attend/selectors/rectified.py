@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Chosen, Mask, Padding, all_of, terms_of, tile_map
+from polyhead.attend.masks import Chosen, Mask, Padding, all_of, terms_of
+from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.less_is_more import Follow, Lead
-from polyhead.attend.selectors.selector import Correcting, Kept, Selector, listed, real_keys
+from polyhead.attend.selectors.selector import Correcting, Selector, listed, looked_at, real_keys
 from polyhead.checks import given
 from polyhead.description import Part
 from polyhead.errors import ConfigError
@@ -62,10 +63,9 @@ def open_gate() -> PoolingGate:
     return OpenGate()
 
 
-class Rectified(Correcting):
+class Rectified(Around, Correcting):
     """Another selector, and an estimate of what it leaves out. See `rectified`."""
 
-    selector: Selector
     gate: PoolingGate
     apart: Mask | None = None
 
@@ -80,34 +80,10 @@ class Rectified(Correcting):
         if self.apart is not None and not isinstance(self.apart, Mask):
             raise ConfigError(f"rectified: apart must be a mask such as sink(1); got {given(self.apart)}")
 
-    @property
-    def rows(self) -> int:
-        return self.selector.rows
-
-    @property
-    def cols(self) -> int:
-        return self.selector.cols
-
-    def check(self, heads: int) -> None:
-        self.selector.check(heads)
-
-    @property
-    def remembers(self) -> bool:
-        return self.selector.remembers
-
-    def begin(self) -> Selector:
-        return Rectified(self.selector.begin(), self.gate, self.apart)
-
-    def see(self, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> None:
-        self.selector.see(q, k, mask, scale)
-
     def flops(self, grid: Grid, width: int) -> int:
         # products of means: logits, the two sides of the gate, means of values
         pairs = grid.batch * grid.heads * grid.row_blocks * grid.col_blocks
         return self.selector.flops(grid, width) + 8 * pairs * width
-
-    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
-        return self.selector.prepare(q, k, mask, grid)
 
     def correct(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, found: Chosen, scale: float
@@ -197,18 +173,7 @@ class _Means:
         if mask is None:
             whole = self.short.new_ones(1, 1, stop - start, grid.col_blocks)
             return whole, whole
-        first = start * grid.rows
-        found = tile_map(
-            mask,
-            batch=grid.batch,
-            heads=grid.heads,
-            queries=min(stop * grid.rows, grid.queries) - first,
-            keys=grid.keys,
-            offset=grid.offset + first,
-            rows=grid.rows,
-            cols=grid.cols,
-            device=self.q.device,
-        )
+        found = looked_at(mask, grid, start, stop, self.q.device)
         return found.some, found.every & found.some
 
     def _key_by_key(self, start: int, singly: Tensor, like: Tensor) -> Tensor:

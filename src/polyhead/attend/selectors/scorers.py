@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.selectors.grid import Grid
-from polyhead.checks import given, whole
+from polyhead.checks import given, number, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 
@@ -127,13 +127,15 @@ def key_bounds() -> Scorer:
 
 
 class SampledMass(Scorer):
-    """The log of the mass of a block, from every `stride`-th query and every `keys`-th key."""
+    """The log of the mass of a block, from one query of `stride` and every `keys`-th key."""
 
     stride: int = 4
     keys: int | None = None
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         whole("sampled_mass: stride", self.stride, 1)
+        object.__setattr__(self, "power", number("sampled_mass: power", self.power, least=1))
         if self.keys is not None:
             whole("sampled_mass: keys", self.keys, 1)
 
@@ -157,12 +159,10 @@ class SampledMass(Scorer):
 
         def scores(start: int, stop: int) -> Tensor:
             total = keys.new_zeros(grid.batch, grid.heads, stop - start, grid.col_blocks)
-            # every stride-th query of the call, so that the bands make no difference
-            first = -(-start * grid.rows // self.stride) * self.stride
-            sampled = torch.arange(first, min(stop * grid.rows, grid.queries), self.stride, device=q.device)
+            sampled = self._sampled(grid, start, stop, q.device)
             strip = min(_STRIP, max(1, _HELD // (grid.batch * grid.heads * len(taken))))
             whole_block = max(1, grid.cols // step)
-            for at in sampled.split(strip):
+            for at in sampled.split(strip) if len(sampled) else ():
                 # a sampled query weighs its own past alone, or the whole future would share in its mass
                 past = max(0, (int(at[-1]) + grid.offset) // step + 1)
                 past = min(-(-past // whole_block) * whole_block, len(taken))
@@ -175,13 +175,29 @@ class SampledMass(Scorer):
                 if hidden is not None or int(at[0]) + grid.offset < 0:  # some may see nothing
                     weights.nan_to_num_(0.0)
                 mass = _by_block(weights, taken[:past], step, grid.cols)
+                if self.power != 1:
+                    mass = mass.pow_(self.power)
                 total[..., : mass.shape[-1]].index_add_(2, at // grid.rows - start, mass)
-            return total.log()
+            return total.log() / self.power
 
         return scores
 
+    def _sampled(self, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
+        """Equally many queries of every block, those in the middle of its parts."""
+        each = -(-grid.rows // self.stride)
+        full = min(stop, grid.queries // grid.rows)
+        middle = 2 * torch.arange(each, device=device) + 1
+        blocks = torch.arange(start, full, device=device)[:, None]
+        sampled = (blocks * grid.rows + middle * grid.rows // (2 * each)).view(-1)
+        left = grid.queries - full * grid.rows
+        if full < stop and left:  # the last block, with fewer queries
+            each = min(each, left)
+            sampled = torch.cat([sampled, full * grid.rows + middle[:each] * left // (2 * each)])
+        return sampled
+
     def flops(self, grid: Grid, width: int) -> int:
-        queries, keys = -(-grid.queries // self.stride), -(-grid.keys // self.key_stride)
+        queries = len(self._sampled(grid, 0, grid.row_blocks, torch.device("cpu")))
+        keys = -(-grid.keys // self.key_stride)
         return 2 * grid.batch * grid.heads * queries * keys * width
 
 
@@ -197,19 +213,25 @@ def _by_block(weights: Tensor, taken: Tensor, step: int, cols: int) -> Tensor:
     return weights.new_zeros(*weights.shape[:-1], blocks).index_add_(-1, own, weights)
 
 
-def sampled_mass(stride: int = 4, keys: int | None = None) -> Scorer:
+def sampled_mass(stride: int = 4, keys: int | None = None, power: float = 1.0) -> Scorer:
     """A block is worth the log of its mass over sampled queries and keys, softmax over the causal past.
 
-    1 / (stride · keys) of the products of dense attention. Where every query and key is taken it is exact
+        (Σ_i m_ij^p)^(1/p)        m_ij: mass of the block j of keys for the sampled query i
+
+    Of a block of R queries ⌈R / stride⌉ are sampled, one from the middle of each part: 1 / (stride · keys) of
+    the products of dense attention. Of a shorter block, such as a question behind a long text that is in the
+    cache, as many are if there are so many. Where every query and key is taken, and p = 1, the mass is exact
     under a causal mask. Papers that score blocks by their mass differ in which pairs they sample.
 
     Args:
-        stride: every so many-th query is taken.
+        stride: one of so many queries is taken.
         keys: every so many-th key; default `stride`. A key that is passed over is not seen, however much of
             the attention it draws, while queries that stand side by side tend to look at the same keys: it
             is better to take many keys for few queries than as many of both.
+        power: p, at least 1. With 1 a block counts by what all queries look at it together; the larger, the
+            more by those that look at it most.
     """
-    return SampledMass(stride, keys)
+    return SampledMass(stride, keys, power)
 
 
 class Shared(Scorer):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Chosen, Mask, Padding, chosen, runs_of_last, terms_of, tile_map
+from polyhead.attend.masks import Chosen, Mask, Padding, TileMap, chosen, runs_of_last, terms_of, tile_map
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer, Scores
@@ -24,7 +23,6 @@ __all__ = [
     "Either",
     "Listing",
     "Ranked",
-    "Recalling",
     "Selector",
     "choose",
     "chosen_blocks",
@@ -216,6 +214,17 @@ class Either(Selector):
     def flops(self, grid: Grid, width: int) -> int:
         return sum(term.flops(grid, width) for term in self.terms)
 
+    @property
+    def remembers(self) -> bool:
+        return any(term.remembers for term in self.terms)
+
+    def begin(self) -> Selector:
+        return Either(tuple(term.begin() for term in self.terms))
+
+    def see(self, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> None:
+        for term in self.terms:
+            term.see(q, k, mask, scale)
+
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         each = [term.prepare(q, k, mask, grid) for term in self.terms]
 
@@ -226,30 +235,6 @@ class Either(Selector):
             return found
 
         return kept
-
-
-class Recalling(Selector):
-    """Another selector, with what is kept of the keys of the call before. Not for JSON."""
-
-    selector: Selector
-    summaries: Any
-
-    @property
-    def rows(self) -> int:
-        return self.selector.rows
-
-    @property
-    def cols(self) -> int:
-        return self.selector.cols
-
-    def check(self, heads: int) -> None:
-        self.selector.check(heads)
-
-    def flops(self, grid: Grid, width: int) -> int:
-        return self.selector.flops(grid, width)
-
-    def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
-        return self.selector.prepare(q, k, mask, grid)
 
 
 def select(
@@ -288,8 +273,13 @@ def seen(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.dev
             return row
     if grid.rows == grid.cols == 1:  # of a block masks may not know, of a pair they do
         return seen_pairs(mask, grid, start, stop, torch.arange(grid.keys, device=device))
+    return looked_at(mask, grid, start, stop, device).some
+
+
+def looked_at(mask: Mask, grid: Grid, start: int, stop: int, device: torch.device) -> TileMap:
+    """Of which blocks of keys a mask lets some and all be seen by blocks of queries."""
     first = start * grid.rows
-    found = tile_map(
+    return tile_map(
         mask,
         batch=grid.batch,
         heads=grid.heads,
@@ -300,7 +290,6 @@ def seen(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.dev
         cols=grid.cols,
         device=device,
     )
-    return found.some
 
 
 def seen_pairs(mask: Mask | None, grid: Grid, start: int, stop: int, j: Tensor) -> Tensor:

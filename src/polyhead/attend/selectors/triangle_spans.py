@@ -33,6 +33,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.precision import wide
+from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.selector import Listing, Selector, grid_of, seen_pairs
 from polyhead.attend.selectors.triangles import cover, detect_spans
@@ -108,26 +109,14 @@ class TriangleSpans(Listing):
         return SpanIndex(self).read(q, k, mask, grid)
 
 
-class _Reading(Listing):
+class _Reading(Listing, Around):
     """`triangle_spans` within a text that is read call by call."""
 
     selector: TriangleSpans
     index: SpanIndex
 
-    @property
-    def rows(self) -> int:
-        return self.selector.rows
-
-    @property
-    def cols(self) -> int:
-        return 1
-
-    @property
-    def remembers(self) -> bool:
-        return True
-
-    def check(self, heads: int) -> None:
-        self.selector.check(heads)
+    def begin(self) -> Selector:
+        return self.selector.begin()
 
     def see(self, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> None:
         self.index.add(q.detach(), k.detach(), mask, grid_of(self, q, k, mask, scale))
