@@ -321,7 +321,8 @@ def triangle_spans(
         threshold: θ; None: the mean weight of the chunk's triangle.
         longest: tokens of a span; None: a chunk.
         overlap: see `detect_spans`.
-        votes: whether the tokens that follow weigh the keys of a span; False: all alike, the mean key.
+        votes: whether the tokens that follow weigh the keys of a span, as in the paper; False: all alike, the
+            mean key, which did better in SmolLM2 (docs/results/checks).
         say: `(H,)`, how much each head has to say, such as scores of retrieval heads; None: all alike.
         rows: queries that retrieve together.
         every: steps of decoding for which spans are kept, in `ph.sparse`.
