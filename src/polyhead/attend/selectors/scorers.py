@@ -168,7 +168,10 @@ class SampledMass(Scorer):
                 past = min(-(-past // whole_block) * whole_block, len(taken))
                 asked = q[:, :, at].to(wide) * grid.scale
                 logits = grid.products(asked, keys[:, :, :past])
-                logits.masked_fill_(taken[:past] > (at + grid.offset)[:, None], -math.inf)
+                first = (int(at[0]) + grid.offset) // step + 1  # key that the first of them does not see
+                ends = min(max(first, 0), past)
+                later = taken[ends:past] > (at + grid.offset)[:, None]
+                logits[..., ends:].masked_fill_(later, -math.inf)
                 if hidden is not None:
                     logits.masked_fill_(hidden[..., :past], -math.inf)
                 weights = logits.softmax(-1)
