@@ -347,6 +347,8 @@ def test_wrong_input_is_said() -> None:
         attend(*x, select=ph.select(ph.sampled_mass(16), ph.keep_share(0.1), rows=8, cols=8))
     with pytest.raises(ConfigError, match="keys must be at most the length of a block, 8; got 9"):
         attend(*x, select=ph.select(ph.sampled_mass(4, keys=9), ph.keep_share(0.1), rows=8, cols=8))
+    with pytest.raises(ConfigError, match="sampled_mass: power"):
+        ph.sampled_mass(4, power=0.5)
     with pytest.raises(ConfigError, match="sampled_mass: keys must be at least 1"):
         ph.sampled_mass(4, keys=0)
     with pytest.raises(UnknownName, match="group"):
@@ -357,8 +359,14 @@ def test_operations_of_a_choice_are_those_that_torch_counts() -> None:
     q, k, _ = tensors(2, 4, 2, 100, 100)
     for scorer in (ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(4), ph.shared(ph.key_bounds())):
         own = ph.select(scorer, ph.keep_blocks(2), rows=16, cols=8)
-        for selector, times in ((own, 1), (own | own, 2)):
+        probed = 2 * 2 * 4 * 10 * 100 * 16
+        for selector, times, more in (
+            (own, 1, 0),
+            (own | own, 2, 0),
+            (ph.guarded(own, probes=10), 1, probed),
+        ):
             with FlopCounterMode(display=False) as counter:
                 choose(selector, q, k, None, 0.25)
             grid = Grid(2, 4, 2, 100, 100, 16, 8, 0.25)
-            assert counter.get_total_flops() == selector.flops(grid, 16) == times * scorer.flops(grid, 16) > 0
+            expected = times * scorer.flops(grid, 16) + more
+            assert counter.get_total_flops() == selector.flops(grid, 16) == expected > 0
