@@ -134,6 +134,20 @@ def test_it_costs_what_its_layers_cost() -> None:
     assert cost.scores == sum(one.scores for one in layers)
     assert cost.projections == sum(one.projections for one in layers) + 4 * 2 * 2 * 100 * 2 * 32 * 48
     assert cost.kv_bytes_per_token == sum(one.kv_bytes_per_token for one in layers)
+    step = stack.step_cost(100, 3, 2)
+    layers = [layer.step_cost(100, 3, 2) for layer in stack.attention]
+    assert step.values == sum(one.values for one in layers)
+    assert step.projections == sum(one.projections for one in layers) + 4 * 2 * 2 * 3 * 2 * 32 * 48
+    assert stack.step_cost(0, 100, 2) == cost
+
+
+def test_steps_of_a_fixed_sequence_beside_the_inputs_count_too() -> None:
+    stack = ph.build_stack(["mha", ("fixed_sequence", {"length": 128})], dim=32, heads=4)
+    own = [layer.step_cost(100, 3, 2) for layer in stack.attention]
+    beside = stack.attention[0].step_cost(100, 3, 1)
+    step = stack.step_cost(100, 3, 2)
+    assert step.flops == sum(one.flops for one in own) + beside.flops
+    assert step.kv_bytes_per_token == sum(one.kv_bytes_per_token for one in own)
 
 
 def test_half_precision_autocast_and_one_graph() -> None:

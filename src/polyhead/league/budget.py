@@ -74,7 +74,8 @@ class Fitted:
 def count(task: Task, sizes: Sizes, layers: tuple[Layer, ...]) -> Counted:
     """What a model of these costs."""
     model = Model(task, sizes, layers, device="meta", dtype=torch.float32)
-    cost = model.stack.cost(tokens_of(task))
+    tokens = tokens_of(task)
+    cost = model.stack.step_cost(0, tokens) if task.causal else model.stack.cost(tokens)
     ends = (
         2 * task.length * sizes.dim * task.outputs if task.answer != "label" else 2 * sizes.dim * task.outputs
     )

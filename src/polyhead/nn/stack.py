@@ -13,7 +13,7 @@ goes through the same layers beside x, once for the whole batch:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -270,12 +270,35 @@ class AttentionStack(nn.Module):
         A fixed sequence that goes through layers beside the inputs is one more batch item there, also of
         what a cache holds.
         """
+        return self._sum(
+            lambda layer, count, of: layer.cost(length, count, of, dtype=dtype), length, batch, context_length
+        )
+
+    def step_cost(
+        self, cached: int, queries: int = 1, batch: int = 1, *, dtype: torch.dtype | None = None
+    ) -> Cost:
+        """What a causal call costs: `queries` new tokens after `cached` ones, 0 for none.
+
+        A fixed sequence counts as in `cost`.
+        """
+        return self._sum(
+            lambda layer, count, _: layer.step_cost(cached, queries, count, dtype=dtype), queries, batch
+        )
+
+    def _sum(
+        self,
+        cost: Callable[[AttentionModule, int, int | None], Cost],
+        length: int,
+        batch: int,
+        context_length: int | None = None,
+    ) -> Cost:
+        """Over the layers, their MLPs, and what goes through some of them beside the inputs."""
         fields = dict.fromkeys((f.name for f in dataclasses.fields(Cost)), 0)
         last = self._beside
         for n, layer in enumerate(self._layers):
-            costs = [layer.attention.cost(length, batch, context_length, dtype=dtype)]
+            costs = [cost(layer.attention, batch, context_length)]
             if n < last:
-                beside = layer.attention.cost(length, 1, dtype=dtype)
+                beside = cost(layer.attention, 1, None)
                 costs.append(dataclasses.replace(beside, kv_bytes_per_token=0, state_bytes=0))
             if (mlp := layer.mlp) is not None:
                 weights = mlp.up.weight.numel() + mlp.down.weight.numel()
