@@ -79,8 +79,10 @@ def attend_row(
     added = added.flatten(0, 1)[:, None]
     queries = q.reshape(batch * kv_heads, 1, repeat, width)
     if most > _MOST * blocks:
-        own = ((x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)[:, None] for x in (k, v))
-        out, lse = fused(queries, *own, attn_mask=added, scale=scale)
+        all_keys, all_values = (
+            (x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)[:, None] for x in (k, v)
+        )
+        out, lse = fused(queries, all_keys, all_values, added, scale)
     else:
         runs = [_Runs(x, cols) for x in (k, v)]
         step = max(1, _BYTES // (2 * max(most, 1) * cols * width * k.element_size()))
@@ -89,7 +91,7 @@ def attend_row(
             n = max(1, *counts[at : at + step])
             gathered = [x.at(start, slice(at, at + step), n) for x in runs]
             part = added[at : at + step, ..., : n * cols]
-            found.append(fused(queries[at : at + step], *gathered, attn_mask=part, scale=scale))
+            found.append(fused(queries[at : at + step], gathered[0], gathered[1], part, scale))
         out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     nothing = lse < HIDDEN / 2

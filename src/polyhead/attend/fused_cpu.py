@@ -1,17 +1,52 @@
-"""Torch's fused attention on a CPU, and its backward, for backends that cut a call into pieces."""
+"""Fused attention on a CPU, and its backward, for backends that cut a call into pieces.
+
+By torch's own kernel, or where products of whole rows are quicker by those (`polyhead.attend.cpu_rows`).
+"""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from polyhead.attend import cpu_rows
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 
 __all__ = ["HIDDEN", "fused", "fused_backward", "unfit"]
 
-fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 HIDDEN = -1e30  # finite, so that a row that sees nothing of a piece gets a number, and weight 0
+
+
+def fused(
+    q: Float[Tensor, "m h r d"],
+    k: Float[Tensor, "m h c d"],
+    v: Float[Tensor, "m h c d"],
+    added: Float[Tensor, "n 1 r c"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
+    """Output and log-sum-exp of softmax attention; `added` to the scores of each m or, with n = 1, of all."""
+    if cpu_rows.pays(q, k):
+        return cpu_rows.forward(q, k, v, added, scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)
+
+
+def fused_backward(
+    grad: Float[Tensor, "m h r d"],
+    q: Float[Tensor, "m h r d"],
+    k: Float[Tensor, "m h c d"],
+    v: Float[Tensor, "m h c d"],
+    out: Float[Tensor, "m h r d"],
+    lse: Float[Tensor, "m h r"],
+    added: Float[Tensor, "n 1 r c"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h c d"], Float[Tensor, "m h c d"]]:
+    """Gradients for q, k and v: shares of them where `out` and `lse` are those of rows with further keys."""
+    if cpu_rows.pays(q, k):
+        return cpu_rows.backward(grad, q, k, v, out, lse, added, scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=scale
+    )
 
 
 def unfit(request: Request) -> str:

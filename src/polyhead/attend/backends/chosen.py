@@ -93,9 +93,7 @@ class _Chosen(torch.autograd.Function):
         lse = out.new_full(out.shape[:1], -math.inf)
         for piece in pieces(choice, rest, sizes, wide(q.dtype)):
             share, own = fused(
-                *(queries[piece.rows], _gathered(keys, piece), _gathered(values, piece)),
-                attn_mask=piece.added,
-                scale=scale,
+                queries[piece.rows], _gathered(keys, piece), _gathered(values, piece), piece.added, scale
             )
             at, own = piece.rows.view(-1), own.reshape(-1)
             share = share.reshape(-1, share.shape[-1]).to(out.dtype)
@@ -132,14 +130,12 @@ class _Chosen(torch.autograd.Function):
         dtype = wide(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
         for piece in pieces(choice, rest, sizes, wide(q.dtype)):
+            rows = piece.rows
             found = fused_backward(
-                *(grads[piece.rows], queries[piece.rows]),
-                *(_gathered(keys, piece), _gathered(values, piece), outs[piece.rows]),
-                totals[piece.rows].unsqueeze(1),
-                0.0,
-                False,
-                attn_mask=piece.added,
-                scale=scale,
+                *(grads[rows], queries[rows], _gathered(keys, piece), _gathered(values, piece), outs[rows]),
+                totals[rows].unsqueeze(1),
+                piece.added,
+                scale,
             )
             at, blocks = piece.rows.view(-1), piece.blocks.view(-1)
             dq.index_add_(0, at, found[0].reshape(len(at), -1).to(dtype))

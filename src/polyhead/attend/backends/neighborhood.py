@@ -105,9 +105,7 @@ class Neighborhoods:
             if call.rest is not None:
                 nothing = _nothing(lse)
                 g, lse = g.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, 0.0)
-            found = fused_backward(
-                *(g, part.q, part.k, part.v, own, lse, 0.0, False), attn_mask=part.added, scale=problem.scale
-            )
+            found = fused_backward(g, part.q, part.k, part.v, own, lse, part.added, problem.scale)
             part.store(dq, found[0])
             part.add(dk, found[1])
             part.add(dv, found[2])
@@ -221,7 +219,7 @@ class _Part:
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Output `(M, rep, r, W)` and log-sum-exp `(M, rep, r)`."""
-        return fused(self.q, self.k, self.v, attn_mask=self.added, scale=self.call.scale)
+        return fused(self.q, self.k, self.v, self.added, self.call.scale)
 
     def store(self, target: Tensor, found: Tensor) -> None:
         """Put `(M, rep, r, ·)` into a grid `(N, rep, *grid, ·)`, which may be narrower."""

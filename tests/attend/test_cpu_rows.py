@@ -1,0 +1,136 @@
+"""Attention of rows by oneDNN's products: the same as by torch's fused kernel, and where it is asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import polyhead as ph
+from polyhead.attend import cpu_products, cpu_rows
+from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"
+)
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By products, whatever the processor and the size; in several parts."""
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
+    for name, value in (("_PAIRS", 1), ("_ROWS", 1), ("_KEYS", 1), ("_HELD", 300)):
+        monkeypatch.setattr(cpu_rows, name, value)
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("tables", [0, 1, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_forward_and_backward_are_those_of_attention(wanted: None, tables: int, shared: bool) -> None:
+    torch.manual_seed(0)
+    q, g = drawn(3, 2, 29, 16), drawn(3, 2, 29, 16)
+    k, v = (drawn(3, 1 if shared else 2, 37, 16).expand(3, 2, 37, 16) for _ in range(2))
+    added = None
+    if tables:
+        added = torch.zeros(tables, 1, 29, 37).masked_fill_(torch.rand(tables, 1, 29, 37) < 0.5, HIDDEN)
+        added[:, :, 5] = HIDDEN  # a row that sees nothing
+    assert cpu_rows.pays(q, k)
+    out, lse = fused(q, k, v, added, 0.3)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    scores = leaves[0] @ leaves[1].mT * 0.3 + (0.0 if added is None else added.double())
+    expected = scores.softmax(-1) @ leaves[2]
+    seen = torch.ones(29, dtype=torch.bool)
+    if tables:
+        seen[5] = False
+        assert bool((lse[:, :, 5] < HIDDEN / 2).all())
+    torch.testing.assert_close(out[:, :, seen], expected[:, :, seen].float().detach())
+    torch.testing.assert_close(lse[:, :, seen], scores.logsumexp(-1)[:, :, seen].float().detach())
+    g[:, :, ~seen], lse[:, :, ~seen] = 0.0, 0.0
+    found = fused_backward(g, q, k, v, out, lse, added, 0.3)
+    expected.backward(g.double())
+    for own, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(own, leaf.grad.float(), atol=1e-5, rtol=1e-5)
+
+
+CALLS = {
+    "chosen": ph.chosen(torch.tensor([[[[0, -1], [1, 0], [1, 2], [0, 3]]]]), rows=16, cols=16) & ph.causal(),
+    "neighborhood": ph.neighborhood((8, 8), (3, 5)),
+}
+
+
+@pytest.mark.parametrize("backend", CALLS)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_calls_are_those_of_the_reference(
+    wanted: None, backend: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    calls = 0
+
+    def counted(*given: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return cpu_products.product(*given)
+
+    monkeypatch.setattr(cpu_rows, "product", counted)
+    q, g = drawn(2, 2, 64, 16), drawn(2, 2, 64, 16)
+    k, v = drawn(2, kv_heads, 64, 16), drawn(2, kv_heads, 64, 16)
+    found: list[Tensor | None] = []
+    expected: list[Tensor | None] = []
+    for made, dtype, name in ((found, torch.float32, backend), (expected, torch.float64, "reference")):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = ph.attend(*leaves, mask=CALLS[backend], backend=name)
+        out.backward(g.to(dtype))
+        made += [out.detach(), *(leaf.grad for leaf in leaves)]
+    assert calls
+    for own, other in zip(found, expected, strict=True):
+        assert own is not None
+        assert other is not None
+        torch.testing.assert_close(own, other.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_short_rows_few_pairs_and_other_dtypes_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
+    long, short = torch.empty(1, 1, 1024, 64), torch.empty(1, 1, 64, 64)
+    assert cpu_rows.pays(long, long)
+    assert not cpu_rows.pays(long, short)
+    assert not cpu_rows.pays(short[:, :, :32], long)
+    assert not cpu_rows.pays(short[:, :, :8], torch.empty(1, 1, 1 << 16, 64))
+    for dtype in (torch.float64, torch.bfloat16):
+        assert not cpu_rows.pays(long.to(dtype), long.to(dtype))
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: False)
+    assert not cpu_rows.pays(long, long)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "vectors", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_onednn_is_asked_where_mkl_keeps_to_less_than_there_is(
+    vendor: str, vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert cpu_products.onednn_is_quicker.__wrapped__() is expected
+
+
+def test_large_logits_do_not_overflow() -> None:
+    torch.manual_seed(2)
+    q, k, v = (drawn(1, 1, 64, 16) * 100 for _ in range(3))
+    out, lse = cpu_rows.forward(q, k, v, None, 1.0)
+    scores = q.double() @ k.double().mT
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float())
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v.double()).float(), rtol=1e-3, atol=1e-2)
+    assert math.isfinite(float(out.sum()))
