@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By products, whatever the processor and the size; in several parts."""
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
-    for name, value in (("_PAIRS", 1), ("_ROWS", 1), ("_KEYS", 1), ("_HELD", 300)):
+    for name, value in (("_PAIRS", 1), ("_ROWS", 1), ("_KEYS", 1), ("_PART", 16), ("_MULTIPLE", 8)):
         monkeypatch.setattr(cpu_rows, name, value)
 
 
@@ -124,6 +124,19 @@ def test_onednn_is_asked_where_mkl_keeps_to_less_than_there_is(
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert cpu_products.onednn_is_quicker.__wrapped__() is expected
+
+
+def test_programs_of_onednn_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+
+    def noted(a: Tensor, b: Tensor) -> Tensor:
+        shapes.add((*a.shape, len(b)))
+        return a @ b.T
+
+    monkeypatch.setattr(cpu_rows, "product", noted)
+    for rows, keys in zip(range(200, 1000, 7), range(1000, 5000, 35), strict=False):
+        cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0)
+    assert len(shapes) < 2 * 4 * 8 * 3  # two products, parts of 64 to 256 rows, eight widths an octave
 
 
 def test_large_logits_do_not_overflow() -> None:
