@@ -353,6 +353,19 @@ def test_a_method_of_ones_own(model: str, tmp_path: Path) -> None:
             find(str(tmp_path / name))
 
 
+def test_a_method_that_goes_by_past_queries_reads_on_in_several_ways(loaded: Any, settings: Settings) -> None:
+    trial = Trial(loaded.model, loaded.tokenizer, settings)
+    dense = trial.run(None, None, lambda: None)
+    every = trial.run(METHODS["triangle_spans"], 1.0, lambda: None)
+    assert every.read == dense.read
+    assert every.found == dense.found
+    assert every.nats == pytest.approx(dense.nats, abs=1e-4)
+    some = trial.run(METHODS["triangle_spans"], 0.3, lambda: None)
+    assert all(some.read[n] < dense.read[n] for n in dense.read)
+    again = Trial(loaded.model, loaded.tokenizer, settings).run(METHODS["triangle_spans"], 0.3, lambda: None)
+    assert again == some  # whatever was asked before
+
+
 def test_a_method_with_positions_of_its_own_reads_on_where_the_text_ends(
     loaded: Any, settings: Settings
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 
 from torch import Tensor, nn
 
@@ -44,6 +45,12 @@ class Choices:
             self._made.clear()
         self._last = layer.index
         return self.selectors[layer.index]
+
+    def copy(self) -> Choices:
+        """The same in the middle of a text, which can go on in several ways."""
+        other = Choices(self.selectors)
+        other._reading = deepcopy(self._reading)
+        return other
 
     def see(self, call: Call) -> None:
         """Take notice of a call that chooses nothing, where later ones have to know of it."""
@@ -144,6 +151,12 @@ class Selecting:
         self.kept = KeptSummaries()
         self.prefill = prefill
         self.decode = decode
+
+    def copy(self) -> Selecting:
+        """The same in the middle of a text, which can go on in several ways."""
+        other = Selecting(self.choices.selectors, self.prefill, self.decode)
+        other.choices = self.choices.copy()
+        return other
 
     def __call__(self, call: Call) -> Tensor:
         return self.chosen(call).proceed()

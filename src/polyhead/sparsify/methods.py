@@ -102,6 +102,11 @@ def _less_is_more(level: float, case: Case) -> LayerSelectors:
     return s.less_is_more(layers, keep, at=at)
 
 
+def _triangle_spans(level: float, case: Case) -> LayerSelectors:
+    part = max(1, round(level * case.tokens / 2))  # as many tokens of spans as of the nearest
+    return s.triangle_spans(part, window=max(2 * _COLS, part), chunk=_COLS)
+
+
 def _long_heads(level: float, case: Case) -> Reader:
     window = max(1, round(level * case.tokens / _CHUNKS))
     return Chunks(LongHeads.of(case.model, window=window, length=_CHUNKS * window))
@@ -162,6 +167,12 @@ METHODS = {
             "single keys that heads name in turns, for later layers; layers 0 to 2 and 9 read everything",
             "122",
             _less_is_more,
+        ),
+        Method(
+            "triangle_spans",
+            "the nearest tokens, and as many of spans whose tokens look at each other, by one vector a span",
+            "082",
+            _triangle_spans,
         ),
         Method(
             "long_heads",

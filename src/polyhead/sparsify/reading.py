@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,14 @@ class Selected(Reader):
         self.whole = frozenset(n for n, one in enumerate(found) if one is None or isinstance(one, Lead))
         self.followed = frozenset(one.layer for one in found if isinstance(one, Follow))
         self._selecting = Selecting(found, prefill=True, decode=True)
+        self._remembers = any(one is not None and one.remembers for one in found)
+
+    def copy(self) -> Reader:
+        if not self._remembers:
+            return self
+        other = copy(self)
+        other._selecting = self._selecting.copy()
+        return other
 
     def read(self, call: Call) -> Read:
         made = self._selecting.chosen(call)
