@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import polyhead as ph
 from polyhead.attend import cpu_products, cpu_rows
 from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward
+from polyhead.attend.pieces import Sizes, pieces
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"
@@ -29,23 +31,35 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
 
 
+@pytest.mark.parametrize("last", [37, 11])
 @pytest.mark.parametrize("tables", [0, 1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_forward_and_backward_are_those_of_attention(wanted: None, tables: int, shared: bool) -> None:
+@pytest.mark.parametrize("by_products", [True, False])
+def test_forward_and_backward_are_those_of_attention(
+    wanted: None,
+    by_products: bool,
+    shared: bool,
+    tables: int,
+    last: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     q, g = drawn(3, 2, 29, 16), drawn(3, 2, 29, 16)
     k, v = (drawn(3, 1 if shared else 2, 37, 16).expand(3, 2, 37, 16) for _ in range(2))
     added = None
     if tables:
-        added = torch.zeros(tables, 1, 29, 37).masked_fill_(torch.rand(tables, 1, 29, 37) < 0.5, HIDDEN)
-        added[:, :, 5] = HIDDEN  # a row that sees nothing
-    assert cpu_rows.pays(q, k)
+        added = torch.zeros(tables, 1, 29, last)
+        added.masked_fill_(torch.rand(added.shape) < 0.5, HIDDEN)
+        added[:, :, 5] = HIDDEN  # with all keys, a row that sees nothing
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: by_products)
+    assert cpu_rows.pays(q, k) == by_products
     out, lse = fused(q, k, v, added, 0.3)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    scores = leaves[0] @ leaves[1].mT * 0.3 + (0.0 if added is None else added.double())
+    scores = leaves[0] @ leaves[1].mT * 0.3
+    scores = scores if added is None else scores + F.pad(added.double(), (37 - last, 0))
     expected = scores.softmax(-1) @ leaves[2]
     seen = torch.ones(29, dtype=torch.bool)
-    if tables:
+    if tables and last == 37:
         seen[5] = False
         assert bool((lse[:, :, 5] < HIDDEN / 2).all())
     torch.testing.assert_close(out[:, :, seen], expected[:, :, seen].float().detach())
@@ -58,18 +72,54 @@ def test_forward_and_backward_are_those_of_attention(wanted: None, tables: int, 
         torch.testing.assert_close(own, leaf.grad.float(), atol=1e-5, rtol=1e-5)
 
 
-CALLS = {
-    "chosen": ph.chosen(torch.tensor([[[[0, -1], [1, 0], [1, 2], [0, 3]]]]), rows=16, cols=16) & ph.causal(),
-    "neighborhood": ph.neighborhood((8, 8), (3, 5)),
+def drawn_blocks(heads: int, queries: int, keys: int) -> ph.masks.Mask:
+    """For every 16 queries of every head some blocks of 8 keys, none twice, at places in no order."""
+    m, n = -(-queries // 16), -(-keys // 8)
+    index = torch.rand(2, heads, m, n).argsort(-1)
+    return ph.chosen(
+        index.masked_fill(torch.rand(2, heads, m, n) < 0.4, -1), rows=16, cols=8, first=keys - queries
+    )
+
+
+DOCUMENTS = torch.arange(61).expand(2, -1) // torch.tensor([[13], [25]])
+RESTS = {
+    "nothing": None,
+    "causal": ph.causal(),
+    "window": ph.window(9),
+    "documents": ph.causal() & ph.documents(DOCUMENTS),
 }
 
 
-@pytest.mark.parametrize("backend", CALLS)
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_calls_are_those_of_the_reference(
-    wanted: None, backend: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("queries", [61, 40])
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize(("heads", "alike"), [(1, False), (2, False), (2, True)])
+def test_chosen_blocks_are_those_of_the_reference(
+    wanted: None, queries: int, rest: str, heads: int, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
+    mask = drawn_blocks(1 if alike else heads, queries, 61)
+    mask = mask if RESTS[rest] is None else RESTS[rest] & mask
+    compare("chosen", mask, heads, queries, 61, monkeypatch)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_neighborhoods_are_those_of_the_reference(
+    wanted: None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    compare("neighborhood", ph.neighborhood((8, 8), (3, 5)), 2, 64, 64, monkeypatch, kv_heads=kv_heads)
+
+
+def compare(
+    backend: str,
+    mask: ph.masks.Mask,
+    heads: int,
+    queries: int,
+    keys: int,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int = 1,
+) -> None:
+    """Output and gradients of a backend, which must have asked for products, against the dense form."""
     calls = 0
 
     def counted(*given: Tensor) -> Tensor:
@@ -78,13 +128,13 @@ def test_calls_are_those_of_the_reference(
         return cpu_products.product(*given)
 
     monkeypatch.setattr(cpu_rows, "product", counted)
-    q, g = drawn(2, 2, 64, 16), drawn(2, 2, 64, 16)
-    k, v = drawn(2, kv_heads, 64, 16), drawn(2, kv_heads, 64, 16)
+    q, g = drawn(2, heads, queries, 16), drawn(2, heads, queries, 16)
+    k, v = drawn(2, kv_heads, keys, 16), drawn(2, kv_heads, keys, 16)
     found: list[Tensor | None] = []
     expected: list[Tensor | None] = []
     for made, dtype, name in ((found, torch.float32, backend), (expected, torch.float64, "reference")):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        out = ph.attend(*leaves, mask=CALLS[backend], backend=name)
+        out = ph.attend(*leaves, mask=mask, backend=name)
         out.backward(g.to(dtype))
         made += [out.detach(), *(leaf.grad for leaf in leaves)]
     assert calls
@@ -92,6 +142,21 @@ def test_calls_are_those_of_the_reference(
         assert own is not None
         assert other is not None
         torch.testing.assert_close(own, other.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_are_seen_in_part_are_read_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = ph.chosen(torch.tensor([[[[0, -1, -1], [1, 0, -1], [0, 2, 1]]]]), rows=64, cols=64)
+    sizes = Sizes(1, 1, 1, 192, 192, 64)
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
+    (first, second, third) = pieces(choice, ph.causal(), sizes, torch.float32)
+    assert first.first
+    assert third.first
+    assert [p.blocks.tolist() for p in (first, second, third)] == [[[0]], [[0, 1]], [[0, 1, 2]]]
+    for piece in (first, second, third):
+        assert piece.added is not None
+        assert piece.added.shape == (1, 1, 64, 64)  # of the block on the diagonal alone
+    apart = list(pieces(choice, ph.causal(), sizes, torch.bfloat16))
+    assert [p.added is None for p in apart] == [True, True, False]
 
 
 def test_short_rows_few_pairs_and_other_dtypes_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyhead.attend.cpu_products import onednn_is_quicker, product
 
-__all__ = ["backward", "forward", "pays"]
+__all__ = ["backward", "forward", "pays", "suits"]
 
 _LOG2E = math.log2(math.e)
 _PAIRS = 1 << 16  # fewer pairs of a group are not worth the calls,
@@ -29,21 +29,28 @@ _PART = 256  # rows at a time: scores of thousands of keys then stay in the cach
 _MULTIPLE, _EIGHTH = 64, 8
 
 
+def suits(rows: int, dtype: torch.dtype) -> bool:
+    """Whether it may be quicker than torch's fused kernel, if the rows are long."""
+    return rows >= _ROWS and dtype == torch.float32 and onednn_is_quicker()
+
+
 def pays(q: Float[Tensor, "m h r d"], k: Float[Tensor, "m h c d"]) -> bool:
     """Whether it is quicker than torch's fused kernel."""
     rows, keys = q.shape[2], k.shape[2]
-    long_enough = rows >= _ROWS and keys >= _KEYS and rows * keys >= _PAIRS
-    return long_enough and q.dtype == torch.float32 and onednn_is_quicker()
+    return keys >= _KEYS and rows * keys >= _PAIRS and suits(rows, q.dtype)
 
 
 def forward(
     q: Float[Tensor, "m h r d"],
     k: Float[Tensor, "m h c d"],
     v: Float[Tensor, "m h c d"],
-    added: Float[Tensor, "n 1 r c"] | None,
+    added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
-    """Output and log-sum-exp; `added`, finite, for every group or, with n = 1, for all."""
+    """Output and log-sum-exp.
+
+    `added`, finite, is for the last l keys of every group or, with n = 1, of all.
+    """
     count, keys = q.shape[2], k.shape[2]
     queries = _filled(q * (scale * _LOG2E), _rows(count))
     out = torch.empty_like(queries)
@@ -68,7 +75,7 @@ def backward(
     v: Float[Tensor, "m h c d"],
     out: Float[Tensor, "m h r d"],
     lse: Float[Tensor, "m h r"],
-    added: Float[Tensor, "n 1 r c"] | None,
+    added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h c d"], Float[Tensor, "m h c d"]]:
     """Gradients for q, k and v, with the output and the log-sum-exp of whole rows:
@@ -127,5 +134,5 @@ def _scores(
     scores[:, keys:] = -math.inf
     if added is not None:
         table = added[min(group, len(added) - 1), 0, part]
-        scores[: len(table), :keys].add_(table, alpha=_LOG2E)
+        scores[: len(table), keys - table.shape[1] : keys].add_(table, alpha=_LOG2E)
     return scores

@@ -6,6 +6,7 @@ By torch's own kernel, or where products of whole rows are quicker by those (`po
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,12 +23,16 @@ def fused(
     q: Float[Tensor, "m h r d"],
     k: Float[Tensor, "m h c d"],
     v: Float[Tensor, "m h c d"],
-    added: Float[Tensor, "n 1 r c"] | None,
+    added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
-    """Output and log-sum-exp of softmax attention; `added` to the scores of each m or, with n = 1, of all."""
+    """Output and log-sum-exp of softmax attention.
+
+    `added` goes to the scores of the last l keys, of each m or, with n = 1, of all.
+    """
     if cpu_rows.pays(q, k):
         return cpu_rows.forward(q, k, v, added, scale)
+    added = _for_all(added, k)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)
 
 
@@ -38,15 +43,21 @@ def fused_backward(
     v: Float[Tensor, "m h c d"],
     out: Float[Tensor, "m h r d"],
     lse: Float[Tensor, "m h r"],
-    added: Float[Tensor, "n 1 r c"] | None,
+    added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h c d"], Float[Tensor, "m h c d"]]:
     """Gradients for q, k and v: shares of them where `out` and `lse` are those of rows with further keys."""
     if cpu_rows.pays(q, k):
         return cpu_rows.backward(grad, q, k, v, out, lse, added, scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=scale
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=_for_all(added, k), scale=scale
     )
+
+
+def _for_all(added: Tensor | None, k: Tensor) -> Tensor | None:
+    """With zeros for the keys before the last ones."""
+    missing = 0 if added is None else k.shape[2] - added.shape[-1]
+    return added if added is None or not missing else F.pad(added, (missing, 0))
 
 
 def unfit(request: Request) -> str:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.attend import cpu_rows
 from polyhead.attend.fused_cpu import HIDDEN
 from polyhead.attend.masks import Chosen, Mask, all_of, terms_of
+from polyhead.attend.precision import wide
 
 __all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
 
@@ -53,8 +55,8 @@ class Piece:
     Attributes:
         rows: `(m, r)`, queries as places in the flat `(B·H·L)`; `Sizes.nobody`: none.
         blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`.
-        added: `(m, 1, r, n·C)`, or `(1, 1, r, n·C)` for every group, what is added to the scores; None:
-            nothing is hidden.
+        added: `(m, 1, r, h)`, or `(1, 1, r, h)` for every group, what is added to the scores of the last h
+            keys; None: nothing is hidden.
         first: whether no piece before had any of these queries.
     """
 
@@ -110,9 +112,12 @@ def whole(choice: Chosen, rest: Mask | None, sizes: Sizes) -> bool:
     return torch.equal(found.some.sum(-1), visible.some.sum(-1))
 
 
-def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) -> Iterator[Piece]:
-    """Pieces that hold every pair which is chosen, and which `rest` allows, exactly once."""
-    found = _looked_at(choice, rest, sizes)
+def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, own_dtype: torch.dtype) -> Iterator[Piece]:
+    """Pieces that hold every pair which is chosen, and which `rest` allows, exactly once.
+
+    `own_dtype` is that of the queries.
+    """
+    found, dtype = _looked_at(choice, rest, sizes), wide(own_dtype)
     repeat = sizes.heads // sizes.kv_heads
     own = found.index[:, ::repeat].repeat_interleave(repeat, 1)
     together = repeat if repeat > 1 and torch.equal(found.index, own) else 1
@@ -122,8 +127,11 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) 
     partly = some & ~wholly
     shared = choice.rows * together
     if sizes.queries == 1 or shared >= _ROWS or choice.cols <= _COLS * shared:
-        yield from _by_rows(choice, None, found.index, wholly, sizes, together, dtype, first=True)
-        yield from _by_rows(choice, rest, found.index, partly, sizes, together, dtype, first=False)
+        # the fused kernel takes a table for all keys or none
+        none = torch.zeros_like(wholly)
+        apart = ((wholly, none), (none, partly))
+        for n, seen in enumerate(((wholly, partly),) if cpu_rows.suits(shared, own_dtype) else apart):
+            yield from _by_rows(choice, rest, found.index, *seen, sizes, together, dtype, first=n == 0)
     else:
         yield from _by_blocks(choice, None, found.index, wholly, sizes, dtype)
         yield from _by_blocks(choice, rest, found.index, partly, sizes, dtype)
@@ -138,7 +146,8 @@ def _by_rows(
     choice: Chosen,
     rest: Mask | None,
     index: Tensor,
-    which: Tensor,
+    wholly: Tensor,
+    partly: Tensor,
     sizes: Sizes,
     together: int,
     dtype: torch.dtype,
@@ -146,35 +155,38 @@ def _by_rows(
     first: bool,
 ) -> Iterator[Piece]:
     """Blocks of queries that read equally many blocks of keys, some of them at a time."""
-    masked = rest is not None or bool((which & ((index + 1) * choice.cols > sizes.keys)).any())
-    index, which = index[:, ::together], which[:, ::together]
+    index, wholly, partly = (x[:, ::together] for x in (index, wholly, partly))
     groups, width, blocks = index.shape[1], index.shape[3], -(-sizes.keys // choice.cols)
-    counts = which.sum(-1).view(-1)
     device = index.device
-    base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
-    places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
-    flat, seen, plain = places.view(-1, width), which.reshape(-1, width), index.reshape(-1, width)
     rows = _rows_of_blocks(choice.rows, sizes, together, device)
     # of what distances alone decide one table serves all groups that lie alike; those at the ends do not
-    inside = torch.zeros_like(counts, dtype=torch.bool)
-    if masked and (rest is None or (not rest.thresholds() and rest.distances({}) is not None)):
-        inside = (~which | ((index + 1) * choice.cols <= sizes.keys)).all(-1).view(-1)
+    inside = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    if rest is None or (not rest.thresholds() and rest.distances({}) is not None):
+        inside = (~partly | ((index + 1) * choice.cols <= sizes.keys)).all(-1).view(-1)
         inside = inside & (rows < sizes.nobody).all(-1)
+    # blocks that are seen whole come first, then those of which something is seen
+    rank = 3 - 2 * wholly.to(torch.int8) - partly.to(torch.int8)
+    order = rank.sort(dim=-1, stable=True).indices
+    index = index.gather(-1, order)
+    base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
+    places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
+    flat, plain = places.view(-1, width), index.reshape(-1, width)
     within = torch.arange(choice.cols, device=device)
-    for count in counts[counts > 0].unique().tolist():
+    kinds = (wholly.sum(-1) * (width + 1) + partly.sum(-1)).view(-1)
+    for kind in kinds[kinds > 0].unique().tolist():
+        whole_ones, hidden = divmod(kind, width + 1)
+        count = whole_ones + hidden
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
-        if masked:  # scores as large as the mask are held besides
-            step = max(1, min(step, _BYTES // (count * choice.cols * rows.shape[1] * dtype.itemsize)))
-        sized = counts == count
-        kinds = [kind.nonzero().view(-1) for kind in (sized & inside, sized & ~inside)]
-        for part in (part for kind in kinds if len(kind) for part in kind.split(step)):
-            read, added = seen[part], None
-            if masked:
-                j = (plain[part][read].view(-1, count, 1) * choice.cols + within).flatten(1)
-                alike = bool(inside[part[0]]) and _alike(rows[part], j, sizes)
-                one = slice(1 if alike else None)
+        if hidden:  # scores as large as the table are held besides
+            step = max(1, min(step, _BYTES // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
+        alike = (own.nonzero().view(-1) for own in ((kinds == kind) & inside, (kinds == kind) & ~inside))
+        for part in (part for own in alike if len(own) for part in own.split(step)):
+            added = None
+            if hidden:
+                j = (plain[part, whole_ones:count, None] * choice.cols + within).flatten(1)
+                one = slice(1 if bool(inside[part[0]]) and _alike(rows[part], j, sizes) else None)
                 added = _added(rest, rows[part][one], j[one], sizes, dtype)
-            yield Piece(rows[part], flat[part][read].view(-1, count), added, first=first)
+            yield Piece(rows[part], flat[part, :count], added, first=first)
 
 
 def _alike(rows: Tensor, j: Tensor, sizes: Sizes) -> bool:

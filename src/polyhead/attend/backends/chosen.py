@@ -91,7 +91,7 @@ class _Chosen(torch.autograd.Function):
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
         out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
         lse = out.new_full(out.shape[:1], -math.inf)
-        for piece in pieces(choice, rest, sizes, wide(q.dtype)):
+        for piece in pieces(choice, rest, sizes, q.dtype):
             share, own = fused(
                 queries[piece.rows], _gathered(keys, piece), _gathered(values, piece), piece.added, scale
             )
@@ -129,7 +129,7 @@ class _Chosen(torch.autograd.Function):
         keys, values = _blocks(k, choice.cols), _blocks(v, choice.cols)
         dtype = wide(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
-        for piece in pieces(choice, rest, sizes, wide(q.dtype)):
+        for piece in pieces(choice, rest, sizes, q.dtype):
             rows = piece.rows
             found = fused_backward(
                 *(grads[rows], queries[rows], _gathered(keys, piece), _gathered(values, piece), outs[rows]),
