@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,7 +182,7 @@ def test_short_rows_few_pairs_and_other_dtypes_go_to_the_kernel(monkeypatch: pyt
 def test_onednn_is_asked_where_mkl_keeps_to_less_than_there_is(
     vendor: str, vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(cpu_products, "vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
@@ -210,5 +208,5 @@ def test_large_logits_do_not_overflow() -> None:
     out, lse = cpu_rows.forward(q, k, v, None, 1.0)
     scores = q.double() @ k.double().mT
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
+    # logits of 10^5 are rounded by some hundredths, and weights that are nearly even with them
     torch.testing.assert_close(out, (scores.softmax(-1) @ v.double()).float(), rtol=1e-3, atol=1e-2)
-    assert math.isfinite(float(out.sum()))

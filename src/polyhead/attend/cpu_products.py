@@ -7,11 +7,12 @@ has half of the speed that oneDNN has, and its exponential a quarter of that of 
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from polyhead.machine import vendor
 
 __all__ = ["onednn_is_quicker", "product"]
 
@@ -24,17 +25,8 @@ def onednn_is_quicker() -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and _vendor() not in ("", "GenuineIntel")
+        and vendor() not in ("", "GenuineIntel")
     )
-
-
-def _vendor() -> str:
-    """Who made the processor, as it says itself; empty where that cannot be found."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def product(a: Float[Tensor, "r k"], b: Float[Tensor, "c k"]) -> Float[Tensor, "r c"]:

@@ -179,8 +179,8 @@ def _by_rows(
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
         if hidden:  # scores as large as the table are held besides
             step = max(1, min(step, _BYTES // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
-        alike = (own.nonzero().view(-1) for own in ((kinds == kind) & inside, (kinds == kind) & ~inside))
-        for part in (part for own in alike if len(own) for part in own.split(step)):
+        sorts = (own.nonzero().view(-1) for own in ((kinds == kind) & inside, (kinds == kind) & ~inside))
+        for part in (part for own in sorts if len(own) for part in own.split(step)):
             added = None
             if hidden:
                 j = (plain[part, whole_ones:count, None] * choice.cols + within).flatten(1)
