@@ -14,6 +14,7 @@ from polyhead.errors import ConfigError, UnknownName
 from polyhead.league import plan
 from polyhead.league.folder import Folder
 from polyhead.league.tasks import TASKS, Batch, Task, changed, find, with_data
+from polyhead.league.tasks import corpus as tokens_of
 from polyhead.league.tasks.base import Recipe, Sizes
 from polyhead.league.tasks.corpus import corpus
 from polyhead.league.tasks.listops import ListOpsTask, value_of
@@ -331,6 +332,34 @@ def test_the_held_out_documents_are_not_in_the_training_text() -> None:
     held_out = list(map(tuple, found.held_out.unfold(0, 32, 32).tolist()))
     shared = sum(piece in train for piece in held_out) / len(held_out)
     assert shared < 0.1  # some docstrings say the same for several functions
+
+
+def test_documentation_is_read_once_and_again_where_a_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * 7 + n * n) % 97}" for n in range(60))
+        (library / f"module{number}.py").write_text(f'"""{words}"""\n')
+    (library / "test").mkdir()
+    (library / "test" / "module.py").write_text("broken (")
+    monkeypatch.setattr(tokens_of.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setenv("POLYHEAD_HOME", str(tmp_path / "cache"))
+
+    def digest() -> str:
+        tokens_of._made.cache_clear()
+        return corpus(300, None).digest
+
+    try:
+        first = digest()
+        with monkeypatch.context() as reading:
+            reading.setattr(tokens_of, "_documentation", lambda files: pytest.fail("it was read again"))
+            assert digest() == first
+        (library / "module0.py").write_text('"""' + "other words " * 40 + '"""')
+        assert digest() != first
+    finally:
+        tokens_of._made.cache_clear()
 
 
 def test_changed_sizes_keep_the_shape_of_the_model() -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import sysconfig
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +67,21 @@ def corpus(vocabulary: int, file: str | None) -> Corpus:
 
 @cache
 def _made(vocabulary: int, file: str | None) -> Corpus:
-    documents = _documentation() if file is None else _paragraphs(Path(file))
-    order = torch.randperm(len(documents), generator=generator("corpus", "order")).tolist()
-    cut = len(documents) // 10
-    held_out, train = (sorted(part) for part in (order[:cut], order[cut:]))
-    digest = hashlib.blake2b("\x00".join(documents).encode(), digest_size=6).hexdigest()
+    if file is None:
+        sources = _sources()
+        # by the state of the files: to read a whole library takes seconds, in every run of a league
+        key, read = [_state(source) for source in sources], partial(_documentation, sources)
+    else:
+        key = _paragraphs(Path(file))
+        read = partial(list, key)
+    digest = hashlib.blake2b("\x00".join(key).encode(), digest_size=6).hexdigest()
     kept = cache_folder() / "texts" / f"text-{digest}-{vocabulary}-{_FORM}.npz"
     found = _read(kept)
     if found is None:
+        documents = read()
+        order = torch.randperm(len(documents), generator=generator("corpus", "order")).tolist()
+        cut = len(documents) // 10
+        held_out, train = (sorted(part) for part in (order[:cut], order[cut:]))
         found = _encode(vocabulary, [documents[n] for n in train], [documents[n] for n in held_out])
         _keep(kept, found)
     parts = {name: torch.from_numpy(found[name].astype(np.int64)) for name in ("train", "held_out", "sizes")}
@@ -86,15 +93,26 @@ def _made(vocabulary: int, file: str | None) -> Corpus:
     return Corpus(**parts, digest=tokens.hexdigest())
 
 
-def _documentation() -> list[str]:
+def _sources() -> list[Path]:
+    """The files of the standard library."""
+    found: list[Path] = []
+    for folder, inside, files in os.walk(sysconfig.get_paths()["stdlib"]):
+        inside[:] = set(inside) - _SKIPPED
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _state(file: Path) -> str:
+    state = file.stat()
+    return f"{file} {state.st_size} {state.st_mtime_ns}"
+
+
+def _documentation(sources: list[Path]) -> list[str]:
     """The language reference topics and the docstrings of the standard library, each a document."""
     from pydoc_data.topics import topics
 
     found = [topics[name].strip() for name in sorted(topics)]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        if _SKIPPED & set(file.relative_to(root).parts):
-            continue
+    for file in sources:
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError, ValueError):
