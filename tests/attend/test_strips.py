@@ -65,3 +65,39 @@ def test_the_bound_of_the_tile_map_changes_nothing(
     assert bounded == whole
     for a, b in zip(answers, same, strict=True):
         assert torch.equal(a, b)
+
+
+def test_short_batch_items_go_together_and_long_ones_that_differ_do_not() -> None:
+    def made_of(lengths: list[int], tokens: int) -> list[Strip]:
+        real = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+        frame = Frame(len(lengths), 2, 2, tokens, tokens, torch.device("cpu"))
+        return list(strips(frame, ph.padding(real)))
+
+    assert [(s.b0, s.b1) for s in made_of([8, 3, 0, 5] * 64, 8)] == [(0, 256)]
+    long = made_of([512, 64, 64, 512], 512)
+    assert {(s.b0, s.b1, s.columns) for s in long} == {(0, 1, 512), (1, 3, 64), (3, 4, 512)}
+    rows = sum((s.r1 - s.r0) * (s.b1 - s.b0) * (s.g1 - s.g0) for s in long)
+    assert rows == 512 * 4 * 2  # every row of every head, once
+
+
+@pytest.mark.parametrize("kept", [[8, 3, 0, 5], [128, 60, 0, 70]])
+def test_items_that_go_together_read_what_each_may_read(kept: list[int]) -> None:
+    random = torch.Generator().manual_seed(2)
+    tokens = max(kept)
+    q = torch.randn(4, 2, tokens, 8, generator=random, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 4, 2, tokens, 8, generator=random, dtype=torch.float64, requires_grad=True)
+    mask = ph.causal() & ph.padding(torch.arange(tokens) < torch.tensor(kept)[:, None])
+    together = ph.attend(q, k, v, mask=mask, backend="tiles")
+    alone = torch.zeros_like(together)
+    for item, count in enumerate(kept):
+        if count:
+            one = slice(item, item + 1)
+            read = k[one, :, :count], v[one, :, :count]
+            scores = q[one] @ read[0].transpose(-1, -2) / 8**0.5
+            late = torch.arange(count) > torch.arange(tokens)[:, None]
+            alone[one] = scores.masked_fill(late, -torch.inf).softmax(-1) @ read[1]
+    torch.testing.assert_close(together, alone)
+    leaves = (q, k, v)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), leaves) for y in (together, alone))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

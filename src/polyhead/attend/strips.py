@@ -20,6 +20,7 @@ _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 _ROWS = 128
 _COLS = 64
 _TILES = 1 << 18  # tiles of a mask that are looked at together
+_SET_UP = 1 << 14  # scores that a CPU works out in about the time that a strip more takes to set up
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,9 @@ def strips(
         budget *= 2  # fewer rows a head make narrow products: measured best
     together = frame.heads if whole_heads else frame.heads // frame.kv_heads  # query heads kept together
     pieces = frame.heads // together
-    for r0, item, runs, masked, alive in _visible(frame, mask, rows_back):
+    for r0, (lo, hi), runs, masked, alive in _visible(frame, mask, rows_back):
         if not runs:
             continue
-        lo, hi = (0, frame.batch) if item is None else (item, item + 1)
         columns = sum(run.stop - run.start for run in runs)
         end = min(r0 + _ROWS, frame.queries)
         # rows that are held besides must not be most of the work
@@ -147,17 +147,39 @@ def strips(
                         yield Strip(b0, b0 + 1, g0, g1, first, stop, runs, masked, alive, lead)
 
 
-_Seen = tuple[int, int | None, tuple[Run, ...], tuple[int, int] | None, bool]
+_Items = tuple[int, int]
+_Seen = tuple[int, _Items, tuple[Run, ...], tuple[int, int] | None, bool]
+
+
+def _alike(
+    some: list[list[bool]], every: list[list[bool]], column: int
+) -> Iterator[tuple[_Items, list[bool], list[bool]]]:
+    """Neighbouring batch items as one, where that costs less than a strip for each.
+
+    Yields the items from first to last + 1, the tiles that any of them sees and those that all see wholly.
+    `column`: scores of a tile of columns.
+    """
+    first, seen, full = 0, some[0], every[0]
+    for item in range(1, len(some)):
+        both = [a or b for a, b in zip(seen, some[item], strict=True)]
+        count = item - first
+        more = (count + 1) * sum(both) - count * sum(seen) - sum(some[item])
+        if more * column > _SET_UP:
+            yield (first, item), seen, full
+            first, seen, full = item, some[item], every[item]
+        else:
+            seen, full = both, [a and b for a, b in zip(full, every[item], strict=True)]
+    yield (first, len(some)), seen, full
 
 
 def _visible(frame: Frame, mask: Mask | None, rows_back: int) -> Iterator[_Seen]:
-    """For each tile of rows: its first row, the batch item (None: all), the runs, what is masked, alive.
+    """For each tile of rows: its first row, batch items that are alike, the runs, what is masked, alive.
 
     What is said of a tile holds for the rows before that are held besides, too.
     """
     if mask is None:
         for r0 in range(0, frame.queries, _ROWS):
-            yield r0, None, (Run(0, frame.keys),), None, True
+            yield r0, (0, frame.batch), (Run(0, frame.keys),), None, True
         return
     # the map of tiles is quadratic in the lengths, if 8192 times smaller: a band of it at a time
     across = -(-frame.keys // _COLS) * frame.batch * frame.heads
@@ -185,8 +207,10 @@ def _visible(frame: Frame, mask: Mask | None, rows_back: int) -> Iterator[_Seen]
             for n, (seen, full) in enumerate(before, 1):
                 some[:, n:] |= seen
                 every[:, n:] &= full
+        column = min(_ROWS, frame.queries) * min(_COLS, frame.keys) * frame.heads
         for t in range(early, some.shape[1]):
-            for item in range(some.shape[0]):
-                runs = tuple(_runs(some[item, t].tolist(), frame.keys))
-                masked, alive = _masked(runs, every[item, t].tolist())
-                yield first + t * _ROWS, item if some.shape[0] > 1 else None, runs, masked, alive
+            for items, reached, whole in _alike(some[:, t].tolist(), every[:, t].tolist(), column):
+                runs = tuple(_runs(reached, frame.keys))
+                masked, alive = _masked(runs, whole)
+                items = items if some.shape[0] > 1 else (0, frame.batch)
+                yield first + t * _ROWS, items, runs, masked, alive
