@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from polyhead.league import Batch, Recipe, Task
 from polyhead.league.interval import mean_and_half_width
 from polyhead.league.seeds import seed_of
-from polyhead.report.assemble import processor
+from polyhead.machine import processor
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "checks"
 
@@ -38,14 +38,19 @@ def learn(
     *,
     loss: Callable[[Batch], Tensor],
     around: Callable[[int, Batch], AbstractContextManager[object]] = lambda step, batch: nullcontext(),
-) -> None:
-    """Train as a league does; every step is made within `around(step, batch)`."""
+) -> list[float]:
+    """Train as a league does; every step is made within `around(step, batch)`.
+
+    Returns:
+        The norm of every step's gradient, before clipping.
+    """
     learned = list(model.parameters())
     groups = [
         {"params": [p for p in learned if p.ndim >= 2], "weight_decay": recipe.decay},
         {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
     ]
     steps = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
+    norms = []
     model.train()
     for number in range(recipe.steps):
         torch.manual_seed(seed_of("step", seed, number))
@@ -53,10 +58,12 @@ def learn(
         with around(number, batch):
             steps.zero_grad(set_to_none=True)
             loss(batch).backward()
-            nn.utils.clip_grad_norm_([p for p in learned if p.grad is not None], recipe.clip)
+            norm = nn.utils.clip_grad_norm_([p for p in learned if p.grad is not None], recipe.clip)
+            norms.append(float(norm))
             for group in steps.param_groups:
                 group["lr"] = recipe.rate_at(number)
             steps.step()
+    return norms
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ STOREYS = (
     ("attend",),
     ("reference",),
     (
-        *("head_scores", "description", "checks", "errors", "data"),
+        *("head_scores", "description", "checks", "errors", "data", "shapes"),
         *("console", "machine", "memory", "folder", "own_file"),
     ),
 )

@@ -139,6 +139,16 @@ class Softmax(Normalizer):
             return lse
         return torch.logaddexp(lse, _column(self.sink, scores).squeeze(-1))
 
+    def weights_and_lse(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """`weights` and `lse`. May overwrite `scores`."""
+        if self.sink is not None or scores.shape[-1] == 0:
+            lse = self.lse(scores)
+            return self.weights(scores), lse
+        # the largest weight is exp(top - lse), at least one over the row's length: no exponentials anew
+        top = scores.amax(-1)
+        weights = self.weights(scores)
+        return weights, torch.where(top.isfinite(), top - weights.amax(-1).log(), top)
+
     def lse_vjp(self, weights: Tensor, grad: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`own`, the gradients of this part's tensors, with the share added that comes through `lse`.
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.buffers import Buffers
-from polyhead.attend.normalizers import Normalizer
+from polyhead.attend.normalizers import Normalizer, Softmax
 from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
 from polyhead.attend.stream import of_heads
 from polyhead.attend.strips import Frame, Strip, strips
 from polyhead.attend.tile import Tile
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Operands", "StripWork", "read", "walk"]
 
@@ -110,10 +111,12 @@ class StripWork:
         if strip.masked is not None and problem.mask is not None:
             lo, hi = strip.masked
             allowed = problem.mask.allowed(tile.b, tile.h, tile.i, tile.j[lo:hi])
-            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, len(tile.rows), hi - lo)))
+            allowed = allowed.expand(broadcast_shape(allowed.shape, (1, 1, len(tile.rows), hi - lo)))
             forbidden = ~allowed
             if not strip.alive:
                 dead = forbidden.all(-1, keepdim=True)
+                if dead.device.type == "cpu" and not dead.any():  # elsewhere the question would cost a wait
+                    dead = None
         return cls(strip, tile, pairs, q, read(x.k, pairs, strip), read(x.v, pairs, strip), forbidden, dead)
 
     @property
@@ -150,9 +153,18 @@ class StripWork:
 
         `check`: a score map may have put -inf where the mask did not.
         """
-        dead = (scores == float("-inf")).all(-1, keepdim=True) if check else self.dead
+        dead = self._dead(scores, check)
         weights = normalizer.weights(scores)
         return weights if dead is None else weights.masked_fill_(dead, 0.0)
+
+    def weigh_with_lse(self, scores: Tensor, normalizer: Softmax, *, check: bool) -> tuple[Tensor, Tensor]:
+        """As `weigh`, and the log-sum-exp of every row `(b, h, r)`."""
+        dead = self._dead(scores, check)
+        weights, lse = normalizer.weights_and_lse(scores)
+        return weights if dead is None else weights.masked_fill_(dead, 0.0), lse
+
+    def _dead(self, scores: Tensor, check: bool) -> Tensor | None:
+        return (scores == float("-inf")).all(-1, keepdim=True) if check else self.dead
 
     def keep(self, problem: Problem, seed: int) -> Tensor | None:
         """Dropout's factors: the same numbers in forward and backward, from the seed and the place."""

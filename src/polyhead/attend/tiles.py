@@ -70,12 +70,14 @@ def forward(
         rows = slice(part.strip.r0 + lead, part.strip.r1)
         raw = x.scores(part)
         scores = part.hide(maps.there(raw, part))
-        if lse is not None:
-            assert isinstance(normalizer, Softmax)
-            target = lse[part.pairs, :, rows]
-            target.copy_(normalizer.lse(scores)[:, :, lead:].reshape(target.shape))
         logits = x.buffer("logits", part.shape).copy_(scores) if keep_logits else None
-        weights = part.weigh(scores, normalizer, check=maps.may_hide)
+        if lse is None:
+            weights = part.weigh(scores, normalizer, check=maps.may_hide)
+        else:
+            assert isinstance(normalizer, Softmax)
+            weights, sums = part.weigh_with_lse(scores, normalizer, check=maps.may_hide)
+            target = lse[part.pairs, :, rows]
+            target.copy_(sums[:, :, lead:].reshape(target.shape))
         if after is not None:
             weights = after.there(weights, part)
         for consumer in consumers:

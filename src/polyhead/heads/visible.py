@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Visible"]
 
@@ -70,7 +71,7 @@ class Visible:
         for start in range(0, queries, _ROWS):
             rows = slice(start, start + _ROWS)
             allowed = mask.allowed(b, h, position[rows].view(-1, 1), j)
-            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, len(position[rows]), keys)))
+            allowed = allowed.expand(broadcast_shape(allowed.shape, (1, 1, len(position[rows]), keys)))
             seen = allowed.sum(-1)
             counted = real[..., rows] & (seen > 1)
             watchers = watchers + (allowed & counted.unsqueeze(-1)).sum(-2)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.masks.algebra import Bounds
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["LaneMask"]
 
@@ -47,5 +47,5 @@ class LaneMask(Mask):
     def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
         rows = self._row(b, i0), self._row(b, i1)
         some, every = self.mask.bounds(*self._origin(b, h), *rows, self._key(b, j0), self._key(b, j1))
-        shape = torch.broadcast_shapes(b.shape, h.shape, i0.shape, j0.shape)
+        shape = broadcast_shape(b.shape, h.shape, i0.shape, j0.shape)
         return some.expand(shape), every.expand(shape)

@@ -17,6 +17,7 @@ from polyhead.attend.masks.algebra import Bounds
 from polyhead.attend.scores import Chain, Score
 from polyhead.attend.tile import Tile
 from polyhead.attend.weight_maps import WeightChain, WeightMap
+from polyhead.shapes import broadcast_shape
 
 __all__ = [
     "PseudoMask",
@@ -62,7 +63,7 @@ class PseudoMask(Mask):
     def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
         count = self.count
         if self.mask is None:
-            every = torch.ones(torch.broadcast_shapes(i0.shape, j0.shape), dtype=torch.bool, device=i0.device)
+            every = torch.ones(broadcast_shape(i0.shape, j0.shape), dtype=torch.bool, device=i0.device)
             some = every
         else:
             some, every = self.mask.bounds(b, h, i0 // count, i1 // count, j0 // count, j1 // count)

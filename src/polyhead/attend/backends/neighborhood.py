@@ -24,6 +24,7 @@ from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
 from polyhead.attend.stream import stream
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Neighborhoods"]
 
@@ -177,7 +178,7 @@ class _Call:
         h = n % self.kv_heads * self.repeat + torch.arange(self.repeat).view(-1, 1, 1)
         seen = self.rest.allowed(n // self.kv_heads, h, rows[:, None, :, None], cols[:, None, None, :])
         seen = seen if table is None else seen & table
-        shape = torch.broadcast_shapes(seen.shape, (len(n), len(rows), 1, rows.shape[1], cols.shape[1]))
+        shape = broadcast_shape(seen.shape, (len(n), len(rows), 1, rows.shape[1], cols.shape[1]))
         return seen.expand(shape)
 
 

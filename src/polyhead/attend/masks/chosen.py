@@ -12,6 +12,7 @@ from polyhead.attend.masks.algebra import Bounds, Mask
 from polyhead.attend.masks.checks import brief
 from polyhead.checks import FARTHEST, given, is_integer_tensor, whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Chosen", "chosen"]
 
@@ -72,8 +73,8 @@ class Chosen(Mask):
         if j.ndim == 1:
             blocks, back = blocks.unique_consecutive(return_inverse=True)
         item, head, block, there = self._place(b, h, i)
-        around = torch.broadcast_shapes(item.shape, head.shape, block.shape)
-        shape = torch.broadcast_shapes(around, blocks.shape)
+        around = broadcast_shape(item.shape, head.shape, block.shape)
+        shape = broadcast_shape(around, blocks.shape)
         own = chosen[item, head, block]
         if len(around) and around[-1] == 1 and len(shape) > 1:
             own, wanted = own.squeeze(-2), blocks.expand(shape)  # one list for a whole row of keys

@@ -13,6 +13,7 @@ from polyhead.attend.masks.checks import brief
 from polyhead.attend.masks.ranges import range_max
 from polyhead.checks import given, is_integer_tensor, takes
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Documents", "Padding", "PerHead", "Where", "documents", "padding", "per_head", "where"]
 
@@ -208,7 +209,7 @@ class Where(Mask):
         if not isinstance(found, Tensor) or found.dtype != torch.bool:
             got = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"where: {self!r} must return a bool tensor; got {got}")
-        pairs = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
+        pairs = broadcast_shape(b.shape, h.shape, i.shape, j.shape)
         extra = len(pairs) - found.ndim
         if extra < 0 or any(n not in (1, m) for n, m in zip(found.shape, pairs[extra:], strict=True)):
             raise ShapeError(

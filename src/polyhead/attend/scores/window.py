@@ -14,6 +14,7 @@ from polyhead.attend.scores.base import Score
 from polyhead.attend.tile import Tile
 from polyhead.checks import floating, given, several, whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["WindowBias", "window_bias", "window_offsets"]
 
@@ -64,7 +65,7 @@ class WindowBias(Score):
         table = self.table.to(i.device)
         known: dict[object, Tensor] = {}
         found = []
-        shape = torch.broadcast_shapes(i.shape, j.shape)
+        shape = broadcast_shape(i.shape, j.shape)
         for h in range(first, last):
             kind = (self.windows[h], self.steps[h])
             if not self.windows[h]:

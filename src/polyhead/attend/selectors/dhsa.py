@@ -15,6 +15,7 @@ from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.selector import Listing, Selector, seen
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, unknown_name
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Dhsa", "dhsa"]
 
@@ -70,7 +71,7 @@ class Dhsa(Listing):
             visible = seen(mask, grid, start, stop, q.device)
             scores = grid.mean_queries(queries, start, stop) @ pooled
             scores = scores.gather(-1, own[:, None, None].expand(-1, -1, stop - start, -1))
-            shape = torch.broadcast_shapes(scores.shape, visible.shape)
+            shape = broadcast_shape(scores.shape, visible.shape)
             scores, visible = scores.expand(shape), visible.expand(shape)
             nearest = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.local)
             order = ordered(scores, visible, nearest)

@@ -21,6 +21,7 @@ from polyhead.attend.selectors.indexer import (
 from polyhead.attend.selectors.selector import Listing, Selector, seen, seen_pairs
 from polyhead.checks import whole
 from polyhead.errors import ConfigError
+from polyhead.shapes import broadcast_shape
 
 __all__ = ["Hisa", "hisa"]
 
@@ -127,7 +128,7 @@ def hisa(keep: int = 2048, blocks: int = 64, size: int = 128, indexer: Indexer |
 
 def _taken(scores: Tensor, visible: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """The best blocks, ascending, with the first and the last visible one; and which of them are visible."""
-    shape = torch.broadcast_shapes(scores.shape, visible.shape)
+    shape = broadcast_shape(scores.shape, visible.shape)
     scores, visible = scores.expand(shape), visible.expand(shape)
     count = visible.cumsum(-1)
     edges = visible & ((count == 1) | (count == count[..., -1:]))
@@ -145,7 +146,7 @@ def _scores(queries: Tensor, weights: Tensor, keys: Tensor, j: Tensor) -> Tensor
 
 def _best(scores: Tensor, there: Tensor, j: Tensor, keep: int) -> Tensor:
     """The keys with the best scores, of those that are there; -1 where there are no more."""
-    shape = torch.broadcast_shapes(scores.shape, there.shape)
+    shape = broadcast_shape(scores.shape, there.shape)
     scores, there = scores.expand(shape), there.expand(shape)
     found = ordered(scores, there, torch.zeros_like(there))[..., :keep]
     return j.expand(shape).gather(-1, found).masked_fill(~there.gather(-1, found), -1)

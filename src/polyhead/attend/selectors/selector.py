@@ -17,6 +17,7 @@ from polyhead.attend.selectors.summaries import Summaries
 from polyhead.checks import given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError
+from polyhead.shapes import broadcast_shape
 
 __all__ = [
     "Correcting",
@@ -306,7 +307,7 @@ def seen_pairs(mask: Mask | None, grid: Grid, start: int, stop: int, j: Tensor) 
     h = torch.arange(grid.heads, device=device).view(-1, 1, 1)
     i = torch.arange(start, stop, device=device)[:, None] + grid.offset
     found = mask.to(device).allowed(b, h, i, j)
-    return found.expand(torch.broadcast_shapes(found.shape, shape))
+    return found.expand(broadcast_shape(found.shape, shape))
 
 
 def tiles(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
