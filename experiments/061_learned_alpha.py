@@ -11,20 +11,23 @@ weights are zero, and heads differ more from each other than those of softmax.
 from __future__ import annotations
 
 import torch
+from _leagues import accuracy, questions, trained
 from _maps import divergence, maps_of
-from _recall import accuracy, questions, trained
 from _shared import main
 
+from polyhead.league.tasks.recall import RecallTask
 from polyhead.nn.learned_alpha import LearnedAlpha
+
+TASK = RecallTask()
 
 
 def run(seed: int) -> dict[str, float]:
     """The measures of a seed."""
     found = {}
-    batch = questions()
+    batch = questions(TASK)
     visible = torch.ones(batch.inputs.shape[1], batch.inputs.shape[1], dtype=torch.bool).tril()
     for name, contender in {"softmax": "mha", "entmax": "entmax_attention"}.items():
-        model = trained(contender, seed)
+        model = trained(TASK, contender, seed)
         maps = maps_of(model, lambda model=model: model(batch))
         found[f"{name}: accuracy"] = accuracy(model)
         for layer, one in enumerate(maps, 1):

@@ -8,10 +8,13 @@ It shows what the paper says if the maps of heads with mixtures lie further apar
 
 from __future__ import annotations
 
+from _leagues import accuracy, questions, trained
 from _maps import distance, maps_of
-from _recall import accuracy, questions, trained
 from _shared import main
 
+from polyhead.league.tasks.recall import RecallTask
+
+TASK = RecallTask()
 KINDS = {
     "plain": "mha",
     "mixtures": "gaussian_mixture_keys",
@@ -21,9 +24,9 @@ KINDS = {
 
 def run(seed: int) -> dict[str, float]:
     """Accuracy and distances of every kind."""
-    found, batch = {}, questions()
+    found, batch = {}, questions(TASK)
     for name, contender in KINDS.items():
-        model = trained(contender, seed)
+        model = trained(TASK, contender, seed)
         found[f"{name}: accuracy"] = accuracy(model)
         for layer, one in enumerate(maps_of(model, lambda model=model: model(batch)), 1):
             found[f"{name}: distance, layer {layer}"] = distance(one)

@@ -1,8 +1,8 @@
 """Weighted groups of heads whose weights alone are trained, against means of heads.
 
 A language model of two layers with eight heads learns the text of the league for 600 steps. Then its keys
-and values are shared by 4, 2 or 1 heads: means of heads, and sums whose weights, a number or a vector for each
-head, learn for 60 steps at a rate of 3e-2 while everything else stays as it is. Bits per byte of held-out
+and values are shared by 4, 2 or 1 heads: means of heads, and sums whose weights, a number or a vector of
+each, learn for 60 steps at a rate of 3e-2 while everything else stays as it is. Bits per byte of held-out
 text.
 
 It shows what the paper says if weights alone make the loss smaller than means leave it.
