@@ -57,6 +57,7 @@ def changed(attention: DifferentialAttention, arm: str) -> DifferentialAttention
     return found
 
 
+@torch.no_grad()
 def moved(model: Model) -> float:
     """How far the second of every two heads is from the first, over the length of the first."""
     parts = []
