@@ -1,11 +1,11 @@
 """Affine-scaled attention under a learning rate that is too high: gradients, first tokens, entropy.
 
-Language models of two layers with 4 heads, 250 steps, at learning rates of 3e-3 and 3e-2: softmax; softmax
+Language models of two layers with 4 heads, 250 steps, at learning rates of 3e-3, 3e-2 and 0.3: softmax; softmax
 with a learned sink; weights that are scaled alone; and the whole of it, scaled and shifted. Bits per byte of
 held-out text; the largest norm of a gradient after the warm-up, before clipping; the mean share of absolute
 weights on the first token, and the mean entropy of weights in nats over the rows from the 33rd on.
 
-It shows what the paper says if the whole of it rises least from the one rate to the other, with smaller
+It shows what the paper says if the whole of it rises least from its best rate to the highest, with smaller
 gradients and less mass on the first token than softmax.
 """
 
@@ -22,7 +22,7 @@ from polyhead.league.tasks.text import TextTask
 
 SIZES = Sizes(dim=64, heads=4, layers=2, mlp=256)
 RECIPE = Recipe(steps=250, batch=16, warmup=0.05, decay=0.1)
-RATES = (3e-3, 3e-2)
+RATES = (3e-3, 3e-2, 0.3)  # 3e-2 turned out to be better than 3e-3 for all
 KINDS = {
     "softmax": "mha",
     "sink": "mha:normalizer=softmax(sink=0.0)",
@@ -52,13 +52,13 @@ def trained(contender: str, rate: float, seed: int) -> dict[str, float]:
 
 
 def run(seed: int) -> dict[str, float]:
-    """Every kind at both rates, and how much the loss rises."""
+    """Every kind at every rate, and how much the loss rises."""
     found = {}
     for kind, contender in KINDS.items():
         for rate in RATES:
             found |= {f"{kind} at {rate:g}: {k}": v for k, v in trained(contender, rate, seed).items()}
-        low, high = (found[f"{kind} at {rate:g}: bits"] for rate in RATES)
-        found[f"{kind}: rise"] = high - low
+        *lower, highest = (found[f"{kind} at {rate:g}: bits"] for rate in RATES)
+        found[f"{kind}: rise"] = highest - min(lower)
     return found
 
 
