@@ -1,9 +1,9 @@
 """Affine-scaled attention under a learning rate that is too high: gradients, first tokens, entropy.
 
-Language models of two layers with 4 heads, 250 steps, at learning rates of 3e-3, 3e-2 and 0.3: softmax; softmax
-with a learned sink; weights that are scaled alone; and the whole of it, scaled and shifted. Bits per byte of
-held-out text; the largest norm of a gradient after the warm-up, before clipping; the mean share of absolute
-weights on the first token, and the mean entropy of weights in nats over the rows from the 33rd on.
+Language models of two layers with 4 heads, 250 steps, at learning rates of 3e-3, 3e-2 and 0.3: softmax;
+softmax with a learned sink; weights that are scaled alone; and the whole of it, scaled and shifted. Bits per
+byte of held-out text; the largest norm of a gradient after the warm-up, before clipping; the mean share of
+absolute weights on the first token, and the mean entropy of weights in nats over the rows from the 33rd on.
 
 It shows what the paper says if the whole of it rises least from its best rate to the highest, with smaller
 gradients and less mass on the first token than softmax.
