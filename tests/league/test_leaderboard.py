@@ -18,6 +18,7 @@ from polyhead.leaderboard import job
 from polyhead.leaderboard.page import build_page
 from polyhead.leaderboard.plots import plots
 from polyhead.league import Contender, Recipe, Sizes
+from polyhead.report import drawing
 
 LABELS = ["mha", "moh:top_k=1", "mha:mask=window(3)"]
 
@@ -157,3 +158,10 @@ def test_the_tasks_are_listed() -> None:
         "text",
         "digits",
     }
+
+
+def test_sixteen_contenders_can_be_told_apart() -> None:
+    looks = [drawing.colour(place) for place in range(16)]
+    assert len(set(looks)) == 16
+    for look in looks[8:]:  # a colour for the second time: rings in place of dots
+        assert f".plot .mark.{look.replace(' ', '.')}{{fill:var(--paper)" in drawing.LINES_CSS

@@ -63,7 +63,7 @@ def _rows(standings: Standings) -> Iterator[dict[str, object]]:
         counted = row.fitted.counted
         yield {
             "place": place,
-            "colour": colour(place).split()[0],
+            "colour": colour(place),
             "rank": "–" if row.rank is None else str(row.rank),
             "label": row.label,
             "scores": [spell(*row.score(split)) or "–" for split in standings.rules.task.splits],

@@ -11,7 +11,7 @@ from polyhead.report.svg import Scale, curve, document, element, figure, line, p
 
 __all__ = ["LINES_CSS", "Drawing", "Group", "colour", "dot", "pareto", "short", "span", "title"]
 
-# colours of series in turn; from the second round on their lines are dashed
+# colours of series in turn; from the second round on their lines are dashed and their dots are rings
 _COLOURS = (
     *("--accent", "--other", "--role-broad", "--role-induction"),
     *("--look", "--role-sink", "--role-local", "--chance"),
@@ -20,6 +20,8 @@ LINES_CSS = (
     "".join(
         f"\n.plot .c{n}{{stroke:var({name})}}.plot .dot.c{n},.plot .mark.c{n}{{fill:var({name});stroke:none}}"
         f".plot .band.c{n}{{fill:var({name});opacity:.13;stroke:none}}"
+        f".plot .dot.c{n}.again,.plot .mark.c{n}.again"
+        f"{{fill:var(--paper);stroke:var({name});stroke-width:2;stroke-dasharray:none}}"
         for n, name in enumerate(_COLOURS)
     )
     + "\n.plot .again{stroke-dasharray:6 3}.plot .front{stroke-dasharray:2 4;stroke-width:1.5}"
