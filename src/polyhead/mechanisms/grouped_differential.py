@@ -87,7 +87,9 @@ class GroupedDifferential(AttentionConfig):
 def grown(attention: DifferentialAttention, times: int) -> DifferentialAttention:
     """The module with every signal head `times` over, and the same output: a start for a wider one.
 
-    A copy's columns of the output projection are divided by `times`; noise heads, keys and values stay.
+    A copy's columns of the output projection are divided by `times`; noise heads, keys and values stay. Where
+    nothing sets them apart, such as dropout of weights, copies get the same gradients and stay alike: disturb
+    their queries where they should come to differ.
 
     Args:
         attention: built by name.
