@@ -42,7 +42,8 @@ def trained(contender: str, rate: float, seed: int) -> dict[str, float]:
     model.eval()
     batch = task.batch("validation", 0, 16, 0)
     rows = torch.stack(maps_of(model, lambda: model(batch)))[..., 32:, :].abs()
-    rows = rows / rows.sum(-1, keepdim=True)
+    # a sink or a scale may take a row's whole mass; such rows count as zeros
+    rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-30)
     return {
         "bits": score(model, task, 32, 8),
         "largest gradient": max(norms[round(recipe.steps * recipe.warmup) :]),
