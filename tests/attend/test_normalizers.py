@@ -373,3 +373,18 @@ def test_messages():
         rows.entmax(torch.zeros(2, 3), torch.full((3,), 1.5))
     with pytest.raises(ShapeError, match="scores must be a floating-point tensor"):
         rows.entmax(torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("sink", [None, 0.5, torch.tensor([-1.0, 300.0])], ids=["none", "one", "by head"])
+def test_the_log_sum_exp_comes_with_the_weights(sink: float | torch.Tensor | None) -> None:
+    scores = 40 * torch.randn(3, 2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 1, 2:] = -math.inf
+    scores[1, 1, 2] = -math.inf  # a row that may look at nothing
+    part = softmax() if sink is None else softmax(sink=sink)
+    expected = part.lse(scores)
+    weights, lse = part.weights_and_lse(scores.clone())
+    torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-12)
+    some = scores.isfinite().any(-1)
+    torch.testing.assert_close(weights[some], part.weights(scores.clone())[some])
+    nothing = part.weights_and_lse(scores[..., :0].clone())[1]
+    torch.testing.assert_close(nothing, part.lse(scores[..., :0]))
