@@ -11,10 +11,9 @@ loss of the next token less that of the dense model. Of the network: how well it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
+from _chunks import BUDGETS, LENGTH, ROWS, arms
 from _shared import main
 from torch import Tensor
 
@@ -23,20 +22,7 @@ from polyhead.attend.selectors import Chunks, Grid, Selector
 from polyhead.hf import Call, attach, load
 from polyhead.tasks import held_out_text, sample_text
 
-LENGTH, ROWS = 1000, 32
-BUDGETS = (120, 250, 500)
 LAYER, PIECES, PIECE, ROUNDS = 12, 20, 400, 12
-
-
-def arms() -> Mapping[str, tuple[Chunks, str]]:
-    """Every way by its name."""
-    own = ph.attention_chunks(16)
-    return {
-        "even": (ph.even_chunks(16), "mean"),
-        "attention": (own, "mean"),
-        "attention, √": (own, "sqrt"),
-        "attention, max": (own, "max"),
-    }
 
 
 def selector(keep: int, chunks: Chunks, pooling: str) -> Selector:

@@ -10,33 +10,21 @@ It shows what the paper says if chunks that follow the text find more than even 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from _chunks import BUDGETS, LENGTH, ROWS, arms
 from _shared import main
 
 import polyhead as ph
-from polyhead.attend.selectors import Chunks, Selector
+from polyhead.attend.selectors import Selector
 from polyhead.cache import duo
 from polyhead.hf import load
 from polyhead.tasks import held_out_text
 
-LENGTH, ROWS, TEXTS = 1000, 32, 6
-BUDGETS = (120, 250, 500)
-
-
-def arms() -> Mapping[str, tuple[Chunks, str]]:
-    """Every way by its name."""
-    own = ph.attention_chunks(16)
-    return {
-        "even": (ph.even_chunks(16), "mean"),
-        "attention": (own, "mean"),
-        "attention, √": (own, "sqrt"),
-        "attention, max": (own, "max"),
-    }
+TEXTS = 6
 
 
 @torch.no_grad()

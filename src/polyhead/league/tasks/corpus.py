@@ -9,7 +9,7 @@ import json
 import os
 import sysconfig
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,18 +67,15 @@ def corpus(vocabulary: int, file: str | None) -> Corpus:
 
 @cache
 def _made(vocabulary: int, file: str | None) -> Corpus:
-    if file is None:
-        sources = _sources()
-        # by the state of the files: to read a whole library takes seconds, in every run of a league
-        key, read = [_state(source) for source in sources], partial(_documentation, sources)
-    else:
-        key = _paragraphs(Path(file))
-        read = partial(list, key)
+    sources = _sources() if file is None else []
+    documents = [] if file is None else _paragraphs(Path(file))
+    # a library by the state of its files: to read it takes seconds, in every run of a league
+    key = documents or [_state(source) for source in sources]
     digest = hashlib.blake2b("\x00".join(key).encode(), digest_size=6).hexdigest()
     kept = cache_folder() / "texts" / f"text-{digest}-{vocabulary}-{_FORM}.npz"
     found = _read(kept)
     if found is None:
-        documents = read()
+        documents = documents or _documentation(sources)
         order = torch.randperm(len(documents), generator=generator("corpus", "order")).tolist()
         cut = len(documents) // 10
         held_out, train = (sorted(part) for part in (order[:cut], order[cut:]))
