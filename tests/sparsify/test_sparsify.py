@@ -117,6 +117,19 @@ def test_the_share_at_a_level_is_what_the_model_reads_there(name: str, heard: He
     assert sum(heard.seen) == 2 * 4 * 1536 * 1537 / 2
 
 
+def test_what_is_known_of_keys_is_kept_as_it_is_under_sparse(loaded: Any) -> None:
+    from transformers import DynamicCache
+
+    reader = METHODS["mean_keys"].reader(0.3, Case.of(loaded.model, 600))
+    cache = DynamicCache(config=loaded.model.config)
+    with torch.no_grad(), reading(loaded.model, reader):
+        loaded.model(IDS[None, :600], past_key_values=cache)
+        loaded.model(IDS[None, 600:601], past_key_values=cache)
+    known = reader._selecting.kept._known
+    assert len(known) == len(cache.layers)
+    assert all(known[layer].summaries.nbytes() > 0 for layer in cache.layers)
+
+
 def test_layers_that_are_not_kept_read_as_those_between_them(tmp_path: Path) -> None:
     deep = hf.load(
         str(small_models.llama(tmp_path, num_hidden_layers=8, hidden_size=16, intermediate_size=16))

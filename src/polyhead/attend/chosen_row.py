@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from polyhead.attend.fused_cpu import HIDDEN, fused, unfit
+from polyhead.attend.few_rows import few_rows
+from polyhead.attend.fused_cpu import HIDDEN, unfit
 from polyhead.attend.masks import Chosen, Mask, all_of, runs_of_last, terms_of
 from polyhead.attend.pieces import split
 from polyhead.attend.plan import Request
@@ -21,7 +22,7 @@ from polyhead.attend.precision import wide
 __all__ = ["attend_row", "pays"]
 
 _MOST = 0.4  # of the blocks: gathering more, a copy, takes longer than reading all of them
-_BYTES = 1 << 20  # of keys and values that are gathered at a time: more does not stay near a core
+_BYTES = 1 << 24  # of keys and values that are gathered at a time: more does not stay near a core
 _MANY = 512  # keys: fewer are read as quickly as some of them are found
 
 
@@ -57,32 +58,31 @@ def attend_row(
     either = grouped.any(2)  # (B, G, N)
     counts = either.sum(-1).flatten().tolist()
     most = max(counts)
-    if most > _MOST * blocks:
+    everything = most > _MOST * blocks
+    if everything:
         j = torch.arange(keys, device=device)
-        hidden = ~grouped.repeat_interleave(cols, -1)[..., :keys]
+        added = _for_keys(grouped, cols, wide(q.dtype))[..., :keys]
     else:
         # the chosen blocks come first, others behind them where groups chose unequally many
         index = either.to(torch.uint8).topk(max(most, 1), dim=-1).indices
-        start = (index * cols).clamp(max=keys - cols)  # the last block reaches back for a whole one
-        j = start[..., None] + torch.arange(cols, device=device)  # (B, G, n, C)
-        hidden = ~grouped.gather(-1, index[:, :, None].expand(-1, -1, repeat, -1))[..., None]
-        if keys % cols:
-            hidden = hidden | (j < index[..., None] * cols)[:, :, None]
-        hidden = hidden.expand(-1, -1, -1, -1, cols).flatten(3)
-        j = j.flatten(2)[:, :, None]
+        start = (index * cols).clamp(max=keys - cols)  # the last block reaches back for a whole one,
+        read = grouped.gather(-1, index[:, :, None].expand(-1, -1, repeat, -1))
+        added = _for_keys(read, cols, wide(q.dtype))
+        within = torch.arange(cols, device=device)
+        if keys % cols:  # whose first keys are not its own
+            others = (index == blocks - 1)[:, :, None, :, None] & (within < blocks * cols - keys)
+            added.unflatten(-1, (-1, cols)).masked_fill_(others, HIDDEN)
+        j = (start[..., None] + within).flatten(2)[:, :, None]
     if rest is not None:
         b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
         h = torch.arange(heads, device=device).view(kv_heads, repeat, 1)
         i = torch.full((1, 1), keys - 1, device=device)
-        hidden = hidden | ~rest.allowed(b, h, i, j)
-    added = torch.zeros(hidden.shape, dtype=wide(q.dtype), device=device).masked_fill_(hidden, HIDDEN)
-    added = added.flatten(0, 1)[:, None]
-    queries = q.reshape(batch * kv_heads, 1, repeat, width)
-    if most > _MOST * blocks:
-        all_keys, all_values = (
-            (x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)[:, None] for x in (k, v)
-        )
-        out, lse = fused(queries, all_keys, all_values, added, scale)
+        added = added.masked_fill(~rest.allowed(b, h, i, j), HIDDEN)
+    added = added.flatten(0, 1)
+    queries = q.reshape(batch * kv_heads, repeat, width)
+    if everything:
+        all_keys, all_values = ((x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1) for x in (k, v))
+        out, lse = few_rows(queries, all_keys, all_values, added, scale)
     else:
         runs = [_Runs(x, cols) for x in (k, v)]
         step = max(1, _BYTES // (2 * max(most, 1) * cols * width * k.element_size()))
@@ -91,7 +91,7 @@ def attend_row(
             n = max(1, *counts[at : at + step])
             gathered = [x.at(start, slice(at, at + step), n) for x in runs]
             part = added[at : at + step, ..., : n * cols]
-            found.append(fused(queries[at : at + step], gathered[0], gathered[1], part, scale))
+            found.append(few_rows(queries[at : at + step], gathered[0], gathered[1], part, scale))
         out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     nothing = lse < HIDDEN / 2
@@ -110,6 +110,11 @@ def _table(index: Tensor, blocks: int) -> Tensor:
     return table.scatter_(-1, torch.where(listed < 0, blocks, listed), True)[..., :blocks]
 
 
+def _for_keys(read: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
+    """What goes to the scores of the keys of blocks, of which `(..., n)` are read: `(..., n·C)`."""
+    return (~read).to(dtype).mul_(HIDDEN).repeat_interleave(cols, -1)
+
+
 class _Runs:
     """`(B, G, S, D)` as all its runs of `cols` rows, so that a block is one copy wherever it starts."""
 
@@ -126,7 +131,7 @@ class _Runs:
         self.held: Tensor | None = None
 
     def at(self, start: Tensor, groups: slice, count: int) -> Tensor:
-        """`count` runs of some of the B·G groups, from `start` `(B, G, n)` on: `(m, 1, count·cols, D)`.
+        """`count` runs of some of the B·G groups, from `start` `(B, G, n)` on: `(m, count·cols, D)`.
 
         What was given before is written over, so that memory stays in the cache of a core.
         """
@@ -136,4 +141,4 @@ class _Runs:
             self.held = self.runs.new_empty(rows, self.cols, self.width)
         into = self.held[:rows]
         torch.index_select(self.runs, 0, place.flatten(), out=into)
-        return into.view(len(place), 1, -1, self.width)
+        return into.view(len(place), -1, self.width)

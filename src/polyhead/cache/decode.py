@@ -8,7 +8,6 @@ from polyhead.attend.backends.sdpa import plain
 from polyhead.attend.masks import Mask, padding
 from polyhead.cache.group import Group
 from polyhead.cache.held import Held, pointwise
-from polyhead.cache.one_token import attend_one
 from polyhead.cache.reading import attend_to, attend_with_mean, for_heads, is_plain
 from polyhead.cache.ring import Ring
 from polyhead.cache.rows import Growing
@@ -47,7 +46,7 @@ def decode(call: Call, group: Group, step: Step) -> Tensor:
 
 def _over(call: Call, group: Group, k: Tensor, v: Tensor, mask: Mask | None, index: Tensor | None) -> Tensor:
     if mask is None and is_plain(call):
-        return attend_one(group.of_queries(call.q), k, v, call.scale)
+        return plain(group.of_queries(call.q), k, v, causal=False, scale=call.scale)
     return attend_to(call, k, v, mask, group, index)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.attend.selectors import Follow, Lead, Selector
 from polyhead.hf import Call, LayerInfo, attach
@@ -77,6 +77,10 @@ class Reader(ABC):
         """The same in the middle of a text, which can go on in several ways; itself if it keeps nothing."""
         return self
 
+    def before(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Attention layer `index` is about to be called: for readers that keep something of its cache."""
+        return None
+
     def __call__(self, call: Call) -> Tensor:
         return self.read(call).out()
 
@@ -105,6 +109,9 @@ class Selected(Reader):
         other = copy(self)
         other._selecting = self._selecting.copy()
         return other
+
+    def before(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._selecting.kept.before(index, module, args, kwargs)
 
     def read(self, call: Call) -> Read:
         made = self._selecting.chosen(call)
@@ -141,6 +148,7 @@ class Counting:
     def __init__(self, reader: Reader, layers: int) -> None:
         self.reader = reader
         self.read = torch.zeros(layers, dtype=torch.float64)
+        self.before = reader.before
 
     def __call__(self, call: Call) -> Tensor:
         own = self.reader.read(call)
@@ -150,7 +158,7 @@ class Counting:
 
 
 @contextmanager
-def reading(model: Any, handler: Callable[[Call], Tensor]) -> Iterator[None]:
+def reading(model: Any, handler: Reader | Counting) -> Iterator[None]:
     """Within the block the model reads as the handler does."""
-    with attach(model) as attachment, attachment.handling(handler):
+    with attach(model) as attachment, attachment.handling(handler), attachment.watching(handler.before):
         yield

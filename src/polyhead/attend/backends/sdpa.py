@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.chosen_row import pays
+from polyhead.attend.few_rows import attend_one
 from polyhead.attend.masks import And, Mask, Padding, causal, densify
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
@@ -27,6 +28,10 @@ def plain(
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, width = q.shape
     kv_heads = k.shape[1]
+    if queries == 1 and allowed is None:
+        found = attend_one(q, k, v, scale)
+        if found is not None:
+            return found
     if queries == 1 and kv_heads == heads and allowed is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)  # microseconds count in decoding
     if queries == 1 and kv_heads != heads and (allowed is None or allowed.shape[1] == 1):

@@ -368,6 +368,8 @@ def chosen_blocks(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, g
         here = kept(start, stop, visible) & visible
         width = int(here.sum(-1).amax()) if here.numel() else 0
         found.append(torch.where(here, places, -1).sort(-1, descending=True).values[..., :width])
+    if len(found) == 1:
+        return chosen(found[0], rows=grid.rows, cols=grid.cols, first=grid.offset)
     width = max((part.shape[-1] for part in found), default=0)
     index = q.new_full((grid.batch, grid.heads, grid.row_blocks, width), -1, dtype=torch.int64)
     row = 0
