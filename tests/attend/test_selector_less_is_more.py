@@ -46,10 +46,20 @@ def test_first_and_latest_keys_are_read_and_the_best_of_every_head() -> None:
         assert found[b, best[b].flatten()].all()
 
 
-def test_one_head_names_its_best() -> None:
+def test_one_head_names_its_best_and_reads_the_own_key() -> None:
     q, k, _ = tensors(1, 1, 1, 1, 50)
     found = pairs_read(ph.unified_keys(10, 0.0, 4), q, k)[0, 0]
-    assert set(found.nonzero().view(-1).tolist()) == set((q @ k.mT)[0, 0, 0].topk(10).indices.tolist())
+    best = (q @ k.mT)[0, 0, 0, :-1].topk(9).indices.tolist()
+    assert set(found.nonzero().view(-1).tolist()) == {*best, 49}
+
+
+@pytest.mark.parametrize("keep", [1, 4, 13, 16, 17])
+@pytest.mark.parametrize("recent", [0.0, 0.25, 1.0])
+def test_every_query_reads_its_own_key(keep: int, recent: float) -> None:
+    q, k, _ = tensors(1, 4, 2, 40, 40)
+    found = pairs_read(ph.unified_keys(keep, recent), q, k)[0]
+    assert found.diagonal().all()
+    assert (found.sum(-1) <= keep).all()
 
 
 def test_heads_name_in_turns_what_was_not_named() -> None:
@@ -57,7 +67,7 @@ def test_heads_name_in_turns_what_was_not_named() -> None:
     q = torch.tensor([[8, 7, 6, 5, 0, 0, 0, 0.0], [8, 0, 0, 0, 7, 6, 0, 0.0]], dtype=torch.float64)[
         None, :, None
     ]
-    for keep, named in ((1, {0}), (2, {0, 1}), (3, {0, 1, 4}), (4, {0, 1, 4, 2}), (5, {0, 1, 4, 2, 5})):
+    for keep, named in ((1, {7}), (2, {0, 7}), (3, {0, 1, 7}), (4, {0, 1, 4, 7}), (5, {0, 1, 4, 2, 7})):
         assert set(pairs_read(ph.unified_keys(keep, 0.0, 0), q, k)[0, 0].nonzero().view(-1).tolist()) == named
 
 

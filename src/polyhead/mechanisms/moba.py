@@ -11,9 +11,9 @@ key has a part in a choice, and decoding chooses as the whole call does. No grad
 queries and keys learn by what is read. With k blocks or fewer in the call it is `mha`, whose weights it takes
 over, and which takes over its own.
 
-Cost: the parameters and the cache of grouped-query attention; min(k·C, t) keys a query are read, and L/C
-means are scored besides. `cost` counts all pairs, as it does with masks, and the
-means. A step takes all means anew.
+Cost: the parameters and the cache of grouped-query attention, and the means of past blocks, D/C numbers a
+token and KV head (`cache.summaries.nbytes()`); min(k·C, t) keys a query are read, and L/C means are scored.
+`cost` counts all pairs, as it does with masks, and the products with the means; no bytes of means.
 
 Paper 063: MoBA, Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189. Defaults are those of its
 runs of 8,192 tokens. Our readings: k counts the own block; k = 1 is attention within blocks, where the

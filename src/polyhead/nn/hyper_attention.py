@@ -87,7 +87,10 @@ def hyper_attention(
     L. What is drawn depends on the generator and on lengths, and not on what later tokens hold. Gradients
     flow through the keys that are read. Neither padding nor other masks.
 
-        with ph.attach(model, handler=lambda call: ph.hyper_attention(call.q, call.k, call.v, causal=True)):
+        def own(call):
+            return ph.hyper_attention(call.q, call.k, call.v, causal=True, scale=call.scale)
+
+        with ph.attach(model, handler=own):
 
     runs a pretrained decoder this way; steps of decoding, shorter than `least`, are exact.
 

@@ -24,9 +24,10 @@ def unified_keys(
 ) -> Tensor:
     """Which keys are read, by all heads: bool `(B, L, S)`.
 
-    Of the n keys that a query sees, all if n <= keep. Otherwise m = ⌊keep (1 - recent)⌋ are named, the heads
-    in turns, each its best by q·k that nobody has named, from a list of its own which it reads from the top
-    down; the list holds neither the `first` nor the keep - m - first last, which are read besides.
+    Of the n keys that a query sees, all if n <= keep. Otherwise m = ⌊keep (1 - recent)⌋, less than keep, are
+    named, the heads in turns, each its best by q·k that nobody has named, from a list of its own which it
+    reads from the top down; the list holds neither the `first` nor the keep - m - first last, at least one,
+    which are read besides; where there would be none of the last, the `first` have no places.
     visible: bool `(B, L, S)`; None: the past.
     """
     batch, heads, queries, _ = q.shape
@@ -40,9 +41,9 @@ def unified_keys(
             if len(seen) <= keep:
                 read[b, i, seen] = True
                 continue
-            m = math.floor(round(keep * (1 - recent), 6))
+            m = min(math.floor(round(keep * (1 - recent), 6)), keep - 1)
             last, sinks = keep - m, 0
-            if last >= first:
+            if last > first:
                 last, sinks = last - first, first
             middle = seen[sinks : len(seen) - last]
             lists = [sorted(middle, key=lambda j: (-float(scores[b, h, i, j]), -j)) for h in range(heads)]

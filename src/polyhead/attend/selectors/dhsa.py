@@ -120,10 +120,10 @@ def dhsa(
         chunks: `learned_chunks(...)`, `attention_chunks(...)`; by default `even_chunks(32)`.
         pooling: of a chunk's keys: "sqrt" as above, "mean" without √|c|, or "max", feature by feature.
         local: latest keys that are read in any case, at least `rows`.
-        last: queries at the end that read everything, if the call has more; 0 for none.
+        last: queries at the end that read everything, if the call has more, padding or not; 0 for none.
         rows: length of a block of queries.
     """
-    return Dhsa(keep, chunks or even_chunks(32), pooling, local, last, rows)
+    return Dhsa(keep, even_chunks(32) if chunks is None else chunks, pooling, local, last, rows)
 
 
 def _pooled(keys: Tensor, own: Tensor, real: Tensor | None, pooling: Pooling) -> Tensor:

@@ -123,7 +123,7 @@ def hisa(keep: int = 2048, blocks: int = 64, size: int = 128, indexer: Indexer |
         size: keys of a block; `blocks · size` must be at least `keep`.
         indexer: `learned_indexer(...)`, `computed_indexer(...)`; by default `mean_indexer()`.
     """
-    return Hisa(keep, blocks, size, indexer or mean_indexer())
+    return Hisa(keep, blocks, size, mean_indexer() if indexer is None else indexer)
 
 
 def _taken(scores: Tensor, visible: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

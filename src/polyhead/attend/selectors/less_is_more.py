@@ -49,9 +49,9 @@ class UnifiedKeys(Listing):
         wide = torch.promote_types(q.dtype, torch.float32)
         keys = grid.spread(k.to(wide)).mT
         j = torch.arange(grid.keys, device=q.device)
-        chosen = math.floor(self.keep * (1 - self.recent) + 1e-9)
+        chosen = min(math.floor(self.keep * (1 - self.recent) + 1e-9), self.keep - 1)
         latest, first = self.keep - chosen, 0
-        if latest >= self.first:
+        if latest > self.first:
             latest, first = latest - self.first, self.first
 
         def band(start: int, stop: int) -> Tensor:
@@ -79,13 +79,14 @@ class UnifiedKeys(Listing):
 def unified_keys(keep: int, recent: float = 0.25, first: int = 4) -> Selector:
     """For every query `keep` keys, the same ones for all heads, which name them in turns.
 
-        m    = ⌊keep · (1 - recent)⌋ keys that are named      the other keep - m: the first and the latest
+        m    = min(⌊keep · (1 - recent)⌋, keep - 1) keys that are named; the others: the first and the latest
         read = the `first` keys, the m named ones, and the keep - m - first latest, the query's own among them
 
     Every head ranks the keys between the first and the latest by q·k. The keys named are the heads' first
     choices, head by head, then their second choices and so on, what was named before left out, until there
-    are m: the ⌈m/H⌉ best of every head are among them. If the latest would be fewer than none, the first keys
-    get no places of their own. A query that sees no more than `keep` keys reads them all.
+    are m: the ⌈m/H⌉ best of every head are among them. Where keep - m is no more than `first`, the first keys
+    get no places of their own: the query's own key is read in any case. A query that sees no more than `keep`
+    keys reads them all.
 
     Every query ranks all keys for all heads, as dense attention does; what is saved is in layers that follow.
 

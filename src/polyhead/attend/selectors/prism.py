@@ -116,7 +116,8 @@ def prism(
 
     The first block and the query's own are always read besides. For queries and keys that their positions
     have turned. "Prism: Spectral-Aware Block-Sparse Attention" (paper 064); there a last, shorter block is
-    filled up with zeros before it is pooled, here it is the mean of what it has.
+    filled up with zeros before it is pooled, here it is the mean of what it has; and its decoding is dense,
+    here that is `ph.sparse(..., decode=False)`.
 
     Args:
         mass: 0 to 1 of each band's softmax; 1 reads everything.
@@ -126,6 +127,7 @@ def prism(
     """
 
     def of(band: Literal["high", "low"], share: float) -> Selector:
+        share = number(f"prism: {band}", share, above=0, most=1)
         scorer = band_means(band, share, calibrated=calibrated, interleaved=interleaved)
         return select(scorer, keep_mass(mass), rows=rows, cols=cols)
 

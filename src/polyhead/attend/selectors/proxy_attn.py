@@ -164,7 +164,8 @@ def proxy_attn(
 
     The first block and the query's own are always read besides. "ProxyAttn: Guided Sparse Attention via
     Representative Heads" (paper 117, arXiv 2509.24745). The paper speaks of a share of the blocks: here short
-    rows, too, may read as many as that share is of the whole.
+    rows, too, may read as many as that share is of the whole; and its decoding is dense, here that is
+    `ph.sparse(..., decode=False)`.
 
     Args:
         mass: 0 to 1 of the last queries' attention; 1 reads everything. The paper takes 0.95 and 0.9.

@@ -309,7 +309,7 @@ class KeyValueCache:
         return None
 
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds."""
+        """Bytes of memory that the rows of the cache take."""
         raise NotImplementedError
 
     def reorder(self, beam_index: Tensor) -> None:

@@ -27,7 +27,8 @@ class GrowingCache(KeyValueCache):
         device, dtype: of the rows.
 
     Attributes:
-        summaries: what a selector keeps of the first stream from call to call; None: nothing is kept.
+        summaries: what a selector keeps of the first stream from call to call, `summaries.nbytes()` besides
+            the rows that `nbytes()` counts; None: nothing is kept.
     """
 
     def __init__(
