@@ -75,6 +75,13 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to files of the root, as they are in a checkout, lead to the pages made of these."""
+    for source, target in COPIED.items():
+        markdown = markdown.replace(f"(../../{source})", f"(../{target})")
+    return markdown
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages themselves."""
     for room in rooms():

@@ -19,7 +19,7 @@ from tasks.tokens import llama
 GUIDES = sorted((Path(__file__).parents[2] / "docs" / "guide").glob("*.md"))
 WITH_MODEL = [g for g in GUIDES if "```pycon" in g.read_text(encoding="utf-8")]
 PYCON = re.compile(r"^```pycon\n(.*?)^```$", re.S | re.M)
-FLAGS = doctest.IGNORE_EXCEPTION_DETAIL | doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def failures(guide: Path, text: str) -> int:

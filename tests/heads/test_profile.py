@@ -328,7 +328,7 @@ def test_roles_follow_their_rules():
     ("arguments", "message"),
     [
         ({"text": "a text"}, "needs the model's tokenizer"),
-        ({"text": IDS[:1]}, "the text has 1 tokens; to see where heads look it needs at least 2"),
+        ({"text": IDS[:1]}, "the text has 1 tokens; it needs at least 2, one to look at another"),
         ({"text": IDS[:0]}, "the text has 0 tokens"),
         ({"text": IDS, "length": 50}, "the text has 40 tokens, length asks for 50; give a longer text"),
         ({"text": tiny.tokens(1, 70)[0]}, "has 70 tokens, the model reads 64; length=64 uses its beginning"),

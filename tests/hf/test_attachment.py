@@ -11,7 +11,7 @@ from torch import nn
 
 import polyhead as ph
 from hf.tiny import DECODERS, SIZES, eager, llama, make, t5, tokens, vit, whisper
-from polyhead.errors import UnsupportedModel
+from polyhead.errors import ConfigError, UnsupportedModel
 from polyhead.hf import Attachment, LayerInfo, attach
 
 
@@ -323,6 +323,26 @@ def test_attention_beside_the_interface_is_told():
 def test_what_is_no_model_is_refused(thing):
     with pytest.raises(UnsupportedModel, match="transformers model"):
         attach(thing)
+
+
+def test_handlers_that_are_none_or_give_nothing_are_named():
+    model, ids = llama(), torch.arange(6)[None]
+    with pytest.raises(ConfigError, match="handler must be a function of a Call"):
+        attach(model, handler="x")
+    with attach(model) as attachment:
+        with pytest.raises(ConfigError, match="handler must be a function"), attachment.handling(3):
+            pass
+
+        def forgets(call):
+            call.proceed()
+
+        for wrong in (forgets, lambda call: call.proceed()[:, :, :-1]):
+            with (
+                attachment.handling(wrong),
+                pytest.raises(ConfigError, match="handler .* must return"),
+            ):
+                model(ids)
+        model(ids)
 
 
 def test_handling_needs_an_attachment_in_force():

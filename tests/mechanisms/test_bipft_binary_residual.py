@@ -124,6 +124,17 @@ def test_weights_have_the_gradients_of_elastic_steps() -> None:
     torch.testing.assert_close(of_step.item(), (0 - 0) + (0 - 0.2) + (1 - 0.6) + (1 - 1) + 1)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_ties_are_decided_alike_in_decoding_and_in_one_call(seed: int) -> None:
+    torch.manual_seed(seed)
+    module = ph.build("bipft_binary_residual", dim=32, heads=4).eval()
+    x = torch.randn(2, 16, 32)  # of two keys with equal scores, each weight is half a step
+    cache = module.new_cache(2)
+    with torch.no_grad():
+        steps = [module(x[:, i : i + 1], mask=ph.causal(), cache=cache) for i in range(16)]
+        torch.testing.assert_close(torch.cat(steps, 1), module(x, mask=ph.causal()), atol=1e-4, rtol=1e-4)
+
+
 def test_linear_maps_of_signs() -> None:
     torch.manual_seed(0)
     layer, x = BinaryLinear(6, 3, dtype=torch.float64), X[..., :6]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -338,8 +339,34 @@ def test_inputs_that_do_not_fit() -> None:
         attn(x, x)
     with pytest.raises(ShapeError, match=r"padding must be a bool tensor \(2, 5\), True at real tokens of x"):
         ph.build("mha", dim=16, heads=2)(x, padding=torch.ones(2, 5))
-    with pytest.raises(ShapeError, match=r"positions must have shape \(5,\) or \(2, 5\)"):
-        ph.build("mha", dim=16, heads=2, position=rope())(x, positions=torch.arange(4))
+    for position in (rope(), None):
+        for wrong in (torch.arange(4), torch.zeros(7, 3, dtype=torch.long), torch.rand(5), [0, 1, 2, 3, 4]):
+            with pytest.raises(ShapeError, match=r"positions must be an integer tensor \(5,\) or \(2, 5\)"):
+                ph.build("mha", dim=16, heads=2, position=position)(x, positions=wrong)
+    with pytest.raises(ShapeError, match=r"x must be torch.float32, as the module's weights are"):
+        ph.build("mha", dim=16, heads=2)(x.double())
+
+
+@pytest.mark.parametrize("how", [{}, {"max_length": 11}, {"window": 12}], ids=["grows", "fixed", "window"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ph.causal,
+        ph.documents(torch.zeros(1, 5, dtype=torch.long)),
+        ph.padding(torch.ones(1, 3, dtype=torch.bool)),
+        ph.per_head([ph.causal()] * 3),
+    ],
+    ids=["no mask", "documents", "padding", "heads"],
+)
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(how: dict, wrong: Any) -> None:
+    attn = ph.build("mha", dim=16, heads=2, position=rope()).eval()
+    x = torch.randn(1, 11, 16)
+    cache = attn.new_cache(1, **how)
+    attn(x[:, :10], mask=ph.causal(), cache=cache)
+    with pytest.raises(ph.errors.PolyheadError):
+        attn(x[:, 10:], mask=wrong, cache=cache)
+    assert cache.length == 10
+    close(attn(x[:, 10:], mask=ph.causal(), cache=cache), attn(x, mask=ph.causal())[:, 10:], 1e-5)
 
 
 @pytest.mark.parametrize(

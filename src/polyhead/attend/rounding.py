@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from polyhead.attend.tile import Tile
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.checks import whole
 
+_ROUNDED = 64  # units in the last place by which weights that are equal may come out apart
+
 __all__ = ["BinaryWeights", "RoundedWeights", "rounded_weights"]
 
 
 class BinaryWeights(WeightMap):
     """clamp(round(w / step), 0, 1), which is 1 where w > step / 2; `step` times it passes w's gradient on.
+
+    Half a step is met exactly where keys draw the same weight, such as by equal signs: what lies above it by
+    no more than weights are rounded in their dtype counts as half, and so as 0, in decoding as in one call.
 
     With y = step · map(w): ∂y/∂w = 1 where 0 ≤ w ≤ step, ∂y/∂step = 1 beyond, and round(w / step) - w / step
     there.
@@ -33,7 +39,7 @@ class BinaryWeights(WeightMap):
             if steps.shape[dim] > 1:
                 steps = steps.narrow(dim, own.start, own.stop - own.start)
         ratio = weights / steps.to(weights.dtype)
-        value = ratio.detach().round().clamp_(0, 1)
+        value = (ratio.detach() > 0.5 + _ROUNDED * torch.finfo(ratio.dtype).eps).to(ratio.dtype)
         if not ratio.requires_grad:
             return value
         path = ratio.clamp(0, 1)

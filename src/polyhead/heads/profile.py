@@ -21,6 +21,7 @@ from polyhead.heads.pictures import LookupGauge, Lookups, PictureGauge, Pictures
 from polyhead.heads.roles import RoleRules, Roles
 from polyhead.heads.watch import Watcher, watch
 from polyhead.hf import LayerInfo
+from polyhead.hf.layers import pretrained_parts
 from polyhead.tasks.reading import evaluating, texts
 
 __all__ = ["Profile", "profile"]
@@ -209,6 +210,7 @@ def profile(
         ConfigError: the text is too short, longer than the model can read, or a measurement that was asked
             for by name does not suit the model.
     """
+    pretrained_parts(model)  # before anything is said of the text
     if isinstance(tokenizer, str | Tensor):
         raise ConfigError(
             f"tokenizer comes before the text, and a {type(tokenizer).__name__} is none: "

@@ -37,7 +37,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from polyhead.errors import MissingExtra, UnsupportedModel
+from polyhead.checks import given
+from polyhead.errors import ConfigError, MissingExtra, UnsupportedModel
 from polyhead.hf.call import Call, Handler, LayerInfo
 from polyhead.hf.handles import KVHandle
 from polyhead.hf.layers import find_layers, own_attention, pretrained_parts
@@ -70,12 +71,14 @@ def attach(model: nn.Module, *, handler: Handler | None = None) -> Attachment:
 
     Args:
         model: any transformers model that uses the attention interface, or a module that holds some.
-        handler: answers every attention call; default: `polyhead.attend`, which changes nothing.
+        handler: answers every attention call with its output `(B, H, L, Dv)`; default: `polyhead.attend`,
+            which changes nothing.
 
     Returns:
         The `Attachment`, already in force. Leave it as a context manager, or call `.detach()`.
 
     Raises:
+        ConfigError: the handler is no function; or, in a forward pass, it returned no such output.
         UnsupportedModel: the architecture does not use the interface; the message says what to do.
         MissingExtra: transformers is not installed.
     """
@@ -92,6 +95,8 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, handler: Handler | None = None) -> None:
+        if handler is not None:
+            _check_handler(handler)
         _register()
         self.model = model
         self._handler = handler
@@ -129,6 +134,7 @@ class Attachment:
             raise UnsupportedModel(
                 "this attachment is detached; attach(model) again before handling its calls"
             )
+        _check_handler(handler)
         with _lock:
             own = self._push(handler)
         try:
@@ -192,6 +198,14 @@ class Attachment:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"Attachment({type(self.model).__name__}, {len(self.layers)} attention layers, {state})"
+
+
+def _check_handler(handler: Handler) -> None:
+    if not callable(handler):
+        raise ConfigError(
+            "handler must be a function of a Call that returns the output (B, H, L, Dv), such as "
+            f"lambda call: call.proceed(); got {given(handler)}"
+        )
 
 
 @cache

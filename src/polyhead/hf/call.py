@@ -13,6 +13,7 @@ from polyhead.attend import Consumer, attend, observe
 from polyhead.attend.masks import Mask
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.scores import Score
+from polyhead.checks import given
 from polyhead.errors import ConfigError
 from polyhead.hf.handles import KVHandle
 
@@ -109,7 +110,14 @@ class Call:
         """The output `(B, H, L, Dv)` of the handlers below this one; the last of them is `attend`."""
         if self.below:
             handler, layer = self.below[-1]
-            return handler(dataclasses.replace(self, layer=layer, below=self.below[:-1]))
+            out = handler(dataclasses.replace(self, layer=layer, below=self.below[:-1]))
+            if not isinstance(out, Tensor) or out.shape[:3] != self.q.shape[:3] or out.ndim != 4:
+                batch, heads, queries, _ = self.q.shape
+                raise ConfigError(
+                    f"layer {layer.name!r}: handler {_name(handler)} must return the output of the call, "
+                    f"({batch}, {heads}, {queries}, Dv), such as call.proceed(); got {given(out)}"
+                )
+            return out
         if isinstance(self.k, KVHandle):
             return self.k.attend(self)
         return attend(
@@ -122,6 +130,10 @@ class Call:
             scale=self.scale,
             dropout=self.dropout,
         )
+
+
+def _name(handler: Handler) -> str:
+    return getattr(handler, "__qualname__", type(handler).__qualname__)
 
 
 Handler = Callable[[Call], Tensor]

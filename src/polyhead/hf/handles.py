@@ -62,6 +62,7 @@ class KVHandle:
     @classmethod
     def _touched(cls, how: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"the model's own code {how}, but {cls.__name__} is no tensor; "
-            "use a cache that returns tensors (DynamicCache) with this model"
+            f"the model's own code {how}, but {cls.__name__} is no tensor; such a cache is for the model it "
+            "was made with, until it is detached: make a new one for this model, or use a cache that returns "
+            "tensors (DynamicCache)"
         )

@@ -27,7 +27,8 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.projections import at_least_one, check_inputs
+from polyhead.nn.inputs import check_inputs
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["FixedHeadSize", "head_ranks", "realise"]
 

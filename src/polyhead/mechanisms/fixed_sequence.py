@@ -36,8 +36,9 @@ from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.mechanisms.config import without_context
 from polyhead.mechanisms.registry import register
 from polyhead.mechanisms.static_embeddings import StaticAttention, StaticEmbeddings
+from polyhead.nn.inputs import check_inputs
 from polyhead.nn.kv_cache import ContextCache, KeyValueCache
-from polyhead.nn.projections import at_least_one, check_inputs
+from polyhead.nn.projections import at_least_one
 from polyhead.nn.stack import rows_of
 
 __all__ = ["FixedMapAttention", "FixedSequence", "RandomEmbeddings"]

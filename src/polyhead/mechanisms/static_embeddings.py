@@ -31,9 +31,10 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.mechanisms.config import AttentionConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.inputs import check_inputs
 from polyhead.nn.kv_cache import ContextCache
 from polyhead.nn.positions import Position
-from polyhead.nn.projections import Projection, at_least_one, check_inputs, divisors
+from polyhead.nn.projections import Projection, at_least_one, divisors
 
 __all__ = ["StaticAttention", "StaticEmbeddings", "StaticProjection"]
 

@@ -130,7 +130,7 @@ class SuperAttentionModule(SlicedAttention):
         **given: Any,
     ) -> Tensor:
         """Attend; see `MultiHeadAttention.forward`."""
-        if cache is not None and not cache.holds_context:
+        if isinstance(cache, KeyValueCache) and not cache.holds_context:
             raise _without_cache()
         own = None if self.mask is None else self.mask()
         if not self.causal and (_hides_later(mask) or _hides_later(own)):

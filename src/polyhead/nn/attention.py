@@ -17,17 +17,18 @@ from polyhead.attend.normalizers import Normalizer, softmax
 from polyhead.attend.scores import Score, chain
 from polyhead.attend.selectors import Correcting, Recalling, Selector, Summaries
 from polyhead.attend.weight_maps import WeightMap, weight_chain
-from polyhead.checks import given, is_integer_tensor, number, place, whole
+from polyhead.checks import given, number, place, whole
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
+from polyhead.nn.inputs import check_dtype, check_inputs, check_mask, check_positions, check_real
 from polyhead.nn.kv_cache import ContextCache, GrowingCache, Kept, KeyValueCache, row_bytes
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.kv_cache.places import place_mask, place_score, place_weight_map
 from polyhead.nn.part_module import PartModule
 from polyhead.nn.positions import NoPosition, Position, PositionModule
-from polyhead.nn.projections import OutputProjection, Projection, check_inputs, check_real
+from polyhead.nn.projections import OutputProjection, Projection
 from polyhead.nn.regularizers import Regularizer, check_regularizers
 from polyhead.nn.select_rules import check_own_ways, check_present, choosing_flops, cut
 
@@ -208,14 +209,21 @@ class MultiHeadAttention(AttentionModule):
         """
         projection, position = self.projection, self.position
         check_inputs("x", x, projection.dim)
-        if positions is not None and not (is_integer_tensor(positions) and positions.ndim in (1, 2)):
-            raise ShapeError(f"positions must be an integer tensor (L,) or (B, L); got {given(positions)}")
+        check_dtype("x", x, projection.query.weight)
+        if mask is not None:
+            check_mask(mask)
+        if positions is not None:
+            check_positions(positions, x)
         if cache is not None and not isinstance(cache, KeyValueCache):
             raise ConfigError(f"cache must be what new_cache or new_context_cache gives; got {given(cache)}")
         queries = x.shape[1]
         if cache is not None and cache.holds_context:
             return self._from_context(x, context, mask, padding, positions, cache)
         seen = 0 if cache is None else cache.length
+        if cache is not None and mask is not None:  # before the cache takes the tokens of a refused call
+            keys = seen + (queries if context is None else context.shape[1])
+            shape = {"batch": x.shape[0], "heads": self.heads, "queries": queries, "keys": keys}
+            mask.check(**shape, offset=keys - queries)
         if context is None:
             if projection.context_dim != projection.dim:
                 raise ShapeError(
@@ -264,8 +272,6 @@ class MultiHeadAttention(AttentionModule):
 
     def _narrowed(self, mask: Mask | None, x: Tensor, padding: Tensor | None) -> Mask | None:
         """The mask of a call of self-attention in training, as the regularizers leave it."""
-        if mask is not None and not isinstance(mask, Mask):
-            return mask
         if self.mask is not None:
             mask = self.mask() if mask is None else self.mask() & mask
         for part in self.regularizers:
@@ -367,11 +373,6 @@ class MultiHeadAttention(AttentionModule):
         allowed: Mask | None = None
         for part in parts:
             if part is not None:
-                if not isinstance(part, Mask):
-                    raise ConfigError(
-                        f"mask must be a mask such as causal(); got {given(part)}; "
-                        "a tensor of real tokens goes to padding="
-                    )
                 allowed = part if allowed is None else allowed & part
         score = self._score()
         if allowed is not None and (shift or kept.positions is not None or queries == 1):

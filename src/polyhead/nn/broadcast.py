@@ -12,7 +12,8 @@ from polyhead.attend.masks import causal as causal_mask
 from polyhead.attend.masks import padding as real_keys
 from polyhead.checks import flag, given, place
 from polyhead.errors import ConfigError
-from polyhead.nn.projections import at_least_one, check_inputs, check_real
+from polyhead.nn.inputs import check_inputs, check_real
+from polyhead.nn.projections import at_least_one
 from polyhead.nn.visible_mean import visible_mean
 
 __all__ = ["ContextBroadcast", "context_broadcast"]

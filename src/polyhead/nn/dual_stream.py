@@ -17,7 +17,8 @@ from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.channel_maps import ChanneledProjection, ChannelNorm
 from polyhead.nn.cost import Cost
-from polyhead.nn.projections import at_least_one, check_inputs
+from polyhead.nn.inputs import check_inputs
+from polyhead.nn.projections import at_least_one
 from polyhead.nn.stack import Mlp, StackCache
 
 __all__ = ["DualStreams", "StreamBlock"]

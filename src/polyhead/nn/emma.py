@@ -19,10 +19,11 @@ from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
+from polyhead.nn.inputs import check_inputs, check_real
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.monotonic import lookback, monotonic_alignment
-from polyhead.nn.projections import FanInLinear, check_inputs, check_real, split_heads
+from polyhead.nn.projections import FanInLinear, split_heads
 
 __all__ = ["Alignment", "MonotonicAttention", "ready"]
 

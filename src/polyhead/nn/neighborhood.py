@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Mask, dilated, neighborhood
-from polyhead.checks import given
-from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
+from polyhead.errors import ShapeError, UnsupportedPattern
+from polyhead.nn.inputs import check_mask
 from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.kv_cache.base import Kept
 from polyhead.nn.self_only import SelfOnlyAttention
@@ -56,8 +56,8 @@ class NeighborAttention(SelfOnlyAttention):
     ) -> Tensor:
         """Attend; see `MultiHeadAttention.forward`. A line takes causal masks, a grid no cache."""
         self._check_self(x, context, cache, padding)
-        if mask is not None and not isinstance(mask, Mask):
-            raise ConfigError(f"mask must be a mask such as causal(); got {given(mask)}")
+        if mask is not None:
+            check_mask(mask)
         if self.grid is None:
             if mask is None and self.mask is None:
                 raise UnsupportedPattern(

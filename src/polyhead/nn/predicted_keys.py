@@ -16,9 +16,10 @@ from polyhead.checks import given, number
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
+from polyhead.nn.inputs import check_inputs, check_real
 from polyhead.nn.kv_cache import Kept
 from polyhead.nn.kv_cache.places import place_score, place_weight_map
-from polyhead.nn.projections import FanInLinear, check_inputs, check_real
+from polyhead.nn.projections import FanInLinear
 from polyhead.nn.whole_sequence import WholeSequenceAttention
 
 __all__ = ["PredictedKeysAttention"]

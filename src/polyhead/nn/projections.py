@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyhead.checks import flag, given, place
-from polyhead.errors import ConfigError, ShapeError
+from polyhead.errors import ConfigError
 
 __all__ = ["FanInLinear", "OutputProjection", "Projection"]
 
@@ -228,20 +227,3 @@ class OutputProjection(FanInLinear):
 def split_heads(x: Float[Tensor, "B L n"], heads: int, width: int) -> Float[Tensor, "B L H D"]:
     """The heads that stand side by side in the last dimension."""
     return x.reshape(x.shape[0], x.shape[1], heads, width)  # `unflatten` takes five times as long
-
-
-def check_inputs(name: str, x: Tensor, width: int) -> None:
-    """Raise a `ShapeError` unless `x` is `(B, n, width)` and holds floating-point numbers."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ShapeError(f"{name} must be a floating-point tensor (B, length, {width}); got {given(x)}")
-    if x.ndim != 3 or x.shape[-1] != width:
-        raise ShapeError(f"{name} must have shape (B, length, {width}); got {tuple(x.shape)}")
-
-
-def check_real(name: str, padding: Tensor, x: Tensor) -> None:
-    """Raise a `ShapeError` unless `padding` is a bool tensor for the tokens of `x`."""
-    if not isinstance(padding, Tensor) or padding.dtype != torch.bool or padding.shape != x.shape[:2]:
-        raise ShapeError(
-            f"padding must be a bool tensor {tuple(x.shape[:2])}, True at real tokens of {name}; got "
-            f"{given(padding)}"
-        )

@@ -15,6 +15,7 @@ from polyhead.checks import given
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
+from polyhead.nn.inputs import check_positions
 from polyhead.nn.left_to_python import LeftToPython
 from polyhead.nn.packing import pack, unpack
 from polyhead.nn.routing import RouterLinear
@@ -124,6 +125,7 @@ class SelectAndPackAttention(WholeSequenceAttention):
         packed = pack(x * gates[..., None].to(x.dtype), chosen, self.container, self._order(x))
         places = packed.places
         if positions is not None:
+            check_positions(positions, x)
             at = positions.expand(shape)
             places = at[packed.segments.clamp(min=0), places]
         y = self._call(packed.tokens, mask=documents(packed.segments), positions=places)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from polyhead.errors import UnsupportedPattern
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.inputs import check_inputs, check_real
 from polyhead.nn.kv_cache import ContextCache
-from polyhead.nn.projections import check_inputs, check_real
 
 __all__ = ["SelfOnlyAttention"]
 

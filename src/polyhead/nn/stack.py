@@ -27,9 +27,10 @@ from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
+from polyhead.nn.inputs import check_inputs
 from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.layer_norm import LayerNorm
-from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one, check_inputs
+from polyhead.nn.projections import FanInLinear, HeadNorm, at_least_one
 
 __all__ = ["NORMS", "AttentionStack", "StackCache", "rows_of"]
 

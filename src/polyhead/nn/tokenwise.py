@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
-from polyhead.checks import given, is_integer_tensor
-from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
+from polyhead.checks import given
+from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn.contract import AttentionModule
+from polyhead.nn.inputs import check_inputs, check_mask, check_positions, check_real
 from polyhead.nn.kv_cache import KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
-from polyhead.nn.projections import check_inputs, check_real
 
 __all__ = ["TokenwiseModule"]
 
@@ -56,10 +56,10 @@ class TokenwiseModule(AttentionModule):
         check_inputs("x", x, self.dim)
         if context is not None or (cache is not None and getattr(cache, "holds_context", False)):
             self._refuse_context()
-        if mask is not None and not isinstance(mask, Mask):
-            raise ConfigError(f"mask must be a mask such as causal(); got {given(mask)}")
-        if positions is not None and not (is_integer_tensor(positions) and positions.ndim in (1, 2)):
-            raise ShapeError(f"positions must be an integer tensor (L,) or (B, L); got {given(positions)}")
+        if mask is not None:
+            check_mask(mask)
+        if positions is not None:
+            check_positions(positions, x)
         if cache is not None and not isinstance(cache, KeyValueCache):
             raise ConfigError(f"cache must be what new_cache gives; got {given(cache)}")
         if padding is not None:

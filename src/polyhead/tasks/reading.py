@@ -109,7 +109,7 @@ def texts(
 
 def _fitting(ids: Tensor, length: int | None, limit: int | None) -> Tensor:
     if len(ids) < 2:
-        raise ConfigError(f"the text has {len(ids)} tokens; to see where heads look it needs at least 2")
+        raise ConfigError(f"the text has {len(ids)} tokens; it needs at least 2, one to look at another")
     if length is not None and len(ids) < length:
         raise ConfigError(f"the text has {len(ids)} tokens, length asks for {length}; give a longer text")
     if length is None and limit is not None and len(ids) > limit:
