@@ -7,15 +7,14 @@ from dataclasses import KW_ONLY
 from typing import Any, TypeVar
 
 from polyhead.checks import flag
-from polyhead.errors import ConfigError
 from polyhead.mechanisms.config import MechanismConfig, key_value_heads
-from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 from polyhead.nn.positions import NoPosition, Position
 from polyhead.nn.projections import OutputProjection, Projection
 
 __all__ = ["OwnScoresConfig"]
 
-M = TypeVar("M", bound=MultiHeadAttention)
+M = TypeVar("M", bound=OwnScoresAttention)
 
 
 class OwnScoresConfig(MechanismConfig):
@@ -71,10 +70,4 @@ class OwnScoresConfig(MechanismConfig):
         join = OutputProjection(
             self.dim, project.heads, project.value_dim, bias=self.bias, device=device, dtype=dtype
         )
-        made = module(project, join, position=self.position)
-        if made.position.score is not None:
-            raise ConfigError(
-                "position must not be a bias of scores, which pairs of tokens do not have here; got "
-                f"{self.position!r}; take one that turns queries and keys, such as rope()"
-            )
-        return made
+        return module(project, join, position=self.position)

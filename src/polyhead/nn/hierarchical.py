@@ -18,7 +18,7 @@ from polyhead.nn.cost import Cost
 from polyhead.nn.keeps_queries import KeepsQueries
 from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
-from polyhead.nn.self_only import SelfOnlyAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 
 __all__ = ["HierarchicalAttention", "tree_widths"]
 
@@ -47,13 +47,13 @@ class _Level(NamedTuple):
     shares: Tensor  # of D_B that goes to every sibling, and on the diagonal to what is within B; width
 
 
-class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
+class HierarchicalAttention(OwnScoresAttention, KeepsQueries):
     """Self-attention on a tree of windows; see `polyhead.mechanisms.hierarchical_self_attention`.
 
     Args:
+        parts: those of `OwnScoresAttention`.
         branch: b, children of a node.
         levels: levels of nodes between leaves and root; None: until b nodes are left.
-        The others are those of `MultiHeadAttention`, without those that change scores or weights.
     """
 
     called = "hierarchical_self_attention"
@@ -76,16 +76,11 @@ class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
             )
         return super().new_cache(batch, **options)
 
-    def _attend(
-        self,
-        q: Tensor,
-        kept: Kept,
-        mask: Mask | None,
-        *,
-        first: int,
-        latest: bool,
-        real: Tensor | None = None,
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, **call: Any
     ) -> Tensor:
+        """Attend; see `MultiHeadAttention.forward`. The mask is `causal()` or None; there is no context."""
+        self._check_self(x, context, call.get("cache"))
         if mask is not None and not isinstance(mask, Mask):
             raise ConfigError(f"mask must be None or causal(); got {given(mask)}")
         if mask is not None and mask != _CAUSAL:
@@ -93,32 +88,31 @@ class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
                 "hierarchical_self_attention does not support a mask other than causal(), because pairs of "
                 f"whole subtrees share a weight; got {given(mask)}; say in padding= which tokens are none"
             )
+        return super().forward(x, mask=mask, **call)
+
+    def _heads(self, q: Tensor, kept: Kept, mask: Mask | None, first: int) -> Tensor:
         queries, keys, values = kept.rows
         kind = wide(q.dtype)
-        rows, tokens = q.shape[2], queries.shape[2]
-        if not rows:
-            return self._join(q.new_zeros(*q.shape[:3], self.value_dim))
         shape = (self.kv_heads, self.heads // self.kv_heads)
         q, k, v = queries.to(kind).unflatten(1, shape), keys.to(kind)[:, :, None], values.to(kind)[:, :, None]
         if kept.padding is None:
-            count = q.new_ones(1, 1, 1, tokens)
+            count = q.new_ones(1, 1, 1, kept.length)
         else:
             count = kept.padding.to(kind)[:, None, None]
         tree = self._up(q, k, v, count, strict=mask is not None)
         if mask is None:
-            made = self._down(tree)[..., tokens - rows : tokens, :]
+            made = self._down(tree)[..., first : kept.length, :]
         else:
-            made = self._paths(q, k, v, count, tree, tokens - rows)
+            made = self._paths(q, k, v, count, tree, first)
         if kept.padding is not None:
-            made = made * count[..., tokens - rows :, None]
-        return self._join(made.flatten(1, 2).to(values.dtype))
+            made = made * count[..., first:, None]
+        return made.flatten(1, 2).to(values.dtype)
 
     def _up(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor, *, strict: bool) -> list[_Level]:
         """The levels of the tree, from the leaves up; `strict`: only siblings before a node count."""
-        scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
         k, v = k * count[..., None], v * count[..., None]
         q = q * count[..., None]
-        energy = (q * k).sum(-1) * scale  # -φ of the leaves
+        energy = (q * k).sum(-1) * self._scale  # -φ of the leaves
         tree = []
         for groups, width in tree_widths(q.shape[-2], self.branch, self.levels):
             short = groups * width - q.shape[-2]
@@ -130,7 +124,7 @@ class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
             count, energy = grouped(count[..., None])[..., 0], grouped(energy[..., None])[..., 0]
             size = count.clamp(min=1)[..., None]
             keys, values = k / size, v / size
-            scores = (q / size * scale) @ keys.transpose(-1, -2) + count.log()[..., None, :]
+            scores = (q / size * self._scale) @ keys.transpose(-1, -2) + count.log()[..., None, :]
             own = torch.eye(width, dtype=torch.bool, device=q.device)
             scores = torch.where(own, energy[..., None], scores)
             if strict:
@@ -165,9 +159,8 @@ class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
         self, q: Tensor, k: Tensor, v: Tensor, count: Tensor, tree: list[_Level], first: int
     ) -> Tensor:
         """The outputs of the leaves from `first` on, each as the last one of a tree that ends with it."""
-        scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
         sums = (q * count[..., None])[..., first:, :]  # of the queries in a node up to the row's own token
-        energy = (sums * (k * count[..., None])[..., first:, :]).sum(-1) * scale
+        energy = (sums * (k * count[..., None])[..., first:, :]).sum(-1) * self._scale
         held = count[..., first:]
         node = torch.arange(first, q.shape[-2], device=q.device)
         steps = []
@@ -180,7 +173,7 @@ class HierarchicalAttention(SelfOnlyAttention, KeepsQueries):
                 return x if x.shape[3] == 1 else x.index_select(3, group)
 
             before = torch.arange(width, device=q.device) < slot[:, None]  # rows width
-            mean = sums / held.clamp(min=1)[..., None] * scale
+            mean = sums / held.clamp(min=1)[..., None] * self._scale
             keys, counts, total = of_rows(level.keys), of_rows(level.size), of_rows(level.total)
             if keys.shape[3] == 1:
                 scores = mean @ keys[..., 0, :, :].transpose(-1, -2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept
 from polyhead.nn.one_sequence import OneSequenceAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 from polyhead.nn.positions import NoPosition, Rope, RopeScaling
 from polyhead.nn.query_strips import in_strips
 
@@ -54,11 +54,11 @@ def without_landmarks(x: Tensor, block_size: int, dim: int = 1) -> Tensor:
     return x.index_select(dim, ordinary.nonzero()[:, 0])
 
 
-class LandmarkedAttention(OneSequenceAttention):
+class LandmarkedAttention(OwnScoresAttention, OneSequenceAttention):
     """Causal self-attention in which landmarks are the gates of past blocks.
 
     Args:
-        parts: those of `MultiHeadAttention`, without those that change scores or weights.
+        parts: those of `OwnScoresAttention`.
         block_size: b, tokens of a block, the last of which is its landmark.
         top_k: past blocks that a query of a head reads, None for all.
         reach: blocks farther back than this are read as if they stood `reach + 1` back; None: where they are.
@@ -81,20 +81,9 @@ class LandmarkedAttention(OneSequenceAttention):
                 f"got position={position!r}"
             )
 
-    def _attend(
-        self,
-        q: Tensor,
-        kept: Kept,
-        mask: Mask | None,
-        *,
-        first: int,
-        latest: bool,
-        real: Tensor | None = None,
-    ) -> Tensor:
+    def _heads(self, q: Tensor, kept: Kept, mask: Mask | None, first: int) -> Tensor:
         k, v = kept.rows
         queries, keys, size = q.shape[2], k.shape[2], self.block_size
-        if not queries:
-            return self._join(q.new_zeros(*q.shape[:3], self.value_dim))
         real = k.new_ones(1, keys, dtype=torch.bool) if kept.padding is None else kept.padding
         with exact(q.device):
             kind = wide(q.dtype)
@@ -108,7 +97,7 @@ class LandmarkedAttention(OneSequenceAttention):
                 y = self._chosen(q, far_q, k, far_k, v, real, first)
             else:
                 y = self._strips(q, far_q, k, far_k, v, real, first)
-        return self._join(y.flatten(1, 2).to(dtype))
+        return y.flatten(1, 2).to(dtype)
 
     def _reads_few(self, queries: int, keys: int) -> bool:
         """Whether the blocks that each query reads are gathered, since they are less than all together."""
@@ -204,10 +193,6 @@ class LandmarkedAttention(OneSequenceAttention):
             scores = torch.where(far[..., None], self._each(far_q, far_k[item, group, held]), scores)
         weights = _two_levels(scores, seen, gates, open_, last)
         return (weights.flatten(-2)[..., None, :] @ v[item, group, held].flatten(-3, -2))[..., 0, :]
-
-    @property
-    def _scale(self) -> float:
-        return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scores `(B, G, H/G, L, S)`."""

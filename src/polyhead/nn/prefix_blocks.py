@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +20,12 @@ from polyhead.nn.kv_cache import Kept
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.merged_softmax import merged
 from polyhead.nn.one_sequence import OneSequenceAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 
 __all__ = ["ColumnsAttention", "DyadicAttention"]
 
 
-class _PrefixBlocks(KeepsQueries, OneSequenceAttention):
+class _PrefixBlocks(OwnScoresAttention, KeepsQueries, OneSequenceAttention):
     """Causal self-attention by queries, keys and values of all tokens so far, which a cache holds."""
 
     cut_by_masks = "the tokens of a block share a weight"
@@ -34,27 +34,12 @@ class _PrefixBlocks(KeepsQueries, OneSequenceAttention):
     def streams(self) -> Streams:
         return ((self.heads, self.head_dim), *self.projection.streams)
 
-    @property
-    def _scale(self) -> float:
-        return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
-
-    def _attend(
-        self,
-        q: Tensor,
-        kept: Kept,
-        mask: Mask | None,
-        *,
-        first: int,
-        latest: bool,
-        real: Tensor | None = None,
-    ) -> Tensor:
-        if not q.shape[2]:
-            return self._join(q.new_zeros(*q.shape[:3], self.value_dim))
+    def _heads(self, q: Tensor, kept: Kept, mask: Mask | None, first: int) -> Tensor:
         queries, keys, values = kept.rows
         real = keys.new_ones(1, kept.length, dtype=torch.bool) if kept.padding is None else kept.padding
-        return self._join(self._heads(queries, keys, values, real, first))
+        return self._from_all(queries, keys, values, real, first)
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
+    def _from_all(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
         """Outputs `(B, H, L, Dv)` of the queries from `first` on; q, k, v and `real` are of all tokens."""
         raise NotImplementedError
 
@@ -81,7 +66,7 @@ class DyadicAttention(_PrefixBlocks):
     """A query reads itself, and of the tokens before it a block for each binary one of their number.
 
     Args:
-        parts: those of `MultiHeadAttention`, without those that change scores or weights.
+        parts: those of `OwnScoresAttention`.
         summary: how a block's keys and values become one.
         log_size: add the logarithm of a block's real tokens to its score.
     """
@@ -93,7 +78,7 @@ class DyadicAttention(_PrefixBlocks):
         super().__init__(*parts, **options)
         self.summary, self.log_size = summary, log_size
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
+    def _from_all(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
         kind, dtype = wide(q.dtype), v.dtype
         with exact(q.device):
             q, k, v = q.to(kind), k.to(kind), v.to(kind)
@@ -162,7 +147,7 @@ class ColumnsAttention(_PrefixBlocks):
     """Of rows of tokens a query reads its own, its column, and a summary of each other column.
 
     Args:
-        parts: those of `MultiHeadAttention`, without those that change scores or weights.
+        parts: those of `OwnScoresAttention`.
         row: C, tokens of a row.
         pool: what stands for the keys and the queries of a column above a row, "max" or "mean".
         log_size: add the logarithm of a column's real tokens to its score.
@@ -175,7 +160,7 @@ class ColumnsAttention(_PrefixBlocks):
         super().__init__(*parts, **options)
         self.row, self.pool, self.log_size = row, pool, log_size
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
+    def _from_all(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, first: int) -> Tensor:
         batch, tokens, row = len(q), k.shape[2], self.row
         rows, begin = -(-tokens // row), first // row
         short = rows * row - tokens

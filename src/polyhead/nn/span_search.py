@@ -15,6 +15,7 @@ from polyhead.attend.precision import exact, wide
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept
 from polyhead.nn.one_sequence import OneSequenceAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 from polyhead.nn.query_strips import in_strips
 from polyhead.nn.search_projection import SearchProjection
 
@@ -86,12 +87,11 @@ class SpanRule:
         return max(1, min(both + 1, last - self.near(last) + 1))
 
 
-class SpanSearchAttention(OneSequenceAttention):
+class SpanSearchAttention(OwnScoresAttention, OneSequenceAttention):
     """Causal self-attention over the nearest tokens and over spans around the best anchors.
 
     Args:
-        parts: those of `MultiHeadAttention`, without those that change scores or weights; the projection is a
-            `SearchProjection`.
+        parts: those of `OwnScoresAttention`; the projection is a `SearchProjection`.
         rule: where anchors and spans are.
         top_k: anchors whose spans a query reads.
     """
@@ -110,25 +110,14 @@ class SpanSearchAttention(OneSequenceAttention):
         search = self.position.turn(self.projection.searches(x), where)
         return torch.cat([search, super()._queries(x, where).to(search.dtype)], dim=1)
 
-    def _attend(
-        self,
-        q: Tensor,
-        kept: Kept,
-        mask: Mask | None,
-        *,
-        first: int,
-        latest: bool,
-        real: Tensor | None = None,
-    ) -> Tensor:
+    def _heads(self, q: Tensor, kept: Kept, mask: Mask | None, first: int) -> Tensor:
         k, v = kept.rows
-        if not q.shape[2]:
-            return self._join(q.new_zeros(len(q), self.heads, 0, self.value_dim))
         with exact(q.device):
             kind = wide(q.dtype)
             apart = (2, self.kv_heads, self.heads // self.kv_heads)
             search, q = q.to(kind).unflatten(1, apart).unbind(1)  # B G r L D
             y = self._strips(search, q, k.to(kind), v.to(kind), kept.padding, first)
-        return self._join(y.flatten(1, 2).to(v.dtype))
+        return y.flatten(1, 2).to(v.dtype)
 
     def _strips(
         self, search: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, first: int
@@ -211,10 +200,6 @@ class SpanSearchAttention(OneSequenceAttention):
         rule = self.rule
         anchors = len(rule.anchors(last))
         return anchors + min(self.top_k, anchors) * rule.width(last) + rule.near(last)
-
-    @property
-    def _scale(self) -> float:
-        return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
     def cost(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,11 +23,12 @@ from polyhead.nn.kv_cache.places import PlacedMask
 from polyhead.nn.kv_cache.summed import SummedCache, SummedKept
 from polyhead.nn.merged_softmax import merged
 from polyhead.nn.one_sequence import OneSequenceAttention
+from polyhead.nn.own_scores import OwnScoresAttention
 
 __all__ = ["SummarisedAttention"]
 
 
-class SummarisedAttention(KeepsQueries, OneSequenceAttention):
+class SummarisedAttention(OwnScoresAttention, KeepsQueries, OneSequenceAttention):
     """Self-attention in which every other token is read once: by itself, or in the summary of its block.
 
     A causal query reads the summaries of the blocks that lie `near` tokens back, and what comes after them
@@ -36,7 +36,7 @@ class SummarisedAttention(KeepsQueries, OneSequenceAttention):
     all others.
 
     Args:
-        parts: those of `MultiHeadAttention`, without those that change scores or weights.
+        parts: those of `OwnScoresAttention`.
         size: C, tokens of a block.
         near: tokens that a causal query reads one by one at least, itself among them.
         summary: how a block's keys and values become one.
@@ -53,19 +53,7 @@ class SummarisedAttention(KeepsQueries, OneSequenceAttention):
         super().__init__(*parts, **options)
         self.size, self.near, self.summary, self.log_size = size, near, summary, log_size
 
-    def _attend(
-        self,
-        q: Tensor,
-        kept: Kept,
-        mask: Mask | None,
-        *,
-        first: int,
-        latest: bool,
-        real: Tensor | None = None,
-    ) -> Tensor:
-        queries = q.shape[2]
-        if not queries:
-            return self._join(q.new_zeros(*q.shape[:3], self.value_dim))
+    def _heads(self, q: Tensor, kept: Kept, mask: Mask | None, first: int) -> Tensor:
         k, v = kept.rows[-2:]
         count = self._blocks_read(kept.length, mask is not None)
         local, others = self._read(mask is not None)
@@ -75,14 +63,14 @@ class SummarisedAttention(KeepsQueries, OneSequenceAttention):
         if count:
             sums = self._sums(kept, count)
             # `attend` takes the queries to stand at the end of the blocks
-            seen: Mask = PlacedMask(others, torch.tensor(first + queries - count))
+            seen: Mask = PlacedMask(others, torch.tensor(kept.length - count))
             if kept.padding is not None or isinstance(kept, SummedKept):
                 seen = seen & real_keys((sums.counts > 0).expand(q.shape[0], -1))
             score = LogSizes(sums.counts) if self.log_size else None
             found.append(
                 attend(q, sums.keys, sums.values, mask=seen, score=score, scale=self.scale, return_lse=True)
             )
-        return self._join(merged(*zip(*found, strict=True)) if count else found[0][0])
+        return merged(*zip(*found, strict=True)) if count else found[0][0]
 
     def _read(self, causal: bool) -> tuple[Mask, Mask]:
         """Which tokens are read one by one, and which blocks by their summaries."""
@@ -107,10 +95,6 @@ class SummarisedAttention(KeepsQueries, OneSequenceAttention):
 
     def _summarised(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Summaries:
         return _summarise(self.summary, self.size, self._scale, q, k, v, real)
-
-    @property
-    def _scale(self) -> float:
-        return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
     def _cache_of(
         self,
