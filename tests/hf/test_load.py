@@ -112,6 +112,39 @@ def test_bad_folders(tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer.json", "", "Expecting value: line 1 column 1"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "model": {"type": "none"}}',
+            "data did not match any variant",
+        ),
+        ("tokenizer_config.json", '{"tokenizer_class', "Unterminated string"),
+        ("tokenizer_config.json", "[]", "'list' object has no attribute"),
+    ],
+)
+def test_a_tokenizer_that_is_damaged(tmp_path, tokenizer, file, content, reason):
+    model = llama()
+    folder = saved(tmp_path, model, tokenizer)
+    whole = load(folder).model
+    (folder / file).write_text(content)
+    for source in (folder, whole):
+        with pytest.raises(ConfigError, match=r"cannot read the tokenizer in the folder .*model'") as told:
+            load(source)
+        assert "(tokenizer.json, tokenizer_config.json): " + reason in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model"])
+def test_part_of_a_tokenizer_is_not_taken_for_none(tmp_path, file):
+    folder = saved(tmp_path, llama())
+    (folder / file).write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=rf"cannot read the tokenizer in the folder .*model' \({file}\): "):
+        load(folder)
+
+
 def test_files_that_are_no_gguf(tmp_path, home):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ConfigError, match="notes.txt' is not a GGUF file"):

@@ -24,6 +24,15 @@ __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+
 
 class Loaded(NamedTuple):
     """A model in evaluation mode, and its tokenizer (None if it has none, such as a vision model)."""
@@ -57,7 +66,8 @@ def load(
 
     Raises:
         UnknownName: no demo model, file, folder or hub model has this name.
-        ConfigError: the folder or file holds no model that transformers can read.
+        ConfigError: the folder or file holds no model that transformers can read, or files of a tokenizer
+            that it cannot.
         MissingExtra: transformers (or gguf, for a GGUF file) is not installed.
     """
     _need("transformers", "loading a pretrained model")
@@ -133,6 +143,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         return _from_pretrained(str(folder), dtype)
     except _unreadable() as error:
+        if isinstance(error, PolyheadError):
+            raise
         raise ConfigError(
             f"transformers cannot load the folder {str(folder)!r}: {_first_line(error)}"
         ) from error
@@ -179,7 +191,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _from_pretrained(where: str, dtype: torch.dtype, **more: Any) -> tuple[Any, Any]:
@@ -193,13 +205,25 @@ def _from_pretrained(where: str, dtype: torch.dtype, **more: Any) -> tuple[Any, 
 
 
 def _tokenizer(where: str, **more: Any) -> Any:
-    """The tokenizer that belongs to a model, or None if it has none."""
+    """The tokenizer that belongs to a model, or None if it has none.
+
+    Raises:
+        ConfigError: the folder holds files of a tokenizer, and they cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(where, **more)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        files = sorted({file.name for form in _TOKENIZER_FILES for file in Path(where).glob(form)})
+        if files:
+            raise ConfigError(
+                f"transformers cannot read the tokenizer in the folder {where!r} ({', '.join(files)}): "
+                f"{_first_line(error)}; mend its files, or take them away to load the model alone"
+            ) from error
+        if isinstance(error, OSError | ValueError | KeyError):
+            return None
+        raise
 
 
 def _tokenizer_of(model: Any) -> Any:
