@@ -298,18 +298,47 @@ def test_attention_gym_masks():
     assert torch.equal(densify(neighborhood((7, 7), (5, 3)), queries=49, keys=49)[0, 0], theirs)
 
 
-def test_xformers_masks():
-    bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
+LOCAL = """
+011111100
+001111110
+000111111
+000011111
+000001111
+000000111
+"""
+TRIANGLE = """
+111100000
+111110000
+111111000
+111111100
+111111110
+111111111
+"""
+PACKED = """
+100000000
+110000000
+001000000
+001100000
+001110000
+000001000
+000001100
+000001110
+000001111
+"""
 
-    def seen(theirs, queries, keys):
-        return theirs.materialize((1, queries, keys))[0] == 0
 
-    left, right = bias.LocalAttentionFromBottomRightMask(2, 3), bias.LowerTriangularFromBottomRightMask()
-    assert torch.equal(densify(window(2, 3), queries=6, keys=9)[0, 0], seen(left, 6, 9))
-    assert torch.equal(densify(causal(), queries=6, keys=9)[0, 0], seen(right, 6, 9))
-    packed = bias.BlockDiagonalCausalMask.from_seqlens([2, 3, 4])
-    ids = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
-    assert torch.equal(densify(causal() & documents(ids), queries=9, keys=9)[0, 0], seen(packed, 9, 9))
+@pytest.mark.parametrize(
+    ("mask", "drawn"),
+    [
+        (window(2, 3), LOCAL),  # xformers' LocalAttentionFromBottomRightMask(2, 3)
+        (causal(), TRIANGLE),  # LowerTriangularFromBottomRightMask()
+        (causal() & documents([0, 0, 1, 1, 1, 2, 2, 2, 2]), PACKED),  # BlockDiagonalCausalMask, 2 + 3 + 4
+    ],
+    ids=["local", "triangle", "packed"],
+)
+def test_xformers_masks(mask, drawn):
+    theirs = torch.tensor([[bit == "1" for bit in row] for row in drawn.split()])
+    assert torch.equal(densify(mask, queries=len(theirs), keys=9)[0, 0], theirs)
 
 
 # --- masks are data ------------------------------------------------------------------------------------
