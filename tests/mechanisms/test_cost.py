@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import polyhead as ph
 from polyhead.attend import function
 from polyhead.attend.backends.reference import Reference
+from polyhead.errors import ConfigError
 from polyhead.mechanisms.registry import Entry
 from polyhead.nn import MultiHeadAttention, routed_heads
 from polyhead.nn.expert_choice import ExpertChoice
@@ -98,6 +99,14 @@ def test_no_backend_runs_more_than_cost_counts(entry: Entry, pattern: str) -> No
         elif entry.routed:
             most *= ROUTED
         assert run(module, pattern, length) <= most, length
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ph.catalog()])
+def test_sizes_that_are_none_are_refused(entry: Entry) -> None:
+    module = entry.example()
+    for argument, bad in (("context_length", "nonsense"), ("context_length", -1), ("batch", 2.5)):
+        with pytest.raises(ConfigError, match=f"cost: {argument} must be .*{bad}"):
+            module.cost(10, **{argument: bad})
 
 
 def of_all_heads(module: RoutedHeads, length: int, keys: int) -> int:

@@ -18,17 +18,15 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polyhead.checks import flag, place, whole
+from polyhead.checks import flag
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
-from polyhead.nn.cost import Cost
 from polyhead.nn.projections import FanInLinear, at_least_one
 from polyhead.nn.tokenwise import TokenwiseModule
 
@@ -60,20 +58,8 @@ class TokenMlpModule(TokenwiseModule):
     ) -> Float[Tensor, "B L d"]:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        """What one forward pass costs: no scores, and no cache."""
-        for name, size in (("length", length), ("batch", batch)):
-            whole(f"cost: {name}", size, 0)
-        place("cost", None, dtype)
-        work = 6 * batch * length * self.dim * self.gate.out_features
-        return Cost(sum(p.numel() for p in self.parameters()), work, 0, 0, 0, 0)
+    def flops(self, tokens: int) -> int:
+        return 6 * tokens * self.dim * self.gate.out_features
 
 
 @register(

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polyhead.checks import place, whole
+from polyhead.checks import place
 from polyhead.errors import unknown_name
-from polyhead.nn.cost import Cost
 from polyhead.nn.layer_norm import LayerNorm
 from polyhead.nn.projections import FanInLinear, at_least_one
 from polyhead.nn.tokenwise import TokenwiseModule
@@ -54,22 +52,7 @@ class GatedUnit(TokenwiseModule):
         return self.merge(gate * self.norm(self.value(x)))
 
     def flops(self, tokens: int) -> int:
-        """Operations for so many tokens."""
         return 2 * tokens * 3 * self.dim * self.width
-
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        """What one forward pass costs: no scores, and no cache."""
-        for name, size in (("length", length), ("batch", batch)):
-            whole(f"cost: {name}", size, 0)
-        place("cost", None, dtype)
-        return Cost(sum(p.numel() for p in self.parameters()), self.flops(batch * length), 0, 0, 0, 0)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -87,6 +70,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = F.dropout(F.gelu(self.up(x)), self.dropout, self.training)
         return F.dropout(self.down(inner), self.dropout, self.training)
+
+    def flops(self, tokens: int) -> int:
+        """Operations for so many tokens."""
+        return 4 * tokens * self.up.in_features * self.up.out_features
 
 
 class GatedBlock(TokenwiseModule):
@@ -124,15 +111,5 @@ class GatedBlock(TokenwiseModule):
         norm = self.norm if self.ffn_norm is None else self.ffn_norm
         return x + self.ffn(norm(x))
 
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        """What one forward pass costs: no scores, and no cache."""
-        unit = self.unit.cost(length, batch, context_length, dtype=dtype)
-        ffn = 0 if self.ffn is None else 4 * batch * length * self.dim * self.ffn.up.out_features
-        return Cost(sum(p.numel() for p in self.parameters()), unit.projections + ffn, 0, 0, 0, 0)
+    def flops(self, tokens: int) -> int:
+        return self.unit.flops(tokens) + (0 if self.ffn is None else self.ffn.flops(tokens))

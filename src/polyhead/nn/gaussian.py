@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from polyhead.attend.precision import exact, wide
 from polyhead.checks import place, whole
 from polyhead.errors import ConfigError
-from polyhead.nn.cost import Cost
 from polyhead.nn.projections import at_least_one
 from polyhead.nn.tokenwise import TokenwiseModule
 
@@ -104,19 +103,8 @@ class GaussianHeads(TokenwiseModule):
     def of_tokens(self, x: Tensor, real: Tensor | None) -> Tensor:
         return (x * self.weights(x)).to(x.dtype)  # rounded once
 
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        """Two numbers a Gaussian, no products of matrices, no cache."""
-        for name, size in (("length", length), ("batch", batch)):
-            whole(f"cost: {name}", size, 0)
-        place("cost", None, dtype)
-        return Cost(sum(p.numel() for p in self.parameters()), 0, 0, 0, 0, 0)
+    def flops(self, tokens: int) -> int:
+        return 0  # no products of matrices
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, gaussians={self.offset.shape[1]}"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from polyhead.checks import place, whole
 from polyhead.nn.auxiliary import AuxiliaryLosses
-from polyhead.nn.cost import Cost
 from polyhead.nn.expert_router import ExpertRouter
 from polyhead.nn.experts import Experts
 from polyhead.nn.left_to_python import LeftToPython
@@ -80,24 +77,13 @@ class MultiHeadExperts(TokenwiseModule):
             return y
         return y + self.shared.alone(x)
 
-    def cost(
-        self,
-        length: int,
-        batch: int = 1,
-        context_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Cost:
-        """What one forward pass costs: of the experts, those that are chosen. No scores, and no cache."""
-        for name, size in (("length", length), ("batch", batch)):
-            whole(f"cost: {name}", size, 0)
-        place("cost", None, dtype)
-        tokens = batch * length
+    def flops(self, tokens: int) -> int:
+        """Operations for so many tokens: of the experts, those that are chosen count."""
         maps = (self.head is not None) + (self.merge is not None)
         work = 2 * tokens * maps * self.dim**2 + self.router.flops(tokens * self.heads)
         work += self.experts.flops(tokens * self.heads * self.router.k)
         work += 0 if self.shared is None else self.shared.flops(tokens)
-        return Cost(sum(p.numel() for p in self.parameters()), work, 0, 0, 0, 0)
+        return work
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, inner_residual={self.inner_residual}"
