@@ -9,10 +9,12 @@ import os
 
 import pytest
 import torch
+import transformers as t
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from hf.tiny import SIZES
 from polyhead import cli, hf
 from polyhead.errors import ConfigError
 from polyhead.report import ReportData, job, savings, write
@@ -431,6 +433,24 @@ def test_why_nothing_is_recommended_is_said():
     assert "perplexity goes from 10 to 12" in found.verdict
     found, _ = decided({0: 40}, {}, {})
     assert "none that keeps any KV head in full was tried" in found.verdict
+
+
+def test_why_a_model_has_no_curve(monkeypatch):
+    sizes = SIZES | {"max_position_embeddings": 1024}
+    encoder, tokenizer, effort = t.BertForMaskedLM(t.BertConfig(**sizes)), object(), Effort(window=96)
+    assert savings.why_not(encoder, tokenizer, effort) == (
+        "The model cannot use a per-head cache: BertForMaskedLM has no layer of causal self-attention that "
+        "keeps a cache; per-head caches are for models that generate."
+    )
+    decoder = t.LlamaForCausalLM(t.LlamaConfig(**sizes))
+    assert savings.why_not(decoder, tokenizer, effort) == ""
+
+    def mistaken(*args, **options):
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(savings, "per_head", mistaken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        savings.why_not(decoder, tokenizer, effort)
 
 
 def test_the_size_that_keeps_most_is_proposed():

@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from polyhead.cache.per_head import per_head
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, UnsupportedModel
 from polyhead.head_scores import HeadScores
 from polyhead.report.choosing import by_both, by_one
 from polyhead.report.data import Recommendation, Savings
@@ -56,7 +56,7 @@ def why_not(model: Any, tokenizer: Any, effort: Effort) -> str:
         )
     try:
         cache = per_head(model, full="none", sink=effort.sink, window=effort.window)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, UnsupportedModel) as error:
         return f"The model cannot use a per-head cache: {error}."
     cache.detach()
     return ""
