@@ -1,4 +1,7 @@
-"""Heads with like maps: average linkage by cosine distance, k-means from it, and the bend of the error."""
+"""Heads with like maps: average linkage by cosine distance, k-means from it, and the bend of the error.
+
+Agarwal et al., "CHAI: Clustered Head Attention for Efficient LLM Inference" (paper 066, arXiv 2403.08058).
+"""
 
 from __future__ import annotations
 

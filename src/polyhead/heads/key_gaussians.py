@@ -1,4 +1,8 @@
-"""Mean and covariance of the keys of every head, from a text: what `qada` takes far keys for."""
+"""Mean and covariance of the keys of every head, from a text: what `qada` takes far keys for.
+
+"Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification" (paper 085, arXiv
+2502.09647).
+"""
 
 from __future__ import annotations
 

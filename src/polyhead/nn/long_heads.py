@@ -1,4 +1,7 @@
-"""Heads that choose chunks of the past, and read them as if they stood next to each other."""
+"""Heads that choose chunks of the past, and read them as if they stood next to each other.
+
+"LongHeads: Multi-Head Attention is Secretly a Long Context Processor" (paper 062, arXiv 2402.10685).
+"""
 
 from __future__ import annotations
 
