@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
+from polyhead.attend.precision import wide
 from polyhead.checks import given, real, whole
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["as_rows", "check_alpha", "entmax", "entmax15", "sparsemax", "wide"]
+__all__ = ["as_rows", "check_alpha", "entmax", "entmax15", "sparsemax"]
 
 
 def check_alpha(alpha: float | Tensor) -> None:
@@ -45,11 +46,6 @@ def check_alpha(alpha: float | Tensor) -> None:
             f"alpha must lie in (1, 2], got {found}; towards 1 it is softmax(), 2 is sparsemax(), "
             "and 1 + sigmoid(a) keeps a learned one in range"
         )
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: half precisions are computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.attend.entmax import as_rows, check_alpha, wide
+from polyhead.attend.entmax import as_rows, check_alpha
 from polyhead.attend.entmax_rows import entmax_, entmax_alpha_vjp, entmax_vjp_
+from polyhead.attend.precision import wide
 from polyhead.checks import number_or_heads
 from polyhead.description import Part
 from polyhead.errors import ConfigError, PolyheadError

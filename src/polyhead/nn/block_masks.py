@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from polyhead.attend.masks.algebra import Bounds, Mask
@@ -10,9 +12,15 @@ from polyhead.checks import whole
 __all__ = ["BlocksBehind", "OtherBlocks", "SinceBlock", "blocks_behind"]
 
 
-def blocks_behind(place: Tensor, size: int, near: int) -> Tensor:
-    """How many blocks lie `near` and more tokens behind the query at a place, itself counted as one."""
-    return ((place + 1 - near) // size).clamp(min=0)
+N = TypeVar("N", int, Tensor)
+
+
+def blocks_behind(place: N, size: int, near: int) -> N:
+    """How many blocks lie `near` and more tokens behind the query at a place, itself counted as one.
+
+    Below 0 where the query stands less than `near` tokens from the start.
+    """
+    return (place + 1 - near) // size
 
 
 class _Sized(Mask):
@@ -31,7 +39,7 @@ class SinceBlock(_Sized):
     """
 
     def _first(self, i: Tensor) -> Tensor:
-        return (i + 1 - self.near) // self.size * self.size
+        return blocks_behind(i, self.size, self.near) * self.size
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j >= self._first(i))
@@ -45,7 +53,7 @@ class BlocksBehind(_Sized):
     """Column j stands for the tokens j·size and on: seen where all of them lie `near` behind the query."""
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j < (i + 1 - self.near) // self.size
+        return j < blocks_behind(i, self.size, self.near)
 
     def bounds(self, b: Tensor, h: Tensor, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
         return self.allowed(b, h, i1, j0), self.allowed(b, h, i0, j1)

@@ -13,7 +13,7 @@ from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask, blocks
 from polyhead.attend.masks import padding as real_keys
 from polyhead.checks import whole
-from polyhead.nn.block_masks import BlocksBehind, OtherBlocks, SinceBlock
+from polyhead.nn.block_masks import BlocksBehind, OtherBlocks, SinceBlock, blocks_behind
 from polyhead.nn.block_summaries import BlockSummary, LogSizes, Summaries, summarised
 from polyhead.nn.cost import Cost
 from polyhead.nn.keeps_queries import KeepsQueries
@@ -81,7 +81,7 @@ class SummarisedAttention(OwnScoresAttention, KeepsQueries, OneSequenceAttention
     def _blocks_read(self, length: int, causal: bool) -> int:
         """Blocks whose summaries the last query reads, or without a mask any query."""
         if causal:
-            return max(0, (length - self.near) // self.size)
+            return max(0, blocks_behind(length - 1, self.size, self.near))
         return 0 if length <= self.size else -(-length // self.size)
 
     def _sums(self, kept: Kept, count: int) -> Summaries:
@@ -154,7 +154,7 @@ class SummarisedAttention(OwnScoresAttention, KeepsQueries, OneSequenceAttention
         )
         last = cached + queries
         count = self._blocks_read(last, True) if queries else 0
-        read = last - max(0, (cached + 1 - self.near) // self.size) * self.size
+        read = last - self._blocks_read(cached + 1, True) * self.size
         ended = (last // self.size - cached // self.size) * self.size if cached else count * self.size
         return self._counted(plain, (queries, last), read, count, ended, batch, dtype)
 

@@ -54,11 +54,11 @@ def _stretch(text: str) -> NDArray[np.uint8]:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
 
 
-def picture_side(heads: int, *, causal: bool, tokens: int | None = None, limit: int = PICTURE_BYTES) -> int:
-    """The side of the pictures for so many heads: as large as `limit` allows, at most one cell a token."""
+def picture_side(heads: int, *, causal: bool, tokens: int | None = None) -> int:
+    """The side of the pictures for so many heads: at most one cell a token, and `PICTURE_BYTES` together."""
     for side in _SIDES:
         cells = side * (side + 1) // 2 if causal else side * side
-        fits = heads * cells * 0.9 * 4 / 3 <= limit  # 127 shades are 7 bits of 8; base64 adds a third
+        fits = heads * cells * 0.9 * 4 / 3 <= PICTURE_BYTES  # 127 shades are 7 bits of 8; base64 adds a third
         if fits and (tokens is None or side <= tokens):
             return side
     return min(_SIDES[-1], tokens or _SIDES[-1])
@@ -97,12 +97,12 @@ def unpack_picture(pictures: Pictures, layer: int, head: int) -> NDArray[np.floa
     return picture
 
 
-def lookup_queries(heads: int, tokens: int, *, k: int = 4, limit: int = LOOKUP_BYTES) -> NDArray[np.int64]:
+def lookup_queries(heads: int, tokens: int, *, k: int = 4) -> NDArray[np.int64]:
     """The tokens whose lookups to record: all, or else passages spread over the text from start to end.
 
     Passages rather than every n-th token, because a head is understood by going along a sentence.
     """
-    affordable = int(limit * 3 / 4 / (heads * k * 3 * _RATIO))
+    affordable = int(LOOKUP_BYTES * 3 / 4 / (heads * k * 3 * _RATIO))
     if affordable >= tokens:
         return np.arange(tokens)
     passages = max(2, affordable // 64)

@@ -31,6 +31,8 @@ Part = Literal["curve", "fresh", "told"]
 PARTS: tuple[Part, ...] = ("curve", "fresh", "told")
 """What draws the curve; what confirms a choice; what the recommendation is told by."""
 
+_STEPS = 4  # steps of decoding that are timed in each round
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -274,7 +276,7 @@ class Trial:
             self._fill(cache, tokens, "meta")
             return cache_bytes(cache)
 
-    def speeds(self, choices: Sequence[Sequence[tuple[int, int]] | None], steps: int = 4) -> list[float]:
+    def speeds(self, choices: Sequence[Sequence[tuple[int, int]] | None]) -> list[float]:
         """Tokens decoded per second with each choice of heads, in rounds: disturbances hit all alike."""
         token = torch.tensor([[0]], device=self.model.device)
         seconds: list[list[float]] = [[] for _ in choices]
@@ -285,7 +287,7 @@ class Trial:
                     with _used(self._maker(heads)) as cache:
                         self._fill(cache, self.effort.decode_length, self.model.device)
                         self._decode(cache, token)  # the first step makes room
-                        for _ in range(steps):
+                        for _ in range(_STEPS):
                             start = time.perf_counter()
                             self._decode(cache, token)
                             into.append(time.perf_counter() - start)

@@ -8,6 +8,8 @@ from polyhead.errors import ConfigError
 
 __all__ = ["held_out_text", "sample_text", "sentences"]
 
+_LONGEST = 40  # words of a sentence
+
 
 def sample_text() -> str:
     """Plain English prose (of the Python language's documentation): for measuring, and for choosing by it."""
@@ -23,11 +25,10 @@ def _read(name: str) -> str:
     return resources.files("polyhead").joinpath("data", name).read_text(encoding="utf-8")
 
 
-def sentences(text: str, longest: int = 40) -> list[str]:
+def sentences(text: str) -> list[str]:
     """The sentences of a text: cut after a full stop, question or exclamation mark and white space.
 
-    Args:
-        longest: sentences with more words are cut after so many of them.
+    Those with more than 40 words are cut after so many of them.
 
     Raises:
         ConfigError: there is none.
@@ -36,7 +37,7 @@ def sentences(text: str, longest: int = 40) -> list[str]:
     sentence: list[str] = []
     for word in text.split():
         sentence.append(word)
-        if word[-1] in ".!?" or len(sentence) == longest:
+        if word[-1] in ".!?" or len(sentence) == _LONGEST:
             found.append(" ".join(sentence))
             sentence = []
     if sentence:

@@ -11,19 +11,20 @@ from polyhead.nn.kv_cache.base import Kept, KeyValueCache, beams
 
 __all__ = ["RecentInputs"]
 
+_SLACK = 16  # tokens that may be taken back
+
 
 class RecentInputs(KeyValueCache):
     """Another cache, and the latest inputs of the module: those that the next token's rows are made of.
 
-    Before the first token everything counts as padding, so the memory is of one size from the start. Tokens
-    can be taken back, by `crop`, as far as `slack`.
+    Before the first token everything counts as padding, so the memory is of one size from the start. Up to
+    16 tokens can be taken back, by `crop`.
 
     Args:
         rows: the cache of rows.
         batch: number of sequences B.
         width: of an input.
         reach: inputs before a token that its rows depend on.
-        slack: tokens that may be taken back.
         device, dtype: of the inputs; default those of the rows.
     """
 
@@ -34,13 +35,12 @@ class RecentInputs(KeyValueCache):
         width: int,
         reach: int,
         *,
-        slack: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.rows = rows
         self.reach = whole("RecentInputs: reach", reach, 0)
-        room = self.reach + whole("RecentInputs: slack", slack, 0)
+        room = self.reach + _SLACK
         device = rows.device if device is None else device
         dtype = rows.dtype if dtype is None else dtype
         self._inputs = torch.zeros(batch, room, width, device=device, dtype=dtype)
@@ -97,9 +97,9 @@ class RecentInputs(KeyValueCache):
         return self.rows.nbytes() + sum(t.numel() * t.element_size() for t in own)
 
     @staticmethod
-    def state_bytes(width: int, reach: int, itemsize: int, *, slack: int = 16) -> int:
+    def state_bytes(width: int, reach: int, itemsize: int) -> int:
         """Bytes that the inputs of one sequence take."""
-        return (reach + slack) * (width * itemsize + 1)
+        return (reach + _SLACK) * (width * itemsize + 1)
 
     def reorder(self, beam_index: Tensor) -> None:
         self.rows.reorder(beam_index)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyhead.checks import whole
 from polyhead.errors import ConfigError, ShapeError
+from polyhead.nn.block_masks import blocks_behind
 from polyhead.nn.kv_cache.base import Kept, KeyValueCache, Streams, beams
 from polyhead.nn.kv_cache.growing import FixedCache, GrowingCache
 from polyhead.nn.kv_cache.recent_rows import RecentRows
@@ -93,7 +94,7 @@ class SummedCache(KeyValueCache):
 
     def first_read(self, place: int) -> int:
         """The first token that a query at this place reads by itself."""
-        return max(0, (place + 1 - self.near) // self.size) * self.size
+        return max(0, blocks_behind(place, self.size, self.near)) * self.size
 
     @property
     def device(self) -> torch.device:
