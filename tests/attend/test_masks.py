@@ -23,6 +23,7 @@ from polyhead.attend.masks import (
     dilated,
     documents,
     halo,
+    is_causal,
     lattice,
     neighborhood,
     padding,
@@ -339,6 +340,14 @@ PACKED = """
 def test_xformers_masks(mask, drawn):
     theirs = torch.tensor([[bit == "1" for bit in row] for row in drawn.split()])
     assert torch.equal(densify(mask, queries=len(theirs), keys=9)[0, 0], theirs)
+
+
+def test_which_masks_are_the_causal_one():
+    found = [mask for mask in PLAIN if is_causal(mask)]
+    assert found == [causal()]
+    assert is_causal(window(None, 0))
+    for other in (None, ~causal(), window(None, 1), causal() & sink(1), causal() | sink(1), torch.ones(2, 2)):
+        assert not is_causal(other)
 
 
 # --- masks are data ------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def certified(part: Tensor, own: Tensor, whole: Tensor, v: Tensor, mask: Mask | 
     mass = torch.where(whole.isneginf(), 0.0, mass)
     sizes = v.to(own.dtype).norm(dim=-1)
     queries, keys = part.shape[2], v.shape[2]
-    if _is_causal(mask) and keys >= queries:
+    if _sees_none_later(mask) and keys >= queries:
         largest = sizes.cummax(-1).values[..., keys - queries :]
     else:
         largest = sizes.amax(-1, keepdim=True)
@@ -103,5 +103,5 @@ def certified(part: Tensor, own: Tensor, whole: Tensor, v: Tensor, mask: Mask | 
     return Missed(mass, mass * (part.to(own.dtype).norm(dim=-1) + largest), part)
 
 
-def _is_causal(mask: Mask | None) -> bool:
+def _sees_none_later(mask: Mask | None) -> bool:
     return any(type(term) is Window and term.right == 0 for term in terms_of(mask))

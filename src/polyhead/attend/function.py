@@ -13,7 +13,7 @@ from torch import Tensor
 from polyhead.attend.backends import BACKENDS, STREAMING
 from polyhead.attend.backends.reference import dense_weights
 from polyhead.attend.backends.sdpa import plain
-from polyhead.attend.masks import Chosen, Mask, Window
+from polyhead.attend.masks import Chosen, Mask, is_causal
 from polyhead.attend.normalizers import Normalizer, Softmax, softmax
 from polyhead.attend.plan import Plan, Request, pick, plan
 from polyhead.attend.problem import Problem
@@ -122,7 +122,7 @@ def attend(
         and type(dropout) in _NUMBER
         and not dropout
         and return_lse is False
-        and (mask is None or (type(mask) is Window and mask.left is None and mask.right == 0))
+        and (mask is None or is_causal(mask))
         and (scale is None or finite(scale))
         and _is_plain(q, k, v, mask is not None)
     ):

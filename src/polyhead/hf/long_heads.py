@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.attend.masks import Window
+from polyhead.attend.masks import is_causal
 from polyhead.attend.normalizers import Softmax
 from polyhead.checks import given
 from polyhead.errors import ConfigError
@@ -99,8 +99,7 @@ def _plain(call: Call) -> tuple[Tensor, Tensor]:
             f"{name} attends to keys in a {type(call.k).__name__}; use a cache that holds tensors, such as "
             "DynamicCache"
         )
-    past = type(call.mask) is Window and call.mask.left is None and call.mask.right == 0
-    past = past or (call.mask is None and call.q.shape[2] == 1)
+    past = is_causal(call.mask) or (call.mask is None and call.q.shape[2] == 1)
     if not past or call.start or call.layer.kind != "decoder":
         raise ConfigError(
             f"{name}: long_heads is for decoders and reads the whole past, without padding, sliding windows "

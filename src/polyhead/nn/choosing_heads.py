@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.function import attend
-from polyhead.attend.masks import Mask, Window
+from polyhead.attend.masks import is_causal
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.precision import wide
@@ -169,7 +169,7 @@ class ChoosingHeads(OneSequenceAttention):
             key, value = (row.gather(2, _wide_as(of, row)) for row in (key, value))
         else:
             of, known = at, there
-        if not (of is at and _is_causal(mask)):
+        if not (of is at and is_causal(mask)):
             # each lane as an item with one head, at its own positions
             heads = torch.arange(self.dense, self.heads, device=x.device).repeat(batch)
             items = torch.arange(batch, device=x.device).repeat_interleave(self.choice.heads)
@@ -255,7 +255,3 @@ def _lanes(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wide_as(index: Tensor, rows: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, -1, rows.shape[-1])
-
-
-def _is_causal(mask: Mask | None) -> bool:
-    return isinstance(mask, Window) and mask.left is None and mask.right == 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.attend.function import attend
-from polyhead.attend.masks import Window
+from polyhead.attend.masks import is_causal
 from polyhead.attend.masks import padding as real_keys
 from polyhead.attend.precision import wide
 from polyhead.attend.scores import GatheredScore
@@ -275,4 +275,4 @@ def _rows_at(rows: Tensor, item: Tensor, rank: Tensor, at: Tensor) -> Tensor:
 def _keeps_order(mask: Any, row: Group, key: Group) -> bool:
     """Whether the mask is `causal()` and every row its own key: the rows left are in the same order."""
     same = all(a.count == b.count for a, b in zip(row.lanes, key.lanes, strict=True))
-    return same and isinstance(mask, Window) and mask.left is None and mask.right == 0
+    return same and is_causal(mask)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.attend.function import attend
-from polyhead.attend.masks import Mask, Padding, Window, terms_of
+from polyhead.attend.masks import Mask, Padding, is_causal, terms_of
 from polyhead.attend.precision import exact, wide
 
 __all__ = ["visible_count", "visible_mean"]
@@ -33,9 +33,9 @@ def visible_mean(
     """
     batch, groups, keys, _ = v.shape
     terms = terms_of(mask)
-    causal = any(_is_causal(term) for term in terms)
+    causal = any(is_causal(term) for term in terms)
     real = [term.mask for term in terms if isinstance(term, Padding)]
-    if all(_is_causal(term) or isinstance(term, Padding) for term in terms):
+    if all(is_causal(term) or isinstance(term, Padding) for term in terms):
         with exact(v.device):
             return _sums(v, queries, causal, real).to(v.dtype)
     q = v.new_zeros(batch, groups if heads is None else heads, queries, 1)
@@ -58,7 +58,7 @@ def visible_count(like: Tensor, queries: int, keys: int, mask: Mask | None) -> F
     """
     dtype = wide(like.dtype)
     terms = terms_of(mask)
-    if not all(_is_causal(term) or isinstance(term, Padding) for term in terms):
+    if not all(is_causal(term) or isinstance(term, Padding) for term in terms):
         q = like.new_zeros(*like.shape[:2], queries, 1, dtype=dtype)
         k = like.new_zeros(like.shape[0], 1, keys, 1, dtype=dtype)
         return attend(q, k, k, mask=mask, return_lse=True)[1].exp().round()[..., None]
@@ -67,16 +67,12 @@ def visible_count(like: Tensor, queries: int, keys: int, mask: Mask | None) -> F
         if isinstance(term, Padding):
             seen = seen & term.mask.to(like.device)
     counts = seen.to(dtype)[:, None, :, None]
-    if not any(map(_is_causal, terms)):
+    if not any(map(is_causal, terms)):
         return counts.sum(2, keepdim=True)
     counts = counts.cumsum(2)
     if queries <= keys:
         return counts[:, :, keys - queries :]
     return torch.nn.functional.pad(counts, (0, 0, queries - keys, 0))
-
-
-def _is_causal(mask: Mask) -> bool:
-    return type(mask) is Window and mask.left is None and mask.right == 0
 
 
 def _sums(v: Tensor, queries: int, causal: bool, real: list[Tensor]) -> Tensor:

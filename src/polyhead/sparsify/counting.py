@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend import attend
-from polyhead.attend.masks import And, Chosen, Mask, Window
+from polyhead.attend.masks import And, Chosen, Mask, is_causal
 from polyhead.hf import Call
 from polyhead.hf.selecting import keys_of
 
@@ -41,18 +41,14 @@ def keys_seen(
     places = torch.arange(keys - queries, keys, device=device)
     if mask is None:
         return torch.full(shape, float(keys), device=device)
-    if _past(mask) and queries <= keys:
+    if is_causal(mask) and queries <= keys:
         return (places + 1.0).expand(shape)
     if isinstance(mask, And) and len(mask.terms) == 2 and queries <= keys:
         for past, chosen in (mask.terms, mask.terms[::-1]):
-            if _past(past) and isinstance(chosen, Chosen):
+            if is_causal(past) and isinstance(chosen, Chosen):
                 return _chosen(chosen, places).expand(shape).float()
     q, k = (torch.zeros(batch, heads, n, 8, device=device) for n in (queries, keys))
     return attend(q, k, k, mask=mask, return_lse=True)[1].exp().round()
-
-
-def _past(mask: Mask) -> bool:
-    return type(mask) is Window and mask.left is None and mask.right == 0
 
 
 def _chosen(mask: Chosen, places: Tensor) -> Tensor:

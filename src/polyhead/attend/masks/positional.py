@@ -79,6 +79,11 @@ def causal() -> Mask:
     return Window(None, 0)
 
 
+def is_causal(mask: object) -> bool:
+    """Whether this is `causal()`, and not `causal()` with other masks; None is no mask."""
+    return type(mask) is Window and mask.left is None and mask.right == 0
+
+
 def window(left: int | None, right: int | None = 0) -> Mask:
     """Keys near the query: i - left <= j <= i + right; None leaves a side unbounded.
 
