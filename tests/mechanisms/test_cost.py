@@ -74,7 +74,7 @@ def test_cost_counts_the_operations_of_the_dense_form(
     entry: Entry, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(function, "BACKENDS", (Reference(),))
-    monkeypatch.setattr(function, "_is_plain", lambda *call: False)
+    monkeypatch.setattr(function, "is_plain", lambda *call: False)
     monkeypatch.setattr(routed_heads, "SHORT", 0)  # leave out what is not chosen, as definitions do
     module = built(entry)
     for length in LENGTHS:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polyhead.attend.function import attend, resolved
+from polyhead.attend.choosing import resolved
+from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask, Window, terms_of
 from polyhead.attend.scores import Score
 from polyhead.attend.selectors import Selector

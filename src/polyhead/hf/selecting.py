@@ -8,7 +8,7 @@ from copy import deepcopy
 
 from torch import Tensor, nn
 
-from polyhead.attend.function import check_correctable, choice
+from polyhead.attend.choosing import check_correctable, choice
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.selectors import Correcting, Follow, Lead, Selector, Summaries
 from polyhead.checks import flag, given, several
