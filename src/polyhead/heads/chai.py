@@ -44,7 +44,7 @@ from polyhead.heads.clustering import average_linkage, cosine_distances, medoids
 from polyhead.heads.head_maps import Counts, counts_of, maps_of
 from polyhead.heads.shared_maps import shared_attention
 from polyhead.hf import Call, LayerInfo, attach
-from polyhead.hf.selecting import keys_of
+from polyhead.hf.handles import keys_of
 
 __all__ = ["Saved", "Sharing", "clustered"]
 

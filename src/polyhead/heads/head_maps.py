@@ -20,7 +20,7 @@ from polyhead.head_scores import HeadScores
 from polyhead.heads.clustering import average_linkage, cosine_distances, error_of, first_flat
 from polyhead.heads.inputs import run, text_model
 from polyhead.hf import Call, attach
-from polyhead.hf.selecting import keys_of
+from polyhead.hf.handles import keys_of
 from polyhead.tasks.reading import evaluating, texts
 
 __all__ = ["Counts", "HeadMaps", "counts_of", "head_maps", "maps_of"]

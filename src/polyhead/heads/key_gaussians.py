@@ -17,7 +17,7 @@ from polyhead.checks import whole
 from polyhead.errors import ConfigError
 from polyhead.heads.inputs import run, text_model
 from polyhead.hf import Call, attach
-from polyhead.hf.selecting import keys_of
+from polyhead.hf.handles import keys_of
 from polyhead.tasks.reading import evaluating, texts
 
 __all__ = ["key_gaussians"]

@@ -18,7 +18,9 @@ from polyhead.errors import ConfigError, ShapeError
 from polyhead.head_scores import HeadScores
 from polyhead.heads.inputs import Given, Reader, Source, Text
 from polyhead.hf import Call, LayerInfo, attach
-from polyhead.hf.selecting import Choices, LayerSelectors, by_layer, densely, keys_of
+from polyhead.hf.choices import Choices
+from polyhead.hf.handles import keys_of
+from polyhead.hf.selecting import LayerSelectors, at_the_end, by_layer
 from polyhead.tasks.reading import evaluating, texts
 
 __all__ = ["HeadsMissed", "missed_mass"]
@@ -79,7 +81,7 @@ def missed_mass(
     with evaluating(model), attach(model) as attachment:
         layers = attachment.layers
         measuring = _Measuring(by_layer(select, layers), layers)
-        with attachment.handling(measuring.handle):
+        with attachment.handling(at_the_end(measuring.measure)):
             source.read(Reader(model, tokenizer, 0, measuring.watched))
     groups = tuple(layer.heads // layer.kv_heads for layer in layers)
     mass = HeadScores(
@@ -128,12 +130,8 @@ class _Measuring:
         finally:
             self._padding = {}
 
-    def handle(self, call: Call) -> Tensor:
-        """The attention handler: what reaches the end of all other handlers is measured, densely."""
-        call = densely(call)
-        return call.replace(below=((self._last, call.layer), *call.below)).proceed()
-
-    def _last(self, call: Call) -> Tensor:
+    def measure(self, call: Call) -> Tensor:
+        """The attention handler: the dense output, of which it is told what the choice leaves out."""
         if self.choices.enter(call.layer) is None:
             return call.proceed()
         k, v = keys_of(call), call.v

@@ -27,7 +27,8 @@ from polyhead.head_scores import HeadScores
 from polyhead.heads.inputs import text_model
 from polyhead.heads.output_errors import OutputError, hidden_distance, logit_divergence
 from polyhead.hf import Call, LayerInfo, attach
-from polyhead.hf.selecting import Choices, LayerSelectors, by_layer, densely
+from polyhead.hf.choices import Choices
+from polyhead.hf.selecting import LayerSelectors, at_the_end, by_layer
 from polyhead.tasks.reading import frozen, texts
 
 __all__ = ["head_sensitivities", "head_sensitivity"]
@@ -141,7 +142,7 @@ def head_sensitivities(
     with frozen(model), attach(model) as attachment, torch.enable_grad():
         layers = attachment.layers
         sums = _Sums(by_layer(select, layers), layers, len(errors))
-        with attachment.handling(sums.handle):
+        with attachment.handling(at_the_end(sums.take)):
             for inputs in samples:
                 there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
                 sums.read(model, there, errors, probes, seed)
@@ -172,12 +173,8 @@ class _Sums:
         self.items = torch.zeros(len(layers), dtype=torch.float64)
         self._steps: list[tuple[int, Tensor]] = []
 
-    def handle(self, call: Call) -> Tensor:
-        """The attention handler: what reaches the end of all other handlers is taken, densely."""
-        call = densely(call)
-        return call.replace(below=((self._last, call.layer), *call.below)).proceed()
-
-    def _last(self, call: Call) -> Tensor:
+    def take(self, call: Call) -> Tensor:
+        """The attention handler: the dense output, and a step of 0 towards the sparse one."""
         dense = call.proceed()
         if self.choices.enter(call.layer) is None:
             return dense

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyhead.errors import UnsupportedModel
+from polyhead.errors import ConfigError, UnsupportedModel
 
 if TYPE_CHECKING:
     from polyhead.hf.call import Call
 
-__all__ = ["KVHandle"]
+__all__ = ["KVHandle", "keys_of"]
 
 
 class KVHandle:
@@ -66,3 +66,17 @@ class KVHandle:
             "was made with, until it is detached: make a new one for this model, or use a cache that returns "
             "tensors (DynamicCache)"
         )
+
+
+def keys_of(call: Call) -> Tensor:
+    """The keys of a call that chooses among them.
+
+    Raises:
+        ConfigError: they are in a cache that only knows how to attend.
+    """
+    if isinstance(call.k, KVHandle):
+        raise ConfigError(
+            f"layer {call.layer.name!r} attends to keys in a {type(call.k).__name__}, which cannot be chosen "
+            "from; use a cache that holds tensors, such as DynamicCache, or no selector for this layer"
+        )
+    return call.k

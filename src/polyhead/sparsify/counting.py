@@ -8,7 +8,7 @@ from torch import Tensor
 from polyhead.attend import attend
 from polyhead.attend.masks import And, Chosen, Mask, is_causal
 from polyhead.hf import Call
-from polyhead.hf.selecting import keys_of
+from polyhead.hf.handles import keys_of
 
 __all__ = ["keys_read", "keys_seen"]
 

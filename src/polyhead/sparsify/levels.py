@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyhead.hf import Call, attach
-from polyhead.hf.selecting import densely, keys_of
+from polyhead.hf.handles import keys_of
+from polyhead.hf.selecting import densely
 from polyhead.sparsify.counting import keys_read
 from polyhead.sparsify.methods import Method
 from polyhead.sparsify.reading import Case

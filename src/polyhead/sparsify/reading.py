@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from polyhead.attend.selectors import Follow, Lead, Selector
 from polyhead.hf import Call, LayerInfo, attach
+from polyhead.hf.handles import keys_of
 from polyhead.hf.long_heads import LongHeads
-from polyhead.hf.selecting import LayerSelectors, Selecting, by_layer, keys_of
+from polyhead.hf.selecting import LayerSelectors, Selecting, by_layer
 from polyhead.nn.long_heads import keys_of_chunks
 from polyhead.sparsify.counting import keys_read
 
