@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polyhead.attend.refusals import inside_transform
+
 __all__ = ["attend_one", "few_rows", "parts_for"]
 
 _SHORTEST = 512  # keys of a part: below, starting threads costs more than they save
@@ -79,7 +81,7 @@ def attend_one(
         or (batch > 1 and any(x.stride(0) != kv_heads * x.stride(1) for x in (k, v)))  # they would be copied
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or inside_transform()
     ):
         return None
     rows = q.reshape(batch * kv_heads, heads // kv_heads, width)

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.attend import cpu_rows
-from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.refusals import ONE_STEP, beyond_softmax, inside_transform
 
 __all__ = ["HIDDEN", "fused", "fused_backward", "unfit"]
 
@@ -62,17 +62,11 @@ def _for_all(added: Tensor | None, k: Tensor) -> Tensor | None:
 
 def unfit(request: Request) -> str:
     """Why the kernel is not for a call, whatever its mask; empty if it is."""
-    q, problem = request.q, request.problem
-    if problem.score is not None:
-        return f"it has no score maps, and the call has {problem.score}"
-    if problem.weight_map is not None:
-        return f"it has no maps of the weights, and the call has {problem.weight_map}"
-    if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-        return f"it normalises by plain softmax, not by {problem.normalizer}"
-    if problem.dropout:
-        return "it has no dropout"
-    if q.device.type != "cpu":
-        return f"it is for a CPU, not for {q.device.type}"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
+    reason = beyond_softmax(request, lse=True)
+    if reason:
+        return reason
+    if request.q.device.type != "cpu":
+        return f"it is for a CPU, not for {request.q.device.type}"
+    if inside_transform():
+        return ONE_STEP
     return ""

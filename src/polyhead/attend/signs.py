@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.precision import wide
+from polyhead.attend.refusals import inside_transform
 from polyhead.attend.strip_work import Operands, StripWork, read
 from polyhead.attend.strips import Frame, Strip
 from polyhead.description import Part
@@ -98,7 +99,7 @@ def integers_pay(q: Tensor, k: Tensor, v: Tensor, *parts: Part | None) -> bool:
         and k.shape[2] >= _ROWS
         and q.shape[3] >= 32
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not inside_transform()
         and _has_integer_products()
     )
 

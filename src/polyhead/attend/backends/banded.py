@@ -21,6 +21,7 @@ from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
 from polyhead.attend.problem import Problem
+from polyhead.attend.refusals import ONE_STEP, beyond_softmax, inside_transform
 from polyhead.attend.scores import Positional
 from polyhead.attend.stream import OwnGradients, of_heads, stream, trainable
 from polyhead.attend.tile import Tile
@@ -45,22 +46,17 @@ class Banded:
         found = band(problem.mask)
         if found is None:
             return f"{problem.mask} is not a window around each query"
-        if problem.weight_map is not None:
-            return f"it has no maps of the weights, and the call has {problem.weight_map}"
+        reason = beyond_softmax(request, score=True, normalizer=True)
+        if reason:
+            return reason
         if problem.score is not None and not isinstance(problem.score, Positional):
             return f"its blocks share one bias by distance; {problem.score} depends on more"
         if problem.score is not None and found.sinks:
             return "a bias by distance differs from block to block at the sinks"
-        if request.want_lse:
-            return "it does not return the log-sum-exp"
-        if problem.dropout:
-            return "it has no dropout"
         if 0 in (*request.q.shape, *request.k.shape):
             return "it does not define attention over nothing"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (
-                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
-            )
+        if inside_transform():
+            return ONE_STEP
         queries, keys = request.q.shape[2], request.k.shape[2]
         width = _ROWS + found.left + found.right + found.sinks
         if queries < 2 * _ROWS or 2 * width > keys:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.refusals import beyond_softmax
 from polyhead.attend.scores import Positional, Score, SoftCap
 
 __all__ = ["Flex"]
@@ -44,14 +44,11 @@ class Flex:
 
     def refuse(self, request: Request) -> str:
         problem = request.problem
-        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-            return f"it normalises by plain softmax, not by {problem.normalizer}"
+        reason = beyond_softmax(request, score=True, lse=True)
+        if reason:
+            return reason
         if problem.score is not None and not isinstance(problem.score, Positional | SoftCap):
             return f"it is handed biases by distance and soft caps only, not {problem.score}"
-        if problem.weight_map is not None:
-            return f"it has no maps of the weights, and the call has {problem.weight_map}"
-        if problem.dropout:
-            return "it has no dropout"
         if request.q.device.type == "cpu":
             if request.needs_grad:
                 return "its CPU build has no backward"

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.masks import Blocks, Chosen, Mask, OnGrid, all_of, terms_of
-from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 from polyhead.attend.precision import wide
+from polyhead.attend.refusals import beyond_softmax
 from polyhead.attend.scores import Chain, GatheredScore, Positional, Score, WindowBias
 
 __all__ = ["Grouped"]
@@ -39,14 +39,9 @@ class Grouped:
             return f"{problem.mask} does not part queries in groups that see the same keys"
         if problem.score is not None and not _by_place(problem.score):
             return f"it has biases by place alone, and the call has {problem.score}"
-        if problem.weight_map is not None:
-            return f"it has no maps of the weights, and the call has {problem.weight_map}"
-        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-            return f"it normalises by plain softmax, not by {problem.normalizer}"
-        if problem.dropout:
-            return "it has no dropout"
-        if request.want_lse:
-            return "it does not return the log-sum-exp"
+        reason = beyond_softmax(request, score=True)
+        if reason:
+            return reason
         if 0 in (*q.shape, *k.shape, *request.v.shape):
             return "it does not define attention over nothing"
         if q.shape[2] != k.shape[2]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from polyhead.attend import tiles
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.refusals import inside_transform
 from polyhead.attend.signs import SignOperands, of_one_magnitude
 
 __all__ = ["Signs"]
@@ -26,7 +27,7 @@ class Signs:
             return f"it multiplies integers on a CPU; the call is on {q.device}"
         if request.needs_grad:
             return "it has no backward"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if inside_transform():
             return "torch.func transforms (vmap, jvp) cannot look into it"
         if q.dtype == torch.float64:
             return "float64 is multiplied as it is"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Gathered, causal
-from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.refusals import ONE_STEP, beyond_softmax, inside_transform
 from polyhead.errors import PolyheadError
 
 __all__ = ["Staircase"]
@@ -76,26 +76,17 @@ class Staircase:
         mask = problem.mask
         if not isinstance(mask, Gathered) or mask.positions is None or mask.mask != _CAUSAL:
             return f"{mask} is not a causal mask over queries that were picked out of a larger call"
-        if problem.score is not None:
-            return f"it has no score maps, and the call has {problem.score}"
-        if problem.weight_map is not None:
-            return f"it has no maps of the weights, and the call has {problem.weight_map}"
-        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-            return f"it normalises by plain softmax, not by {problem.normalizer}"
-        if problem.dropout:
-            return "it has no dropout"
-        if request.want_lse:
-            return "it does not return the log-sum-exp"
+        reason = beyond_softmax(request)
+        if reason:
+            return reason
         if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64):
             return f"it is for float32 and float64 on a CPU, not for {q.dtype} on {q.device.type}"
         if v.shape[-1] != k.shape[-1] or q.shape[1] != k.shape[1]:
             return "it needs values as wide as keys, and keys for every head"
         if 0 in (*q.shape, *k.shape) or q.shape[2] < _LEAST_ROWS or k.shape[2] < _LEAST_KEYS:
             return f"for fewer than {_LEAST_ROWS} rows or {_LEAST_KEYS} keys it would not be quicker"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (
-                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
-            )
+        if inside_transform():
+            return ONE_STEP
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:

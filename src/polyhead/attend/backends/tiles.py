@@ -8,6 +8,7 @@ from torch import Tensor
 from polyhead.attend import tiles
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
+from polyhead.attend.refusals import ONE_STEP, inside_transform
 from polyhead.attend.stream import stream
 
 __all__ = ["Tiles"]
@@ -25,10 +26,8 @@ class Tiles:
     def refuse(self, request: Request) -> str:
         if request.want_lse and not isinstance(request.problem.normalizer, Softmax):
             return f"return_lse is defined for softmax only, not for {request.problem.normalizer}"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (
-                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
-            )
+        if inside_transform():
+            return ONE_STEP
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:

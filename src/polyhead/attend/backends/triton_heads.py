@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.across_heads import HeadMix
-from polyhead.attend.normalizers import Softmax
 from polyhead.attend.plan import Request
 from polyhead.attend.problem import Problem
+from polyhead.attend.refusals import ONE_STEP, beyond_softmax, inside_transform
 from polyhead.attend.stream import stream
 from polyhead.attend.triton_heads.sizes import FEWEST, MOST_HEADS, MOST_REPEAT, WIDTHS, near, padded
 
@@ -48,10 +48,9 @@ class TritonHeads:
                 return f"it maps logits and weights by one head_mix each, not by {part}"
         if problem.score is None and problem.weight_map is None:
             return "the call has no head_mix"
-        if not (isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is None):
-            return f"it normalises by plain softmax, not by {problem.normalizer}"
-        if problem.dropout:
-            return "it has no dropout"
+        reason = beyond_softmax(request, score=True, weight_map=True, lse=True)
+        if reason:
+            return reason
         if near(problem.mask) is None:
             return f"{problem.mask} is not a window around each query with padding"
         where = _no_device(q.device)
@@ -81,10 +80,8 @@ class TritonHeads:
         for part in (problem.score, problem.weight_map):
             if isinstance(part, HeadMix) and part.matrix.shape[0] != heads:
                 return f"head_mix mixes {part.matrix.shape[0]} heads, but the call has {heads} query heads"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (
-                "it is one step for autograd and cannot be looked into by torch.func transforms (vmap, jvp)"
-            )
+        if inside_transform():
+            return ONE_STEP
         return ""
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
