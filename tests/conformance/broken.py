@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import polyhead as ph
 from conformance.contract import Case
 from polyhead.errors import UnsupportedPattern
-from polyhead.mechanisms import PATTERNS, AttentionConfig, Registry
+from polyhead.mechanisms import PATTERNS, AttentionConfig, Promises, Registry
 from polyhead.mechanisms.config import without_context
 from polyhead.nn import Cost, GrowingCache, MultiHeadAttention
 from polyhead.nn.auxiliary import AuxiliaryLosses
@@ -407,8 +407,9 @@ def case(kind: type[MultiHeadAttention]) -> Case:
             summary=str(kind.__doc__),
             equation="-",
             graph_breaks=int(kind is BreaksAsDeclared),
-            piecewise_constant=getattr(kind, "in_steps", False),
-            taught=getattr(kind, "taught", ()),
+            promises=Promises(
+                piecewise_constant=getattr(kind, "in_steps", False), taught=getattr(kind, "taught", ())
+            ),
             supports=frozenset({"self"}) if issubclass(kind, SelfOnly) else PATTERNS,
         )(config)
     return Case(SCRATCH.entry(name), twin_name="mha")

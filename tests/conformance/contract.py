@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import polyhead as ph
 from polyhead.attend.masks import Mask, densify
 from polyhead.errors import ConfigError, UnsupportedPattern
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import PATTERNS, Entry
 from polyhead.nn import Cost, auxiliary_losses
 from polyhead.papers import paper
@@ -87,6 +88,10 @@ class Case:
             if (causal is None or p.startswith("causal") == causal)
             and (cross is None or p.endswith("cross") == cross)
         ]
+
+    @property
+    def promises(self) -> Promises:
+        return self.entry.promises
 
     def has(self, option: str) -> bool:
         return option in {f.name for f in dataclasses.fields(self.entry.config)}
@@ -191,10 +196,10 @@ def facts(case: Case) -> None:
     if entry.paper is not None:
         assert paper(entry.paper).title == entry.title
     for heads in (1, 2, 3, 6, 9, 16):
-        if heads >= entry.least_heads:
+        if heads >= entry.promises.least_heads:
             entry.config(dim=8 * heads, heads=heads)
             continue
-        with pytest.raises(ConfigError, match=f"heads must be at least {entry.least_heads}"):
+        with pytest.raises(ConfigError, match=f"heads must be at least {entry.promises.least_heads}"):
             entry.config(dim=8 * heads, heads=heads)
 
 
@@ -230,7 +235,7 @@ def equals_twin_masked(case: Case) -> None:
         ids[[0, 5]] = -1  # these look at nothing
         lonely = ph.documents(ids) if c.mask is None else c.mask & ph.documents(ids)
         local = ph.window(3, 2) if c.mask is None else c.mask & (ph.window(3) | ph.sink(2))
-        for mask in (c.mask, lonely, local) if case.entry.any_mask else (c.mask,):
+        for mask in (c.mask, lonely, local) if case.promises.any_mask else (c.mask,):
             for padding in (None, ragged(3, 11, left=True), ragged(3, 11, left=False)):
                 with torch.no_grad():
                     found = c(module, mask=mask, padding=padding)
@@ -246,7 +251,7 @@ def causal(case: Case) -> None:
         module, length = case.build(), 12
         c = call(module, pattern, batch=1, length=length)
         items, moved = torch.arange(length), torch.zeros(length, length, dtype=torch.float64)
-        for nudge in _nudges(c.source, 32 if case.entry.piecewise_constant else 1):
+        for nudge in _nudges(c.source, 32 if case.promises.piecewise_constant else 1):
             changed = c.source.expand(length, -1, -1).clone()
             changed[items, items] += nudge  # item n has another token n
             many = Call(c.x.expand(length, -1, -1), None if c.context is None else changed, c.mask)
@@ -256,7 +261,7 @@ def causal(case: Case) -> None:
         before = torch.ones(length, length, dtype=torch.bool).tril(-1)  # of item n: the rows before n
         assert moved[before].max().item() <= 1e-12, f"{pattern}: a later token moved an earlier output"
         assert moved[items, items].min().item() > 1e-6, f"{pattern}: a token does not move its own output"
-        if case.entry.tokenwise:
+        if case.promises.tokenwise:
             assert moved[:-1, -1].max().item() <= 1e-12, f"{pattern}: the last row sees others"
         else:
             assert moved[-1 - items[: length // 2], -1].min().item() > 1e-9, (
@@ -353,7 +358,7 @@ def decode(case: Case) -> None:
     c = call(module, "causal_self", length=13)
     with torch.no_grad():
         full = c(module)
-        kinds = [{}, {"max_length": 13}, *([{"window": 13}] if case.entry.any_mask else [])]
+        kinds = [{}, {"max_length": 13}, *([{"window": 13}] if case.promises.any_mask else [])]
         for chunks in CHUNKS:
             for cache in [module.new_cache(2, **kind) for kind in kinds]:
                 parts = [c(module, x=x, cache=cache) for x in c.x.split(chunks, dim=1)]
@@ -391,7 +396,7 @@ def decode_padded(case: Case) -> None:
 
 def decode_window(case: Case) -> None:
     """A cache of recent tokens and sinks gives the full forward pass under that mask."""
-    if "causal_self" not in case.entry.supports or not case.entry.any_mask:
+    if "causal_self" not in case.entry.supports or not case.promises.any_mask:
         return
     module = case.build()
     c = call(module, "causal_self", length=60)
@@ -459,13 +464,13 @@ def gradients(case: Case) -> None:
     Where a mechanism defines the gradient of a step as that of another function, which finite differences
     cannot know, they are those of its twin, at a larger size and with padding.
     """
-    if case.entry.straight_through:
+    if case.promises.straight_through:
         gradients_of_twin(case)
         return
     for pattern in case.patterns():
         module = case.build(heads=2, head_dim=2)
         c = call(module, pattern, batch=1, length=3, keys=4)
-        learned = [(n, p) for n, p in module.named_parameters() if not n.startswith(case.entry.taught)]
+        learned = [(n, p) for n, p in module.named_parameters() if not n.startswith(case.promises.taught)]
         names = [name for name, _ in learned]
         inputs = (c.x, *(() if c.context is None else (c.context,)))
         tensors = [*inputs, *(p.detach() for _, p in learned)]
@@ -512,14 +517,14 @@ def gradients_finite(case: Case) -> None:
         c = call(module, pattern, batch=2, length=9, dtype=torch.float32)
         ids = torch.tensor([-1, *[0] * 8])
         mask = ph.documents(ids) if c.mask is None else c.mask & ph.documents(ids)
-        mask = mask if case.entry.any_mask else c.mask
+        mask = mask if case.promises.any_mask else c.mask
         c(module, mask=mask, padding=ragged(2, 9, left=True)).square().sum().backward()
         for name, p in module.named_parameters():
-            if name.startswith(case.entry.taught):
+            if name.startswith(case.promises.taught):
                 assert p.grad is None, f"{pattern}: a gradient of the output reaches {name}"
-        if case.entry.taught:
+        if case.promises.taught:
             losses = list(auxiliary_losses(module).values())
-            assert losses, f"{pattern}: no auxiliary loss teaches {', '.join(case.entry.taught)}"
+            assert losses, f"{pattern}: no auxiliary loss teaches {', '.join(case.promises.taught)}"
             torch.stack(losses).sum().backward()
         for name, p in module.named_parameters():
             assert p.grad is not None, f"{pattern}: no gradient reaches {name}"
@@ -545,14 +550,14 @@ def precision(case: Case) -> None:
                 )
             assert found.dtype == dtype
             size = expected.square().mean().sqrt()
-            if case.entry.piecewise_constant and dtype != torch.float32:
+            if case.promises.piecewise_constant and dtype != torch.float32:
                 close_on_average(found, expected, STEPS_OFF)
             else:
                 close(found.double() / size, expected / size, tolerance * 8)
         module = case.build(head_dim=16, dtype=torch.float32)
         c = call(module, pattern, length=33, dtype=torch.float32)
         with torch.no_grad():
-            if case.entry.straight_through:
+            if case.promises.straight_through:
                 low = call(module, pattern, length=33, dtype=torch.bfloat16)
                 plain = low(copy.deepcopy(module).bfloat16()).float()
             else:
@@ -562,7 +567,7 @@ def precision(case: Case) -> None:
             size = size.maximum(size.mean())
             with torch.autocast("cpu", torch.bfloat16):
                 found = c(module).float()
-            if case.entry.piecewise_constant:
+            if case.promises.piecewise_constant:
                 close_on_average(found, plain, STEPS_OFF)
             else:
                 close(found / size, plain / size, 0.1)
@@ -612,7 +617,7 @@ def compiles(case: Case) -> None:
     torch._dynamo.reset()
     real = ragged(2, 9, left=False)
     c = call(module, pattern, dtype=torch.float32)
-    learned = [p for name, p in module.named_parameters() if not name.startswith(case.entry.taught)]
+    learned = [p for name, p in module.named_parameters() if not name.startswith(case.promises.taught)]
     leaves = [c.source.requires_grad_(), *learned]
     flows = []
     for run in (compiled, module):
@@ -634,7 +639,7 @@ def cost(case: Case) -> None:
     Where the inputs decide how many rows a part computes, padding may add a tenth at a fair length.
     """
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused}
-    length = 768 if case.entry.routed else 16
+    length = 768 if case.promises.routed else 16
     for pattern in case.patterns(causal=False):
         module = case.build(dtype=torch.float32)
         keys = 24 if pattern == "cross" else length
@@ -645,11 +650,11 @@ def cost(case: Case) -> None:
         with torch.no_grad(), counter:
             c(module)
         counted = counter.get_total_flops()
-        most = 1.1 * said.flops if case.entry.routed else said.flops
+        most = 1.1 * said.flops if case.promises.routed else said.flops
         assert said.flops <= counted <= most, (said.flops, counted)
         assert said.projections > 0 or counted == 0  # some have no products of matrices
         of_pairs = (said.scores, said.values, said.kv_bytes_per_token)
-        assert max(of_pairs) == 0 if case.entry.tokenwise else min(of_pairs) > 0
+        assert max(of_pairs) == 0 if case.promises.tokenwise else min(of_pairs) > 0
 
 
 def dropout(case: Case) -> None:
@@ -745,7 +750,7 @@ def refusals(case: Case) -> None:
         else:
             with pytest.raises(ConfigError, match="context_dim"):
                 config(**wide)
-    if not case.entry.any_mask:
+    if not case.promises.any_mask:
         for mask in (ph.window(3), ph.causal() & ph.documents(torch.zeros(6, dtype=torch.int64))):
             with pytest.raises(UnsupportedPattern, match=rf"{name} does not support a mask other than"):
                 module(x, mask=mask)

@@ -10,7 +10,7 @@ import pytest
 import polyhead as ph
 from conformance.broken import BROKEN, BreaksAsDeclared, Centred, SelfOnly, Sound, TaughtAside, case
 from conformance.contract import CHECKS, Case, causal, failing
-from polyhead.mechanisms import AttentionConfig, Registry
+from polyhead.mechanisms import AttentionConfig, Promises, Registry
 from polyhead.nn import MultiHeadAttention
 
 
@@ -31,7 +31,7 @@ def test_a_broken_mechanism_is_caught(kind: type[MultiHeadAttention]) -> None:
 def test_only_what_moves_in_steps_may_stand_still_at_a_change() -> None:
     stepping = case(Centred)
     assert failing(stepping, [causal]) == {}
-    plain = Case(dataclasses.replace(stepping.entry, piecewise_constant=False), twin_name="mha")
+    plain = Case(dataclasses.replace(stepping.entry, promises=Promises()), twin_name="mha")
     assert "does not move its own output" in failing(plain, [causal])["causal"]
 
 

@@ -15,6 +15,7 @@ import polyhead as ph
 from conformance.contract import Case, _fused, causal, cost
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
+from polyhead.mechanisms import Promises
 
 F64 = {"dtype": torch.float64}
 DRAW = torch.Generator().manual_seed(0)
@@ -76,9 +77,9 @@ def test_the_mlp_sees_its_own_token_alone() -> None:
 def test_the_contract_notices_an_mlp_that_mixes_after_all() -> None:
     for check in (causal, cost):
         with pytest.raises(AssertionError):
-            check(Case(dataclasses.replace(ph.entry("taylor2"), tokenwise=True)))
+            check(Case(dataclasses.replace(ph.entry("taylor2"), promises=Promises(tokenwise=True))))
         with pytest.raises(AssertionError):
-            check(Case(dataclasses.replace(ph.entry("token_mlp"), tokenwise=False)))
+            check(Case(dataclasses.replace(ph.entry("token_mlp"), promises=Promises())))
 
 
 # ---- no softmax ----

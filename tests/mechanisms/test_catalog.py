@@ -80,6 +80,8 @@ def test_facets_that_do_not_exist_are_refused_with_those_that_do() -> None:
         Registry().register("one", facets={"positions": "local"}, **FACTS)
     with pytest.raises(ConfigError, match="one: picture must be a Flow"):
         Registry().register("one", picture="x -> y", **FACTS)
+    with pytest.raises(ConfigError, match="one: promises must be Promises"):
+        Registry().register("one", promises={"any_mask": False}, **FACTS)
 
 
 def test_filters() -> None:
@@ -160,7 +162,7 @@ def test_every_entry_has_a_picture_that_ends_in_y(name: str) -> None:
     flow = ph.entry(name).flow
     assert flow.queries[0].name == "x"
     assert flow.joined[-1].name == "y"
-    assert flow.keys or ph.entry(name).tokenwise
+    assert flow.keys or ph.entry(name).promises.tokenwise
 
 
 def test_a_picture_shows_the_parts_that_a_module_has() -> None:

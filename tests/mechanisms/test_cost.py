@@ -63,7 +63,7 @@ def said(entry: Entry, module: nn.Module, pattern: str, length: int) -> int:
     """Operations that the module says it costs."""
     if pattern.endswith("cross"):
         return module.cost(length, context_length=length + FURTHER).flops
-    if pattern == "causal_self" and not entry.any_mask:
+    if pattern == "causal_self" and not entry.promises.any_mask:
         # where `causal()` is no mask over pairs but a form of its own, it is that of steps after nothing
         return module.step_cost(0, length).flops
     return module.cost(length).flops
@@ -79,7 +79,7 @@ def test_cost_counts_the_operations_of_the_dense_form(
     module = built(entry)
     for length in LENGTHS:
         counted, expected = run(module, pattern, length), said(entry, module, pattern, length)
-        if entry.routed:
+        if entry.promises.routed:
             drawn = any(isinstance(part, ExpertChoice) for part in module.modules())
             least = EXPECTED * expected if drawn else expected
             assert least <= counted <= ROUTED * expected, length
@@ -96,7 +96,7 @@ def test_no_backend_runs_more_than_cost_counts(entry: Entry, pattern: str) -> No
         if isinstance(module, RoutedHeads):
             keys = length + FURTHER if pattern.endswith("cross") else length
             most = of_all_heads(module, length, keys)
-        elif entry.routed:
+        elif entry.promises.routed:
             most *= ROUTED
         assert run(module, pattern, length) <= most, length
 

@@ -57,7 +57,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mechanism_with_weights_can_be_trained_by_them(name: str) -> None:
     entry = ph.entry(name)
-    module = built(name, heads=max(4, entry.least_heads))
+    module = built(name, heads=max(4, entry.promises.least_heads))
     mask = ph.causal() if {"causal_self", "causal_cross"} & entry.supports else None
     call = (X,) if entry.supports & {"self", "causal_self"} else (X, X)
     module(*call, mask=mask)

@@ -142,7 +142,7 @@ def test_catalog_and_show_agree_with_the_registry():
             "data flow",
             # a layer that maps tokens by themselves has steps of its own in the picture
             registry.entry(row["name"]).flow.joined[0].name
-            if registry.entry(row["name"]).tokenwise
+            if registry.entry(row["name"]).promises.tokenwise
             else "normaliser",
             "supports",
             "cost",

@@ -3,6 +3,7 @@
 from polyhead.mechanisms.config import AttentionConfig, MechanismConfig
 from polyhead.mechanisms.facets import FACETS, Facets
 from polyhead.mechanisms.flow import Flow, Step, flow_of
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import (
     PATTERNS,
     REFERENCE,
@@ -27,6 +28,7 @@ __all__ = [
     "Facets",
     "Flow",
     "MechanismConfig",
+    "Promises",
     "Registry",
     "StackConfig",
     "Step",

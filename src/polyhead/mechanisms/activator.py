@@ -31,6 +31,7 @@ from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.gated_unit import GATES, FeedForward, GatedBlock, GatedUnit
 from polyhead.nn.projections import at_least_one
@@ -78,7 +79,7 @@ class _Gated(MechanismConfig):
     supports=_SELF,
     facets=_FACETS,
     picture=Flow((Step("x", "(L, d)"),), (), (*_UNIT, Step("y", "(L, d)"))),
-    tokenwise=True,
+    promises=Promises(tokenwise=True),
 )
 class ActivatorUnit(_Gated):
     """The gated unit of Activator.
@@ -109,7 +110,7 @@ class ActivatorUnit(_Gated):
         (),
         (*_UNIT, Step("residual", "+ x"), Step("ffn", "d → f → d of the norm, + x"), Step("y", "(L, d)")),
     ),
-    tokenwise=True,
+    promises=Promises(tokenwise=True),
 )
 class ActivatorBlock(_Gated):
     """A block of Activator, with its norms and residuals.

@@ -36,6 +36,7 @@ from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.bi_level import BiLevelAttention
 
@@ -55,7 +56,7 @@ __all__ = ["BiLevelRouting"]
     ),
     supports=frozenset({"self"}),
     facets=Facets(positions="hard"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class BiLevelRouting(AttentionConfig):
     """Bi-level routing attention.

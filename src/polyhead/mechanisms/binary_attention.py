@@ -37,6 +37,7 @@ from polyhead.attend.weight_maps import weight_chain
 from polyhead.checks import flag, given, several, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.binary_attention import BinaryAttention
@@ -53,7 +54,7 @@ __all__ = ["BinaryQueryKey"]
     family="quantized",
     summary="scores are products of the signs of queries and keys, times a magnitude, plus a learned bias",
     equation="S = μ_q μ_k sign(q) sign(k)ᵀ / √D + bias;  μ = mean |·|;  y = concat_h(softmax(S) v) W_O",
-    straight_through=True,
+    promises=Promises(straight_through=True),
 )
 class BinaryQueryKey(AttentionConfig):
     """Binary attention.

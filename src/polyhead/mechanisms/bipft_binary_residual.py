@@ -34,6 +34,7 @@ from polyhead.checks import given
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.binary_projection import BinaryOutput, BinaryProjection
@@ -55,8 +56,7 @@ __all__ = ["BinaryResidual"]
     summary="queries, keys, weights, values and projections of one bit; rank-1 estimates of what that loses",
     equation="A = softmax((q_b k_bᵀ + u_qp (u_kp + u_km)ᵀ + u_qm u_kpᵀ) / √D);  head = A_b v_b + A_b u_vp",
     facets=Facets(distribution="other"),  # weights of softmax are made binary
-    straight_through=True,
-    piecewise_constant=True,
+    promises=Promises(straight_through=True, piecewise_constant=True),
 )
 class BinaryResidual(AttentionConfig):
     """Binary attention with estimates of its residuals.

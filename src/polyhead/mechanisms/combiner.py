@@ -43,6 +43,7 @@ from polyhead.checks import flag, given, whole
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.own_scores import OwnScoresConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.block_summaries import GuidedByPool
 from polyhead.nn.prefix_blocks import ColumnsAttention, DyadicAttention
@@ -81,7 +82,7 @@ class _CombinerConfig(OwnScoresConfig):
     equation=_SUM + ";  Ω⁰ the own segment, Ω^r the others",
     supports=frozenset({"self", "causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class Combiner(_CombinerConfig):
     """Combiner with segments; further options are those of `OwnScoresConfig`.
@@ -119,7 +120,7 @@ class Combiner(_CombinerConfig):
     equation=_SUM + ";  Ω⁰ = {i}, Ω^r the binary digits of i",
     supports=frozenset({"causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class CombinerLogsparse(_CombinerConfig):
     """Combiner with blocks of powers of two; further options are those of `OwnScoresConfig`.
@@ -144,7 +145,7 @@ class CombinerLogsparse(_CombinerConfig):
     equation=_SUM + ";  Ω⁰ row and column, Ω^r the other columns above",
     supports=frozenset({"causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class CombinerAxial(_CombinerConfig):
     """Combiner with rows and columns; further options are those of `OwnScoresConfig`.

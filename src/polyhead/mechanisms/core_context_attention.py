@@ -33,6 +33,7 @@ from polyhead.checks import flag, given, whole
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.own_scores import OwnScoresConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.block_summaries import BlockSummary, GuidedByLast, Pooled
 from polyhead.nn.summarised import SummarisedAttention
@@ -60,7 +61,7 @@ class CoreTokensAttention(SummarisedAttention):
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class CoreContextAttention(OwnScoresConfig):
     """Core context attention; further options are those of `OwnScoresConfig`.

@@ -33,6 +33,7 @@ from typing import Any
 from polyhead.checks import flag, whole
 from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.dynamic_mask import DynamicMask
 
@@ -52,7 +53,7 @@ __all__ = ["DynamicMaskAttention"]
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(positions="hard"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class DynamicMaskAttention(AttentionConfig):
     """Dynamic mask attention.

@@ -26,6 +26,7 @@ from typing import Any
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.gaussian import GaussianHeads
 
@@ -57,7 +58,7 @@ __all__ = ["GaussianAdaptive"]
             Step("y", "(L, d), x times the weights"),
         ),
     ),
-    tokenwise=True,
+    promises=Promises(tokenwise=True),
 )
 class GaussianAdaptive(MechanismConfig):
     """Gaussian adaptive attention over features.

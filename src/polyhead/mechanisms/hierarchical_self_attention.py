@@ -39,6 +39,7 @@ from typing import Any
 from polyhead.checks import whole
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.own_scores import OwnScoresConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.hierarchical import HierarchicalAttention
 
@@ -58,7 +59,7 @@ __all__ = ["HierarchicalSelfAttention"]
     ),
     supports=frozenset({"self", "causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class HierarchicalSelfAttention(OwnScoresConfig):
     """Hierarchical self-attention; further options are those of `OwnScoresConfig`.

@@ -37,6 +37,7 @@ from typing import Any
 from polyhead.checks import whole
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.own_scores import OwnScoresConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.landmarks import LandmarkedAttention
 
@@ -56,7 +57,7 @@ __all__ = ["LandmarkAttention"]
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(levels="multi"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class LandmarkAttention(OwnScoresConfig):
     """Landmark attention; further options are those of `OwnScoresConfig`.

@@ -25,6 +25,7 @@ from typing import Any
 
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attentive_experts import AttentiveExperts, MeanGate
 from polyhead.nn.projections import at_least_one
@@ -43,7 +44,7 @@ __all__ = ["MixtureAttentiveExperts"]
         "y = Σ_i g_i f_i,  f_i = H/(H-1) Σ_{j≠i} head_j W_Oj;  g = softmax(W₂ tanh(W₁ x̄ + b₁) + b₂), "
         "x̄ the mean of what is seen"
     ),
-    least_heads=2,
+    promises=Promises(least_heads=2),
 )
 class MixtureAttentiveExperts(AttentionConfig):
     """Mixture of attentive experts; at least 2 heads.

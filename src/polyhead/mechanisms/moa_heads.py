@@ -26,6 +26,7 @@ from typing import Any
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.expert_router import ExpertRouter
 from polyhead.nn.projections import at_least_one, divisors, head_width
@@ -47,7 +48,7 @@ __all__ = ["MixtureOfAttentionHeads"]
         "of p = softmax(W_g x_t)"
     ),
     graph_breaks=1,
-    routed=True,
+    promises=Promises(routed=True),
 )
 class MixtureOfAttentionHeads(AttentionConfig):
     """Mixture of attention heads; `heads` counts the query heads that a token has, k·G.

@@ -33,6 +33,7 @@ from polyhead.attend.selectors import keep_blocks, mean_keys, select
 from polyhead.checks import whole
 from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.one_sequence import OneSequenceAttention
 
@@ -72,7 +73,7 @@ class BlockMixture(OneSequenceAttention):
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(positions="hard"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class Moba(AttentionConfig):
     """Mixture of block attention.

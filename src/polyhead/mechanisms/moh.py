@@ -32,6 +32,7 @@ from typing import Any
 from polyhead.checks import flag, number, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.head_routers import LearnedRouter, QueryNormRouter
 from polyhead.nn.projections import at_least_one
@@ -53,7 +54,7 @@ __all__ = ["MixtureOfHeads"]
         "g_routed = 2 α_2 k r',  r' = top-k of softmax(W_r x) over its sum,  α = softmax(W_h x)"
     ),
     graph_breaks=1,
-    routed=True,
+    promises=Promises(routed=True),
 )
 class MixtureOfHeads(AttentionConfig):
     """Mixture of heads.

@@ -34,6 +34,7 @@ from polyhead.checks import flag, number, whole
 from polyhead.errors import unknown_name
 from polyhead.mechanisms.config import AttentionConfig, causal_alone, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.choosing_heads import ChoosingHeads
 from polyhead.nn.expert_choice import ExpertChoice
@@ -57,8 +58,7 @@ __all__ = ["MixtureOfSparseAttention"]
     supports=frozenset({"causal_self"}),
     graph_breaks=1,
     facets=Facets(positions="hard"),
-    routed=True,
-    any_mask=False,
+    promises=Promises(routed=True, any_mask=False),
 )
 class MixtureOfSparseAttention(AttentionConfig):
     """Mixture of sparse attention.

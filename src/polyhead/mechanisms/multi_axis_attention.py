@@ -38,6 +38,7 @@ from polyhead.attend.scores.window import window_offsets
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.patterned import PatternedAttention
 
@@ -56,7 +57,7 @@ __all__ = ["MultiAxis"]
         "same lattice of G × G"
     ),
     supports=frozenset({"self", "causal_self"}),
-    least_heads=2,
+    promises=Promises(least_heads=2),
 )
 class MultiAxis(AttentionConfig):
     """Attention within blocks and on lattices.

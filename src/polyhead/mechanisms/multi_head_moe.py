@@ -36,6 +36,7 @@ from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.expert_router import ExpertRouter
 from polyhead.nn.experts import Experts, maps_of
@@ -71,8 +72,7 @@ __all__ = ["MultiHeadMoE"]
             Step("y", "(L, d)"),
         ),
     ),
-    routed=True,
-    tokenwise=True,
+    promises=Promises(routed=True, tokenwise=True),
 )
 class MultiHeadMoE(MechanismConfig):
     """Multi-head mixture of experts; `heads` divides `dim`.

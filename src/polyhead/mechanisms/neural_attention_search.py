@@ -35,6 +35,7 @@ from typing import Any
 from polyhead.checks import number, whole
 from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.typed_tokens import TypedTokens
 
@@ -54,8 +55,7 @@ __all__ = ["NeuralAttentionSearch"]
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(positions="hard"),
-    straight_through=True,
-    any_mask=False,
+    promises=Promises(straight_through=True, any_mask=False),
 )
 class NeuralAttentionSearch(AttentionConfig):
     """Neural attention search.

@@ -18,6 +18,7 @@ from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, flow_of
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.select import select
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
@@ -30,6 +31,7 @@ PATTERNS = frozenset({"self", "causal_self", "cross", "causal_cross"})
 REFERENCE: dict[str, Any] = {"dim": 512, "heads": 8, "length": 4096, "dtype": torch.float16}
 
 _SHOWN = Facets()  # whatever the module shows by itself
+_WHOLE = Promises()  # the whole contract
 
 C = TypeVar("C", bound=type[MechanismConfig])
 
@@ -52,19 +54,7 @@ class Entry:
         file: its file, relative to the package.
         declared: what its file says of its facets.
         picture: its data flow, where its file draws it; None where its parts say it.
-        routed: whether the inputs decide how many rows each of its parts computes. `cost` then counts the
-            rows that are chosen; parts that work together are padded to the one with the most.
-        tokenwise: whether every output depends on its own token alone: a mask then changes nothing, there
-            are no scores and values, and a cache keeps nothing.
-        straight_through: whether it has steps, such as signs, whose gradient is by definition that of
-            another function: its gradients are then those of its twin, not those of finite differences.
-        piecewise_constant: whether its output moves in steps alone, as that of signs of everything does: a
-            token moves it by some changes and not by others, and rounding inputs may move it by a step.
-        least_heads: fewer heads are refused, because the idea has no meaning there.
-        any_mask: whether it takes any mask; else `causal()` alone or none, because tokens share weights in
-            groups that a mask would cut, and a cache that forgets tokens is refused.
-        taught: beginnings of the names of parameters that no gradient of the output reaches, because they
-            learn by the auxiliary losses alone.
+        promises: what it promises otherwise than most.
     """
 
     name: str
@@ -80,13 +70,7 @@ class Entry:
     file: str
     declared: Facets = _SHOWN
     picture: Flow | None = None
-    routed: bool = False
-    tokenwise: bool = False
-    straight_through: bool = False
-    piecewise_constant: bool = False
-    least_heads: int = 1
-    any_mask: bool = True
-    taught: tuple[str, ...] = ()
+    promises: Promises = _WHOLE
 
     def example(self, **size: Any) -> AttentionModule:
         """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
@@ -144,13 +128,7 @@ class Registry:
         graph_breaks: int = 0,
         facets: Facets = _SHOWN,
         picture: Flow | None = None,
-        routed: bool = False,
-        tokenwise: bool = False,
-        straight_through: bool = False,
-        piecewise_constant: bool = False,
-        least_heads: int = 1,
-        any_mask: bool = True,
-        taught: tuple[str, ...] = (),
+        promises: Promises = _WHOLE,
     ) -> Callable[[C], C]:
         """A decorator for the configuration class of a mechanism; the arguments are those of `Entry`.
 
@@ -165,6 +143,8 @@ class Registry:
             raise ConfigError(f"{name}: facets must be Facets(...); got {given(facets)}")
         if not isinstance(picture, Flow | None):
             raise ConfigError(f"{name}: picture must be a Flow; got {given(picture)}")
+        if not isinstance(promises, Promises):
+            raise ConfigError(f"{name}: promises must be Promises(...); got {given(promises)}")
 
         def add(config: C) -> C:
             for known in (name, *aliases):
@@ -174,26 +154,20 @@ class Registry:
                     )
             file = config.__module__.removeprefix("polyhead.").replace(".", "/") + ".py"
             self._entries[name] = Entry(
-                name,
-                aliases,
-                paper,
-                title,
-                family,
-                summary,
-                equation,
-                frozenset(supports),
-                graph_breaks,
-                config,
-                file,
-                facets,
-                picture,
-                routed,
-                tokenwise,
-                straight_through,
-                piecewise_constant,
-                least_heads,
-                any_mask,
-                taught,
+                name=name,
+                aliases=aliases,
+                paper=paper,
+                title=title,
+                family=family,
+                summary=summary,
+                equation=equation,
+                supports=frozenset(supports),
+                graph_breaks=graph_breaks,
+                config=config,
+                file=file,
+                declared=facets,
+                picture=picture,
+                promises=promises,
             )
             self._names |= dict.fromkeys((name, *aliases), name)
             return config

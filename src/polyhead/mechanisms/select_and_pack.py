@@ -36,6 +36,7 @@ from polyhead.checks import given, number, several, whole
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.select_and_pack import SelectAndPackAttention
 
@@ -56,8 +57,7 @@ __all__ = ["SelectAndPack"]
     supports=frozenset({"self"}),
     facets=Facets(positions="hard"),
     graph_breaks=1,
-    routed=True,
-    any_mask=False,
+    promises=Promises(routed=True, any_mask=False),
 )
 class SelectAndPack(AttentionConfig):
     """Attention among selected tokens.

@@ -34,6 +34,7 @@ from polyhead.checks import number, whole
 from polyhead.errors import unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.routed_output import RoutedOutput
 from polyhead.nn.selected_heads import SelectedHeads
@@ -56,7 +57,7 @@ __all__ = ["SelectiveMultiHead"]
     supports=frozenset({"self", "causal_self"}),
     graph_breaks=1,
     facets=Facets(positions="hard"),
-    routed=True,
+    promises=Promises(routed=True),
 )
 class SelectiveMultiHead(AttentionConfig):
     """Selective multi-head attention.

@@ -40,6 +40,7 @@ from polyhead.checks import flag, given, number, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.predicted_keys import PredictedKeysAttention
 
@@ -58,8 +59,7 @@ __all__ = ["Sparsifiner"]
     ),
     supports=frozenset({"self"}),
     facets=Facets(positions="hard"),
-    any_mask=False,
-    taught=("reduce_query", "reduce_key", "tokens_in", "tokens_out"),
+    promises=Promises(any_mask=False, taught=("reduce_query", "reduce_key", "tokens_in", "tokens_out")),
 )
 class Sparsifiner(AttentionConfig):
     """Attention to predicted keys.

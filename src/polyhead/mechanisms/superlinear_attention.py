@@ -34,6 +34,7 @@ from typing import Any
 from polyhead.checks import number, whole
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.own_scores import OwnScoresConfig
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.search_projection import SearchProjection
 from polyhead.nn.span_search import SpanRule, SpanSearchAttention
@@ -54,7 +55,7 @@ __all__ = ["SuperlinearAttention"]
     ),
     supports=frozenset({"causal_self"}),
     facets=Facets(positions="hard", complexity="subquadratic"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class SuperlinearAttention(OwnScoresConfig):
     """Superlinear attention; further options are those of `OwnScoresConfig`.

@@ -26,6 +26,7 @@ from polyhead.checks import flag
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.projections import FanInLinear, at_least_one
 from polyhead.nn.tokenwise import TokenwiseModule
@@ -82,7 +83,7 @@ class TokenMlpModule(TokenwiseModule):
             Step("y", "(L, d)"),
         ),
     ),
-    tokenwise=True,
+    promises=Promises(tokenwise=True),
 )
 class TokenMlp(MechanismConfig):
     """A gated MLP in place of attention.

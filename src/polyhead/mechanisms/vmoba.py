@@ -41,6 +41,7 @@ from polyhead.checks import given
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.whole_sequence import WholeSequenceAttention
 
@@ -67,7 +68,7 @@ class SharedBlockAttention(WholeSequenceAttention):
     ),
     supports=frozenset({"self"}),
     facets=Facets(positions="hard"),
-    any_mask=False,
+    promises=Promises(any_mask=False),
 )
 class Vmoba(AttentionConfig):
     """Video mixture of block attention.
