@@ -10,9 +10,9 @@ import torch
 import polyhead as ph
 from polyhead.errors import ConfigError
 from polyhead.mechanisms import (
+    CATALOGUE_SIZE,
     FACETS,
     PATTERNS,
-    REFERENCE,
     AttentionConfig,
     Facets,
     Flow,
@@ -101,7 +101,7 @@ def test_filters() -> None:
 
 
 def test_kv_bytes_are_those_of_the_reference_size() -> None:
-    assert {k: REFERENCE[k] for k in ("dim", "heads", "dtype")} == {
+    assert {k: CATALOGUE_SIZE[k] for k in ("dim", "heads", "dtype")} == {
         "dim": 512,
         "heads": 8,
         "dtype": torch.float16,

@@ -12,7 +12,7 @@ import torch
 
 from polyhead.errors import UnknownName
 from polyhead.mechanisms.flow import Flow, flow_of
-from polyhead.mechanisms.registry import REFERENCE, Entry
+from polyhead.mechanisms.registry import CATALOGUE_SIZE, Entry
 from polyhead.nn.cost import Cost
 from polyhead.papers import Paper, paper
 from polyhead.reference import reference
@@ -30,10 +30,10 @@ class Size:
         dtype: of what a cache holds.
     """
 
-    dim: int = REFERENCE["dim"]
-    heads: int = REFERENCE["heads"]
-    length: int = REFERENCE["length"]
-    dtype: torch.dtype = REFERENCE["dtype"]
+    dim: int = CATALOGUE_SIZE["dim"]
+    heads: int = CATALOGUE_SIZE["heads"]
+    length: int = CATALOGUE_SIZE["length"]
+    dtype: torch.dtype = CATALOGUE_SIZE["dtype"]
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -5,8 +5,8 @@ from polyhead.mechanisms.facets import FACETS, Facets
 from polyhead.mechanisms.flow import Flow, Step, flow_of
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import (
+    CATALOGUE_SIZE,
     PATTERNS,
-    REFERENCE,
     Catalog,
     Entry,
     Registry,
@@ -19,9 +19,9 @@ from polyhead.mechanisms.registry import (
 from polyhead.mechanisms.stack import StackConfig, build_stack
 
 __all__ = [
+    "CATALOGUE_SIZE",
     "FACETS",
     "PATTERNS",
-    "REFERENCE",
     "AttentionConfig",
     "Catalog",
     "Entry",

@@ -17,18 +17,28 @@ from polyhead.checks import given, place
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.filtering import filtered
 from polyhead.mechanisms.flow import Flow, flow_of
 from polyhead.mechanisms.promises import Promises
-from polyhead.mechanisms.select import select
 from polyhead.nn.contract import AttentionModule
 from polyhead.nn.cost import Cost
 
-__all__ = ["PATTERNS", "REFERENCE", "Catalog", "Entry", "Registry", "build", "catalog", "entry", "register"]
+__all__ = [
+    "CATALOGUE_SIZE",
+    "PATTERNS",
+    "Catalog",
+    "Entry",
+    "Registry",
+    "build",
+    "catalog",
+    "entry",
+    "register",
+]
 
 PATTERNS = frozenset({"self", "causal_self", "cross", "causal_cross"})
 
 # The size at which the catalogue compares: of the mechanism, of the call, and what a cache holds.
-REFERENCE: dict[str, Any] = {"dim": 512, "heads": 8, "length": 4096, "dtype": torch.float16}
+CATALOGUE_SIZE: dict[str, Any] = {"dim": 512, "heads": 8, "length": 4096, "dtype": torch.float16}
 
 _SHOWN = Facets()  # whatever the module shows by itself
 _WHOLE = Promises()  # the whole contract
@@ -73,15 +83,15 @@ class Entry:
     promises: Promises = _WHOLE
 
     def example(self, **size: Any) -> AttentionModule:
-        """The module at `REFERENCE` or another `dim`, `heads` and `dtype`, on the meta device."""
-        size = {name: REFERENCE[name] for name in ("dim", "heads", "dtype")} | size
+        """The module at `CATALOGUE_SIZE` or another `dim`, `heads` and `dtype`, on the meta device."""
+        size = {name: CATALOGUE_SIZE[name] for name in ("dim", "heads", "dtype")} | size
         dtype = size.pop("dtype")
         return self.config(**size).build(device="meta", dtype=dtype)
 
     @cached_property
     def cost(self) -> Cost:
-        """What a call costs at the size of `REFERENCE`, with the options left as they are."""
-        return self.example().cost(REFERENCE["length"])
+        """What a call costs at the size of `CATALOGUE_SIZE`, with the options left as they are."""
+        return self.example().cost(CATALOGUE_SIZE["length"])
 
     @cached_property
     def facets(self) -> Facets:
@@ -90,7 +100,7 @@ class Entry:
 
     @cached_property
     def flow(self) -> Flow:
-        """What becomes of the inputs, step by step, at the size of `REFERENCE`."""
+        """What becomes of the inputs, step by step, at the size of `CATALOGUE_SIZE`."""
         return flow_of(self.example()) if self.picture is None else self.picture
 
     def __str__(self) -> str:
@@ -287,7 +297,7 @@ def catalog(
         paper: number of the paper, "074".
         supports: patterns, out of `PATTERNS`; a mechanism must support all of them.
         kv_bytes: what a token of a cache may take, such as "<512" or ">=128", in bytes at the size of
-            `REFERENCE`: dim=512, heads=8, float16, all options at their defaults.
+            `CATALOGUE_SIZE`: dim=512, heads=8, float16, all options at their defaults.
         sequences, levels, positions, representations, alignment, distribution, complexity, cache: facets, of
             which `FACETS` says what the values mean; one of the given values must be the mechanism's.
 
@@ -308,7 +318,7 @@ def catalog(
         "cache": cache,
     }
     entries = _load().catalog()
-    found = select(
+    found = filtered(
         entries,
         patterns=PATTERNS,
         family=family,

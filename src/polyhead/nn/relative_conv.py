@@ -16,7 +16,7 @@ from polyhead.errors import ConfigError
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import Kept, KeyValueCache
 from polyhead.nn.look_back import LookBackAttention
-from polyhead.nn.positions.base import wide
+from polyhead.nn.positions.base import widest
 
 __all__ = ["PastConvolution", "RelativeConvAttention"]
 
@@ -157,7 +157,7 @@ class RelativeConvAttention(LookBackAttention):
 
     def _waves(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """sin and cos of position times frequency, `(n, E/2)`."""
-        precise = wide(places.device)
+        precise = widest(places.device)
         steps = torch.arange(0, self.relative_dim, 2, dtype=precise, device=places.device) / self.relative_dim
         angles = places.to(precise)[:, None] * 10000.0**-steps
         return angles.sin().to(dtype), angles.cos().to(dtype)

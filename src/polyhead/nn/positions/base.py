@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def wide(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
     """The dtype that angles are worked out in: the widest that `device` has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -88,7 +88,7 @@ class Sinusoidal(Position):
             raise ConfigError(f"sinusoidal: dim must be even, for sines and cosines come in pairs; got {dim}")
 
     def added(self, positions: Tensor, dim: int) -> Tensor:
-        precise = wide(positions.device)
+        precise = widest(positions.device)
         steps = torch.arange(0, dim, 2, dtype=precise, device=positions.device) / dim
         angles = positions.to(precise)[..., None] * self.base**-steps
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyhead.checks import flag, given, number
 from polyhead.errors import ConfigError
-from polyhead.nn.positions.base import Position, wide
+from polyhead.nn.positions.base import Position, widest
 from polyhead.nn.positions.scaling import RopeScaling, scaling_from_parameters
 
 __all__ = ["Rope", "rope", "rope_from_parameters"]
@@ -49,7 +49,7 @@ class Rope(Position):
     def turned(self, positions: Tensor, head_dim: int, length: int) -> Tensor:
         """Rows of cos and of ±sin, `(..., 2, D')`, laid out as the coordinates are."""
         frequencies, factor = self.scaling.frequencies(self.base, head_dim, self.fraction, length)
-        precise = wide(positions.device)
+        precise = widest(positions.device)
         angles = positions.to(precise)[..., None] * frequencies.to(positions.device, precise)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         if self.interleaved:

@@ -1,4 +1,4 @@
-"""Choosing entries of the catalogue by what they are."""
+"""The entries of the catalogue that fit what is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyhead.mechanisms.facets import FACETS, one_of
 if TYPE_CHECKING:
     from polyhead.mechanisms.registry import Entry
 
-__all__ = ["select"]
+__all__ = ["filtered"]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -26,7 +26,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 _BOUND = re.compile(r"\s*(<=|>=|<|>|=)\s*(\d+(?:\.\d+)?)\s*")
 
 
-def select(
+def filtered(
     entries: Iterable[Entry],
     *,
     patterns: Iterable[str],
