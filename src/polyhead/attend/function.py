@@ -175,7 +175,18 @@ def explain(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Plan:
-    """The plan of the same call of `attend`: the chosen backend, and for each other one why not."""
+    """Which backend would run a call of `attend`, and why each other one would not; nothing is attended.
+
+    Args:
+        q, k, v, mask, select, score, normalizer, weight_map, scale, dropout, return_lse, backend: as of
+            `attend`, defaults included. A selector chooses as it would in the call.
+
+    Returns:
+        The `Plan`, which prints one backend a line.
+
+    Raises:
+        ShapeError, ConfigError, BackendRefused, DenseFallback: where `attend` would.
+    """
     request = request_of(q, k, v, mask, select, score, normalizer, weight_map, scale, dropout, return_lse)
     return plan(request, BACKENDS, backend)
 
@@ -198,6 +209,19 @@ def observe(
     Every consumer's `visit(tile, logits, weights)` is called for each strip of whole rows: the tile says
     which batch items, heads, query and key positions it holds; pairs outside the tiles have weight 0.
     The buffers are reused: a consumer keeps what it computes, not what it is given. No gradients.
+
+    Args:
+        q, k, v, mask, select, score, normalizer, weight_map, scale: as of `attend`, defaults included.
+        consumers: objects with `visit(tile, logits, weights)` and the attribute `needs_logits`, True where
+            `visit` reads the logits: see `Consumer`.
+
+    Returns:
+        `(B, H, L, Dv)` in the dtype of q.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit together.
+        ConfigError: a value is not allowed, something is no consumer, or the selector corrects the output,
+            which is then made of more than the weights.
     """
     check_shown(select)
     request = request_of(q, k, v, mask, select, score, normalizer, weight_map, scale, 0.0, False)
@@ -218,7 +242,7 @@ def weights_of(
     """The weights of a call of `attend`, all of them at once and differentiable: O(L·S) memory.
 
     For what needs them whole, such as a loss on them. In float32, or float64 where q is. `observe` shows
-    them strip by strip.
+    them strip by strip, and takes the same arguments.
     """
     check_shown(select)
     request = request_of(q, k, k, mask, select, score, normalizer, weight_map, scale, 0.0, False)

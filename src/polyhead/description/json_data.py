@@ -40,6 +40,9 @@ def to_json(value: Any) -> Any:
     Dtypes, shapes and what is learned are kept; the device of a tensor is not. A function goes by its name
     and must be importable: one that a module defines at its top level.
 
+    Args:
+        value: a part, a tensor, a dtype, a number, text, None, a function, or a sequence of such.
+
     Raises:
         ConfigError: something that JSON cannot carry, such as a lambda or a complex tensor.
     """
@@ -69,6 +72,9 @@ def from_json(data: Any) -> Any:
     Read only data that you trust: a function goes by name, `{"function": "module:name"}`, so reading imports
     that module, which runs its code, and the function is called wherever the description is used. Only plain
     Python functions that the named module itself defines are taken.
+
+    Args:
+        data: what `json.loads` reads from the text that was written.
 
     Raises:
         UnknownName: a part that no module imported so far defines.

@@ -82,11 +82,14 @@ class ErrorCurve:
 
 
 def error_curve(measured: Mapping[float, HeadScores]) -> ErrorCurve:
-    """The mean over heads of scores measured at some shares, made convex: {0.1: scores, 0.3: scores, ...}.
+    """The mean over heads of scores measured at some shares, made convex.
 
     What `allocate_greedily` takes. Scores such as those of `head_sensitivities` with the selector at that
     share. At 1 everything is read, and the error is 0. Points above the line between two others are left out:
     only so is the greedy allocation the best one.
+
+    Args:
+        measured: scores by share, `{0.1: scores, 0.3: scores, ...}`; at least one.
 
     Raises:
         ConfigError: there is no point, a share is not between 0 and 1, or an error is below 0 or not defined.

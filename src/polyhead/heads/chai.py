@@ -67,6 +67,13 @@ class Saved:
 class Sharing:
     """The handler of `clustered`, and what it knows of the sequences at hand.
 
+    Args:
+        layers: all attention layers of the model.
+        counts: by layer the number of clusters; None for one that stays as it is.
+        tokens: n, read with all heads before clusters are made.
+        by: the head that stands for a cluster, "first" or "medoid".
+        fixed: by layer clusters once for all, integers `(H,)`; None: each sequence has its own.
+
     Attributes:
         labels: by layer the cluster of every head, `(B, H)`; None before the first tokens are read.
         representatives: by layer the head whose map each head uses, `(B, H)`.

@@ -159,7 +159,14 @@ M = TypeVar("M", bound=type[Measurement])
 
 
 def register(measurement: M) -> M:
-    """Class decorator: make a measurement known by its name."""
+    """Class decorator: make a measurement known by its name.
+
+    Args:
+        measurement: a class whose `name` no other has.
+
+    Raises:
+        ConfigError: it has no name, or that of another.
+    """
     if not measurement.name or measurement.name in MEASUREMENTS:
         raise ConfigError(f"a measurement needs a name of its own, got {measurement.name!r}")
     MEASUREMENTS[measurement.name] = measurement

@@ -182,7 +182,17 @@ def retrieval_score(
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadScores:
-    """The score of `copy_scores`, of which see there."""
+    """Which share of the answer each head copies from where it looks: the score of `copy_scores`.
+
+    Args:
+        model, tokenizer, cases, top, batch, progress: as of `copy_scores`, defaults included.
+
+    Returns:
+        By layer and head a share, 0 to 1; NaN if no case was answered right.
+
+    Raises:
+        ConfigError: there are no cases, or `top` or `batch` is below 1.
+    """
     return copy_scores(model, tokenizer, cases, top=top, batch=batch, progress=progress).score
 
 
@@ -210,6 +220,9 @@ def copy_scores(
         top: number of positions. Default 1, as in the paper.
         batch: cases read at once, padded on the left.
         progress: called as progress(done, total) in cases.
+
+    Raises:
+        ConfigError: there are no cases, or `top` or `batch` is below 1.
     """
     _some(cases, batch)
     if top < 1:

@@ -29,6 +29,7 @@ class Watcher:
     """Hands the weights of a model's attention layers to gauges; made by `watch`.
 
     Attributes:
+        model: the model.
         layers: the attention layers, in forward order.
     """
 
@@ -248,6 +249,9 @@ def _visible(
 @contextmanager
 def watch(model: nn.Module) -> Iterator[Watcher]:
     """A `Watcher` of the model's attention layers; the model is given back as it was, whatever happens.
+
+    Args:
+        model: any model that `polyhead.attach` accepts.
 
     Raises:
         UnsupportedModel: the model's attention cannot be looked into.

@@ -86,7 +86,10 @@ def attach(model: nn.Module, *, handler: Handler | None = None) -> Attachment:
 
 
 class Attachment:
-    """A model whose attention goes through Polyhead, until it is detached.
+    """A model whose attention goes through Polyhead, until it is detached. Made by `attach`.
+
+    Args:
+        model, handler: as of `attach`.
 
     Attributes:
         model: the model.

@@ -20,8 +20,8 @@ class KVHandle:
 
     A cache whose heads keep different numbers of tokens returns two of these from `update`, one as keys
     and one as values. A model hands them on to the attention function, which opens them by `attend`.
-    Model code that touches them on the way finds their shape, dtype and device; anything else is refused
-    by name. Subclass it, hold what is needed, and define `attend`.
+    Model code that touches them on the way finds their `shape`, `dtype` and `device`; anything else is
+    refused by name. Subclass it, hold what is needed, and define `attend`.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:

@@ -25,7 +25,18 @@ _NORMS = ("q_norm", "q_layernorm")
 
 
 class LayerRouters(nn.Module):
-    """Routers by layer, counted as in `attach(model).layers`. Made by `layer_routers`."""
+    """Routers by layer, counted as in `attach(model).layers`. Made by `layer_routers`.
+
+    Args:
+        head_dims: for every layer that is routed the width D of its queries.
+        device, dtype: of the parameters; default torch's own.
+
+    Attributes:
+        layers: the `LayerRouter` of each of them, by the layer's number as text.
+
+    Raises:
+        ConfigError: a width is no whole number of at least 1.
+    """
 
     def __init__(self, head_dims: dict[int, int], *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -70,6 +81,7 @@ class LayerRouting:
     """The handler of `routed_layers`, and what was decided.
 
     Attributes:
+        layers: all attention layers of the model.
         decisions: by layer `(B,)`, 1 where the layer reads everything for a sequence, 0 where it does not.
         logits: by layer `(B, 2)`, what its router said, for sparse and for full.
         pooled: by layer `(B, D)`, what it was asked.

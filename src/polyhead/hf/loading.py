@@ -35,7 +35,12 @@ _TOKENIZER_FILES = (
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, and its tokenizer (None if it has none, such as a vision model)."""
+    """What `load` found.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: its own; None if it has none, such as a vision model.
+    """
 
     model: Any
     tokenizer: Any

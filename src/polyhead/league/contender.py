@@ -73,10 +73,13 @@ class Contender(Part):
 
 
 def contender(text: str) -> Contender:
-    """`moh`, `moh:top_k=2,qk_norm=True`, `mha:mask=window(16)`, or `mha+static` for layers in turn.
+    """Who takes part, read from a line of text.
 
-    A value is a Python literal, a word (taken as a string) or a description that `polyhead` makes, such as
-    `window(16)` or `entmax(1.5)`.
+    Args:
+        text: the name of a mechanism, with options behind a colon: `moh`, `moh:top_k=2,qk_norm=True`,
+            `mha:mask=window(16)`; or several with + between them, `mha+static`, for layers in turn. A value
+            is a Python literal, a word (taken as a string) or a description that `polyhead` makes, such as
+            `window(16)` or `entmax(1.5)`. Options that are left out have their defaults.
 
     Raises:
         UnknownName: no such mechanism.

@@ -76,7 +76,24 @@ def plan(
     threads: int = 1,
     device: str = "cpu",
 ) -> Plan:
-    """Settle a league: find the task, read the contenders, solve their sizes.
+    """Settle a league: find the task, read the contenders, solve their sizes. Nothing is trained.
+
+    Args:
+        contenders: mechanisms with options, as `contender` reads them, or `Contender`s; differences are to
+            the first.
+        task: a name (`polyhead.league.TASKS`), a Python file with a `Task` of your own, or a `Task`.
+        budget: "params", the default, "flops" or "kv": what every contender may cost.
+        limit: of the budget, a whole number from 1; default what plain attention costs.
+        steps: optimiser steps, from 1; default those of the recipe.
+        seeds: runs of every contender, from 1. Default 3.
+        scale: how much larger the task is than by default, above 0. Default 1.
+        sizes: of the transformer with plain attention; default the task's.
+        recipe: how everybody is trained; default the task's.
+        threads: of torch in a run, on a CPU. Default 1.
+        device: "cpu", the default, or "cuda".
+
+    Returns:
+        The rules, and the contenders at sizes that meet the budget.
 
     Raises:
         UnknownName: no such task, mechanism or budget; the message names the nearest.

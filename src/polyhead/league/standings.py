@@ -76,7 +76,12 @@ class Row:
 
 
 class Standings:
-    """A league, finished or not.
+    """A league, finished or not. Made by `compare`.
+
+    Args:
+        fitted: the contenders in the order in which they were named, at sizes that meet the budget.
+        outcomes: how runs ended, by number of the contender, from 0, and seed; runs that are not done are
+            left out.
 
     Attributes:
         rules: what every run shares.

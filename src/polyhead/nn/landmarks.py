@@ -26,7 +26,16 @@ _HELD = 1 << 22  # scores that a strip of queries holds at a time
 
 
 def is_landmark(length: int, block_size: int, *, device: Any = None) -> Tensor:
-    """Which of so many tokens are landmarks, bool `(length,)`: the last of every block."""
+    """Which of so many tokens are landmarks, bool `(length,)`: the last of every block.
+
+    Args:
+        length: tokens, landmarks among them, from 0.
+        block_size: b, tokens of a block and its landmark, at least 2.
+        device: of the result; default torch's own.
+
+    Raises:
+        ConfigError: a number is not whole, or too small.
+    """
     size = whole("block_size", block_size, 2)
     return torch.arange(whole("length", length, 0), device=device) % size == size - 1
 
@@ -49,7 +58,16 @@ def insert_landmarks(tokens: Tensor, block_size: int, landmark: Any) -> Tensor:
 
 
 def without_landmarks(x: Tensor, block_size: int, dim: int = 1) -> Tensor:
-    """What stands at ordinary tokens, along dimension `dim`."""
+    """What stands at ordinary tokens, the n of n + ⌊n / (b - 1)⌋ that are no landmarks.
+
+    Args:
+        x: of any shape, with tokens and landmarks along one dimension, as by `insert_landmarks`.
+        block_size: b, tokens of a block and its landmark, at least 2.
+        dim: that dimension. Default 1, as in outputs `(B, L, d)`.
+
+    Raises:
+        ConfigError: `block_size` is no whole number of at least 2.
+    """
     ordinary = ~is_landmark(x.shape[dim], block_size, device=x.device)
     return x.index_select(dim, ordinary.nonzero()[:, 0])
 

@@ -38,7 +38,12 @@ NORMS = ("rms", "layer")
 
 
 class StackCache:
-    """One cache for every layer of a stack, and one for every layer that a fixed sequence goes through."""
+    """One cache for every layer of a stack, and one for every layer that a fixed sequence goes through.
+
+    Args:
+        layers: the caches of the layers, in their order; at least one.
+        beside: those of the fixed sequence, for a batch of one, in the first layers. Default: none.
+    """
 
     def __init__(self, layers: Sequence[KeyValueCache], beside: Sequence[KeyValueCache] = ()) -> None:
         self.layers = tuple(layers)

@@ -77,7 +77,13 @@ class NeedleCase:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """What a model made of one case: the text it gave, and whether that is right."""
+    """What a model made of one case.
+
+    Attributes:
+        case: what it was asked.
+        text: what it answered.
+        right: whether that is right: see `is_right`.
+    """
 
     case: NeedleCase
     text: str
@@ -86,7 +92,11 @@ class NeedleResult:
 
 @dataclass(frozen=True)
 class NeedleScore:
-    """The results of all cases; `accuracy` is the share of right ones."""
+    """How a model answered; `accuracy` is the share of right answers, NaN without any.
+
+    Attributes:
+        results: one for each case.
+    """
 
     results: tuple[NeedleResult, ...]
 

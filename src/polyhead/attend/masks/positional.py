@@ -85,7 +85,7 @@ def is_causal(mask: object) -> bool:
 
 
 def window(left: int | None, right: int | None = 0) -> Mask:
-    """Keys near the query: i - left <= j <= i + right; None leaves a side unbounded.
+    """Keys near the query: `i - left <= j <= i + right`; None leaves a side unbounded.
 
     `window(w)` sees w + 1 keys, the query's own among them (FlashAttention's convention). What
     transformers calls `sliding_window=W` is `window(W - 1)`.
@@ -181,7 +181,7 @@ class Dilated(Mask):
 
 
 def dilated(window: int, dilation: int, right: int = 0) -> Mask:
-    """Keys at j = i - m * dilation for m from 0 to `window`, and for m from -`right` on."""
+    """Keys at `j = i - m * dilation` for m from 0 to `window`, and for m from -`right` on."""
     return Dilated(window, dilation, right)
 
 
@@ -205,7 +205,7 @@ class Strided(Mask):
 
 
 def strided(stride: int) -> Mask:
-    """Keys with (i - j) % stride == 0, before and after the query."""
+    """Keys with `(i - j) % stride == 0`, before and after the query."""
     return Strided(stride)
 
 
@@ -239,7 +239,7 @@ class Blocks(Mask):
 
 
 def blocks(size: int, start: int | Tensor = 0) -> Mask:
-    """Diagonal blocks: (i - start) // size == (j - start) // size.
+    """Diagonal blocks: `(i - start) // size == (j - start) // size`.
 
     `start` is a number or an integer tensor `(B,)`, such as the lengths of the padding on the left.
     """
@@ -271,7 +271,7 @@ class Shard(Mask):
 
 
 def shard(size: int, stride: int, first: int = 0) -> Mask:
-    """Keys of every `stride`-th block: j // size is `first`, `first` + stride, ..., whatever the query.
+    """Keys of every `stride`-th block: `j // size` is `first`, `first + stride`, ..., whatever the query.
 
     Blocks are counted from the first key; `first` counts modulo `stride`.
     """

@@ -83,7 +83,7 @@ def score_function(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], 
     """Any map `f(score, b, h, i, j)` of plain torch operations.
 
     `score` is a whole tile `(B, H, r, c)`; b, h, i, j are int64 tensors that broadcast against it, i and j
-    absolute positions. The function must not change `score` in place and must keep its shape. It goes
+    absolute positions. `function` must not change `score` in place and must keep its shape. It goes
     through JSON when it can be imported by name. Tensors that it closes over get no gradient from the
     tile engine: hold them in a `Score` subclass of your own.
     """

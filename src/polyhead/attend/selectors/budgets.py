@@ -318,5 +318,8 @@ def keep_total(share: float) -> Budget:
 
     Heads compete by the mass that they are taken to find in a block (the softmax of their scores), so that
     a head which looks everywhere gets more blocks than one which looks at a few places.
+
+    Args:
+        share: 0 to 1.
     """
     return KeepTotal(share)

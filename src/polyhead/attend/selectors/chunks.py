@@ -294,6 +294,7 @@ def boundary_loss(
     targets lies at the ratio that a boundary must have, and the focal factor is taken from soft targets.
 
     Args:
+        predictor: which is to learn where chunks end.
         k: keys `(B, G, S, D)`.
         ratio: `(B, S)`, of `boundary_ratio`.
         middle: log of the ratio that counts half as a boundary.

@@ -293,6 +293,9 @@ def index_scores(indexer: Indexer) -> Scorer:
         I[t, n] = Σ_j w[t, j] · ReLU(q_I[t, j] · mean over s in n of k_I[s] / √D_I)
 
     Every query chooses for itself, `rows=1`, and all heads alike.
+
+    Args:
+        indexer: `learned_indexer(...)`, `computed_indexer(...)` or `mean_indexer()`.
     """
     return IndexScores(indexer)
 

@@ -119,6 +119,12 @@ def lead(selector: Selector) -> Selector:
     """A layer that chooses for those that `follow` it, and reads everything itself.
 
     For the selectors by layer of `ph.sparse`. By itself it reads everything.
+
+    Args:
+        selector: what it chooses for the others, such as `unified_keys(1024)`.
+
+    Raises:
+        ConfigError: `selector` is none, or one that follows or leads itself.
     """
     return Lead(selector)
 

@@ -272,5 +272,14 @@ def shared(
     """Heads score together: the query heads of a key/value head, or all heads of a layer, get one ranking.
 
     A group that reads the same blocks gathers them once.
+
+    Args:
+        scorer: whose scores are joined, such as `mean_keys()`.
+        over: "group": the query heads of a key/value head, the default; "all": all heads.
+        by: the "mean" of their scores, the default, or the "max".
+
+    Raises:
+        ConfigError: `scorer` is none.
+        UnknownName: another `over` or `by`.
     """
     return Shared(scorer, over, by)

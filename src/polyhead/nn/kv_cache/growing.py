@@ -123,7 +123,12 @@ class GrowingCache(KeyValueCache):
 class FixedCache(GrowingCache):
     """Keeps everything up to `max_length` tokens, in memory that is taken once.
 
+    Args:
+        batch, streams, device, dtype: as of `GrowingCache`.
+        max_length: tokens that there is room for, at least 1.
+
     Raises:
+        ConfigError: `max_length` is no whole number of at least 1.
         ShapeError: at an append for which there is no room.
     """
 

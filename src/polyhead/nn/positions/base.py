@@ -76,7 +76,16 @@ def no_position() -> NoPosition:
 
 
 class Sinusoidal(Position):
-    """Sines and cosines added to the inputs."""
+    """Sines and cosines added to the inputs `(B, L, d)`, d even: sin and cos of p / base^(2m/d) at p.
+
+    Paper: Attention Is All You Need, arXiv 1706.03762.
+
+    Attributes:
+        base: of the geometric row of frequencies, above 1. Default 10000.
+
+    Raises:
+        ConfigError: `base` is not above 1; or, where a module takes it, d is odd.
+    """
 
     base: float = 10000.0
 
@@ -99,6 +108,9 @@ def sinusoidal(base: float = 10000.0) -> Sinusoidal:
 
     It is added before the projections, so queries, keys and values all carry it.
     Paper: Attention Is All You Need, arXiv 1706.03762.
+
+    Args:
+        base: of the geometric row of frequencies.
     """
     return Sinusoidal(base)
 

@@ -17,7 +17,18 @@ __all__ = ["Rope", "rope", "rope_from_parameters"]
 
 
 class Rope(Position):
-    """Rotation of pairs of coordinates by p·ω_m."""
+    """Rotation of pairs of coordinates by p·ω_m, ω_m = base^(-2m/D'). Paper: RoFormer, arXiv 2104.09864.
+
+    Attributes:
+        base: of the geometric row of frequencies, above 1. Default 10000.
+        fraction: the part of the head width that is turned, above 0 and at most 1: the first
+            D' = ⌊fraction·D⌋ coordinates, an even number. Default 1.
+        interleaved: whether pairs are neighbours (2m, 2m+1). Default False: halves (m, m + D'/2).
+        scaling: a change of frequencies for longer contexts. Default `RopeScaling()`, none.
+
+    Raises:
+        ConfigError: a value is not allowed; or, where a module takes it, D' is odd or 0.
+    """
 
     base: float = 10000.0
     fraction: float = 1.0

@@ -60,7 +60,14 @@ class RopeScaling(Part):
 
 
 class LinearScaling(RopeScaling):
-    """Position interpolation: ω / factor. Paper: arXiv 2306.15595."""
+    """Position interpolation: ω / factor. Paper: arXiv 2306.15595.
+
+    Attributes:
+        factor: the ratio of the new length to that of training, above 0.
+
+    Raises:
+        ConfigError: `factor` is not above 0.
+    """
 
     factor: float
 
@@ -74,8 +81,15 @@ class LinearScaling(RopeScaling):
 class DynamicNtk(RopeScaling):
     """A larger base once the sequence outgrows training: base·(factor·n/N − (factor − 1))^(D'/(D'−2)).
 
-    N is `max_length`, n the length of the sequence when that is longer. Keys that a cache holds were
-    turned by the base of their time: decoding past N is not the same as one full forward pass.
+    Keys that a cache holds were turned by the base of their time: decoding past N is not the same as one full
+    forward pass.
+
+    Attributes:
+        factor: how much larger the base gets with the length, above 0.
+        max_length: N, the length of training in tokens, above 0; n is the sequence's where that is longer.
+
+    Raises:
+        ConfigError: a value is not above 0; or, where a module takes it, D' is 2.
     """
 
     stretching: ClassVar[bool] = True
@@ -99,11 +113,20 @@ class DynamicNtk(RopeScaling):
 class Yarn(RopeScaling):
     """Interpolate slow frequencies, keep fast ones, ramp between; and sharpen attention.
 
-    With r(m) = N·ω_m/2π turns over the trained length N, the ramp in m goes from the m with `beta_fast`
-    turns (kept: ω) to the m with `beta_slow` turns (interpolated: ω/factor); `truncate` rounds its ends
-    outwards. cos and sin are scaled by `attention_factor`, by default 0.1·ln(factor) + 1; `mscale` and
-    `mscale_all_dim` (DeepSeek) make it (0.1·mscale·ln f + 1)/(0.1·mscale_all_dim·ln f + 1).
-    Paper: arXiv 2309.00071.
+    With r(m) = N·ω_m/2π turns over the trained length N, the ramp in m goes from the m with `beta_fast` turns
+    (kept: ω) to the m with `beta_slow` turns (interpolated: ω/factor). Paper: arXiv 2309.00071.
+
+    Attributes:
+        factor: the ratio of the new length to N, above 0.
+        original_length: N, in tokens, above 0.
+        beta_fast, beta_slow: turns at the ends of the ramp, above 0. Default 32 and 1.
+        attention_factor: factor of cos and sin; default 0.1·ln(factor) + 1, 1 for a factor up to 1.
+        mscale, mscale_all_dim: of DeepSeek, at least 0; both above 0, they make that default
+            (0.1·mscale·ln(factor) + 1) / (0.1·mscale_all_dim·ln(factor) + 1).
+        truncate: whether the ends of the ramp are rounded outwards to whole m. Default True.
+
+    Raises:
+        ConfigError: a value is not allowed.
     """
 
     factor: float
@@ -151,10 +174,18 @@ class Yarn(RopeScaling):
 class LongRope(RopeScaling):
     """A searched divisor for every pair: `short_factor` up to the trained length, `long_factor` beyond.
 
-    cos and sin are scaled by `attention_factor`, by default √(1 + ln(factor)/ln(N)) where `factor` is the
-    ratio of the new to the trained length N. Keys in a cache keep the divisors under which they came:
-    decoding past the trained length differs from one full forward, as in transformers.
-    Paper: arXiv 2402.13753.
+    ω'_m = ω_m / d_m with d the `short_factor` for up to N tokens, the `long_factor` for more. Keys in a cache
+    keep the divisors under which they came: decoding past the trained length differs from one full forward,
+    as in transformers. Paper: arXiv 2402.13753.
+
+    Attributes:
+        short_factor, long_factor: the divisors d, one number above 0 for each of the D'/2 pairs.
+        original_length: N, the length of training in tokens.
+        factor: the ratio of the new length to N, for the default of `attention_factor`. Default 1.
+        attention_factor: factor of cos and sin; default √(1 + ln(factor)/ln(N)), 1 for a factor up to 1.
+
+    Raises:
+        ConfigError: a value is not allowed; or, where a module takes it, there are not D'/2 divisors.
     """
 
     stretching: ClassVar[bool] = True
@@ -193,8 +224,21 @@ class LongRope(RopeScaling):
 
 
 class Llama3Scaling(RopeScaling):
-    """Llama 3.1: waves longer than N/`low_freq_factor` are divided, those shorter than N/`high_freq_factor`
-    kept, and between them the divisor moves linearly in N/wavelength; N is `original_length`."""
+    """Llama 3.1: long waves are divided, short ones kept, and between them it goes from one to the other.
+
+        ω'_m = s_m ω_m + (1 - s_m) ω_m / factor,   s_m = (N ω_m/2π - low) / (high - low), cut to 0..1
+
+    N ω_m/2π is N over the wavelength of pair m: the turns that it makes over the trained length.
+
+    Attributes:
+        factor: by which the frequencies of long waves are divided, above 0.
+        original_length: N, the length of training in tokens. Default 8192.
+        low_freq_factor: low, above 0: waves longer than N/low are divided. Default 1.
+        high_freq_factor: high, above low: waves shorter than N/high are kept. Default 4.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
 
     factor: float
     original_length: int = 8192
@@ -221,6 +265,9 @@ class ProportionalScaling(RopeScaling):
 
     ω_m = base^(-2m/D)/factor for the first ⌊fraction·D/2⌋ pairs and 0 for the others, paired over the whole
     head width D: a fraction of 0.25 keeps the fastest quarter of the pairs of full RoPE.
+
+    Attributes:
+        factor: by which the frequencies are divided, above 0. Default 1.
     """
 
     factor: float = 1.0

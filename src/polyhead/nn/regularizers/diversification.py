@@ -31,7 +31,19 @@ __all__ = ["AttentionDiversification", "attention_diversification"]
 
 
 class AttentionDiversification(Regularizer):
-    """The loss "diversification", see the module, for `auxiliary_losses`."""
+    """The loss "diversification" for `auxiliary_losses`: tokens pay for looking where the average one looks.
+
+        loss = weight · mean_i cos(s ⊙ 1[s > t], Ā_i ⊙ 1[Ā_i > t]),   t = threshold / S
+
+    with Ā the heads' mean weights `(L, S)` and s the mean of its rows: paper 126, arXiv 2303.11126.
+
+    Attributes:
+        threshold: weights up to `threshold` / S do not count, at least 0. Default 2.
+        weight: factor of the loss, at least 0. Default 1.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
 
     threshold: float = 2.0
     weight: float = 1.0

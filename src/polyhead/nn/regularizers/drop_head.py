@@ -23,9 +23,15 @@ __all__ = ["DropHead", "drop_head", "v_schedule"]
 
 
 class DropHead(Regularizer):
-    """Heads are set to zero with probability `rate`, for each item of a batch or for the whole `batch`.
+    """Heads are set to zero in training: head_h ← γ ξ_h head_h, ξ_h ~ Bernoulli(1 - rate).
 
-    `rescale`: the heads that are left are multiplied by H / heads left.
+    Attributes:
+        rate: probability with which a head is dropped, in [0, 1).
+        rescale: whether γ is H / heads left, the default; else 1.
+        whole_batch: whether one draw holds for all items of a batch. Default: every item has its own.
+
+    Raises:
+        ConfigError: a value is not allowed.
     """
 
     rate: float

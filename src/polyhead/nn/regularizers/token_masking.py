@@ -76,7 +76,19 @@ class TokensCut(Mask):
 
 
 class TokenMasking(Regularizer):
-    """Tokens are cut off with probability `rate`: see the module."""
+    """A few tokens are cut off in training, from their siblings or from themselves, for all heads alike.
+
+    Paper 099, arXiv 2310.18738. A row that would see nothing is left as the mask of the call has it.
+
+    Attributes:
+        rate: probability with which a token is selected, 0 to 1. Default 0.05.
+        mode: "siblings": a selected token sees only itself; "self": all but itself; "both", the default: a
+            fair coin for each of them.
+        hide: whether selected tokens are hidden from those that are not selected. Default True.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
 
     rate: float = 0.05
     mode: str = "both"
