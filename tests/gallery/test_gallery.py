@@ -13,6 +13,7 @@ import polyhead as ph
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.gallery import Size, facts_of, pages, svg, text, write_pages
 from polyhead.mechanisms import Flow, Step
+from polyhead.mechanisms.files import MOST
 
 ROOT = Path(__file__).parents[2]
 NAMES = [entry.name for entry in ph.catalog()]
@@ -35,7 +36,9 @@ def test_facts_are_those_of_the_module(name: str) -> None:
     assert facts.twin_source.count("def ") >= 1
     assert facts.twin_file is not None
     assert (ROOT / "src" / "polyhead" / facts.twin_file).is_file()
-    assert (ROOT / "src" / "polyhead" / facts.entry.file).is_file()
+    assert facts.entry.files[0] == facts.entry.file
+    assert len(facts.entry.files) <= 1 + MOST
+    assert all((ROOT / "src" / "polyhead" / file).is_file() for file in facts.entry.files)
     assert [o.name for o in facts.options][:2] == ["dim", "heads"]
     assert eval(facts.build, {"ph": ph}).config.dim == 64
     assert facts_of(ph.entry(name)).cost.kv_bytes_per_token == ph.entry(name).cost.kv_bytes_per_token
@@ -51,7 +54,7 @@ def test_a_page_has_everything(name: str) -> None:
     entry = ph.entry(name)
     files = pages([entry])
     page = files[f"{name}.md"]
-    for part in (entry.equation, entry.file, f'ph.build("{name}"', "naive twin"):
+    for part in (entry.equation, *entry.files, f'ph.build("{name}"', "naive twin"):
         assert part in page
     assert f"({name}.svg)" in page
     if entry.paper is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from polyhead.mechanisms import (
     Step,
     flow_of,
 )
+from polyhead.mechanisms.files import COMMON, modules_of
 from polyhead.nn import MultiHeadAttention
 
 FACTS = {"title": "-", "family": "-", "summary": "-", "equation": "-"}
@@ -82,6 +84,22 @@ def test_facets_that_do_not_exist_are_refused_with_those_that_do() -> None:
         Registry().register("one", picture="x -> y", **FACTS)
     with pytest.raises(ConfigError, match="one: promises must be Promises"):
         Registry().register("one", promises={"any_mask": False}, **FACTS)
+
+
+def test_an_entry_names_the_files_in_which_it_is_written() -> None:
+    assert ph.entry("moh").files == (
+        "mechanisms/moh.py",
+        "nn/routed_heads.py",
+        "nn/routed_output.py",
+        "nn/head_routers.py",
+    )
+    assert ph.entry("mha").files == ("mechanisms/multi_head.py", "nn/attention.py")
+    assert ph.entry("moba").files == ("mechanisms/moba.py",)
+
+
+def test_files_that_are_common_to_mechanisms_are_those_that_more_than_eight_are_made_of() -> None:
+    count = Counter(name for entry in ph.catalog() for name in modules_of(entry.example()))
+    assert {name for name, many in count.items() if many > 8} == COMMON
 
 
 def test_filters() -> None:

@@ -150,7 +150,7 @@ def test_catalog_and_show_agree_with_the_registry():
             "float16",
             "options",
         )
-        for fact in (*facts, "naive twin", "paper", "ph.build", row["file"], row["twin_file"]):
+        for fact in (*facts, "naive twin", "paper", "ph.build", *row["files"], row["twin_file"]):
             assert fact in result.stdout, (row["name"], fact)
         shown = json.loads(run("show", row["name"], "--json").stdout)
         assert shown["cost"]["parameters"] > 0

@@ -126,7 +126,7 @@ def show(
         ("supports", ", ".join(sorted(entry.supports))),
         ("facets", "\n".join(facets)),
         ("options", "\n".join(map(str, facts.options))),
-        ("code", f"{facts.build}, in {entry.file}"),
+        ("code", f"{facts.build}, in {', '.join(entry.files)}"),
         ("naive twin", twin + ("" if source or facts.twin is None else " (--source prints it)")),
         ("paper", facts.citation),
     ):

@@ -94,6 +94,7 @@ class Facts:
         plain = ("name", "paper", "title", "family", "summary", "equation", "file", "graph_breaks")
         return {name: getattr(entry, name) for name in plain} | {
             "aliases": list(entry.aliases),
+            "files": list(entry.files),
             "supports": sorted(entry.supports),
             "facets": {name: list(entry.facets.values(name)) for name in entry.facets.items()},
             "options": [str(option) for option in self.options],

@@ -119,6 +119,7 @@ def _row(one: Facts) -> str:
 
 def _page(one: Facts) -> str:
     entry, cost = one.entry, one.cost
+    written = ", ".join(f"`src/polyhead/{file}`" for file in entry.files)
     aliases = f" (also {', '.join(f'`{alias}`' for alias in entry.aliases)})" if entry.aliases else ""
     lines = [
         _MADE,
@@ -154,10 +155,10 @@ def _page(one: Facts) -> str:
         ),
         "",
         "## Code\n",
-        f"`src/polyhead/{entry.file}`; its naive twin, `{one.twin}`, is the equation as plain float64 code "
+        f"{written}; its naive twin, `{one.twin}`, is the equation as plain float64 code "
         f"(`src/polyhead/{one.twin_file}`):\n"
         if one.twin
-        else f"`src/polyhead/{entry.file}`.\n",
+        else f"{written}.\n",
     ]
     if one.twin_source:
         lines.append(f"```python\n{one.twin_source.rstrip()}\n```\n")

@@ -17,6 +17,7 @@ from polyhead.checks import given, place
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import MechanismConfig
 from polyhead.mechanisms.facets import Facets
+from polyhead.mechanisms.files import file_of, files_of
 from polyhead.mechanisms.filtering import filtered
 from polyhead.mechanisms.flow import Flow, flow_of
 from polyhead.mechanisms.promises import Promises
@@ -89,19 +90,29 @@ class Entry:
         return self.config(**size).build(device="meta", dtype=dtype)
 
     @cached_property
+    def _looked_at(self) -> AttentionModule:
+        """What all that is told of it is read from; never called."""
+        return self.example()
+
+    @cached_property
     def cost(self) -> Cost:
         """What a call costs at the size of `CATALOGUE_SIZE`, with the options left as they are."""
-        return self.example().cost(CATALOGUE_SIZE["length"])
+        return self._looked_at.cost(CATALOGUE_SIZE["length"])
 
     @cached_property
     def facets(self) -> Facets:
         """What kind of attention it is: what its file declares, and what the module itself shows."""
-        return self.declared.settled(self.example(), self.supports)
+        return self.declared.settled(self._looked_at, self.supports)
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Where it is written: `file`, then those of what it is made of that few others are made of."""
+        return files_of(self.config, self._looked_at)
 
     @cached_property
     def flow(self) -> Flow:
         """What becomes of the inputs, step by step, at the size of `CATALOGUE_SIZE`."""
-        return flow_of(self.example()) if self.picture is None else self.picture
+        return flow_of(self._looked_at) if self.picture is None else self.picture
 
     def __str__(self) -> str:
         paper = f"paper {self.paper}" if self.paper else "-"
@@ -162,7 +173,6 @@ class Registry:
                     raise ConfigError(
                         f"two mechanisms are called {known!r}; the other is {self._names[known]!r}"
                     )
-            file = config.__module__.removeprefix("polyhead.").replace(".", "/") + ".py"
             self._entries[name] = Entry(
                 name=name,
                 aliases=aliases,
@@ -174,7 +184,7 @@ class Registry:
                 supports=frozenset(supports),
                 graph_breaks=graph_breaks,
                 config=config,
-                file=file,
+                file=file_of(config.__module__),
                 declared=facets,
                 picture=picture,
                 promises=promises,
