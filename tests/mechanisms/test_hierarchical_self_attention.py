@@ -170,4 +170,9 @@ def test_what_is_not_allowed() -> None:
             built(**options)
     with pytest.raises(UnsupportedPattern, match="does not support a context"):
         built().new_context_cache(X)
+    module = built()
+    cache = module.new_cache(len(X))
+    with pytest.raises(UnsupportedPattern, match=r"a mask other than causal\(\), .* got window\(2\)"):
+        module(X, mask=ph.window(2), cache=cache)
+    assert cache.length == 0
     assert math.isfinite(built()(X[:, :1]).sum().item())

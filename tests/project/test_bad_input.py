@@ -303,7 +303,7 @@ def test_odd_values_are_served_or_refused_in_our_words(place: str) -> None:
         (
             "call(positions)",
             torch.ones(3),
-            r"positions must be an integer tensor \(L,\) or \(B, L\); got a tensor",
+            r"positions must be an integer tensor \(\d+,\) or \(\d+, \d+\), one for each token; got a tensor",
         ),
         ("call(cache)", {}, r"cache must be what new_cache or new_context_cache gives; got \{\} \(dict\)"),
         (
