@@ -122,17 +122,16 @@ def test_choices_after_crop_reorder_and_reset(name: str) -> None:
         same_choice(name, q[:, :, :1], draw(3, G, 40, D, seed=3)[:, :, :count], None, summaries)
 
 
-def test_what_autocast_rounded_is_not_read_outside_of_it() -> None:
+def test_what_is_kept_under_autocast_serves_outside_of_it() -> None:
     k, q = draw(B, G, 31, D).float(), draw(B, H, 31, D, seed=1).float()
     summaries = Summaries()
-    scorer = SCORERS["learned_index"]
     for count in (16, 20, 24, 28):
         keys, query = k[:, :, :count], q[:, :, count - 1 : count]
-        rounded = count % 8 == 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            expected = scores_of(scorer, query, keys, None, None)
-            found = scores_of(scorer, query, keys, None, summaries)
-        assert torch.equal(found, expected)
+        summaries.of(keys)
+        with torch.autocast("cpu", torch.bfloat16, enabled=count % 8 == 0):
+            found = choose(SELECTORS["learned_index"], query, keys, None, 0.25, summaries)
+        expected = choose(SELECTORS["learned_index"], query, keys, None, 0.25)
+        assert torch.equal(found.index, expected.index)
 
 
 def test_padding_that_changes_forgets() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask, Padding, all_of, terms_of
+from polyhead.attend.precision import exact
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.less_is_more import Follow, Lead
@@ -88,7 +89,8 @@ class Rectified(Around, Correcting):
     def correct(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, found: Chosen, scale: float
     ) -> Tensor:
-        share, means = self.estimate(q, k, v, mask, found, scale)
+        with exact(q.device):
+            share, means = self.estimate(q, k, v, mask, found, scale)
         queries = q.shape[2]
         share, means = (x.repeat_interleave(self.rows, 2)[:, :, :queries] for x in (share[..., None], means))
         return (share * out + means).to(out.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask, Padding, TileMap, chosen, runs_of_last, terms_of, tile_map
+from polyhead.attend.precision import exact
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer, Scores
@@ -340,7 +341,8 @@ def choose(
 ) -> Chosen:
     """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held.
 
-    `summaries` keep what is derived of the keys for the next call, if they are those that it was told of.
+    Autocast ends here: what is ranked is worked out in float32 or better. `summaries` keep what is derived
+    of the keys for the next call, if they are those that it was told of.
     """
     rows, cols = selector.rows, selector.cols
     grid = grid_of(selector, q, k, mask, scale)
@@ -350,7 +352,8 @@ def choose(
     if not grid.keys or not grid.queries:
         nothing = torch.empty(grid.batch, grid.heads, grid.row_blocks, 0, dtype=torch.int64, device=q.device)
         return chosen(nothing, rows=rows, cols=cols, first=grid.offset)
-    return chosen_blocks(selector, q.detach(), k.detach(), mask, grid)
+    with exact(q.device):
+        return chosen_blocks(selector, q.detach(), k.detach(), mask, grid)
 
 
 def chosen_blocks(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Chosen:

@@ -132,10 +132,7 @@ class Summaries:
         """This, made ready for a choice among `keys`, of which `real` are no padding; None: not for them."""
         if self._keys is None or self._keys() is not keys:
             return None
-        kind = keys.device.type
-        auto = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        rounds = torch.get_autocast_dtype(kind) if auto else None  # matrix products are rounded so
-        layout = (*keys.shape[:2], keys.shape[3], keys.dtype, keys.device, rounds)
+        layout = (*keys.shape[:2], keys.shape[3], keys.dtype, keys.device)
         if layout != self._layout or not self._as_real(real):
             self.clear()
         for name in [name for name in self._rows if name not in self._used]:

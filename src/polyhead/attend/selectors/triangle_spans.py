@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.masks import Mask
-from polyhead.attend.precision import wide
+from polyhead.attend.precision import exact, wide
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.selector import Listing, Selector, grid_of, seen_pairs
@@ -119,7 +119,8 @@ class _Reading(Listing, Around):
         return self.selector.begin()
 
     def see(self, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> None:
-        self.index.add(q.detach(), k.detach(), mask, grid_of(self, q, k, mask, scale))
+        with exact(q.device):
+            self.index.add(q.detach(), k.detach(), mask, grid_of(self, q, k, mask, scale))
 
     def places(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor:
         return self.index.read(q, k, mask, grid)
