@@ -117,6 +117,26 @@ def test_output_and_gradients_equal_the_dense_form(
         torch.testing.assert_close(own, expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "chosen", "reference"])
+@pytest.mark.parametrize("width", [0, 1])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 8), (1, 64), (1, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (37, 700), (1, 700)])
+def test_a_choice_of_nothing_gives_zeros(
+    queries: int, keys: int, rows: int, cols: int, width: int, backend: str
+) -> None:
+    q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, queries), (2, keys), (2, keys)))
+    index = torch.full((2, 4, -(-queries // rows), width), -1)
+    nothing = ph.causal() & ph.chosen(index, rows=rows, cols=cols, first=keys - queries)
+    out = attend(q, k, v, mask=nothing, backend=backend)
+    assert torch.equal(out, torch.zeros_like(out))
+    for own in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert torch.equal(own, torch.zeros_like(own))
+    with torch.no_grad():
+        out, lse = attend(q, k, v, mask=nothing, backend=backend, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert lse.isneginf().all()
+
+
 def test_heads_that_choose_together_may_see_different_pairs() -> None:
     """What one head of a group sees whole, in part or not at all, is no other head's."""
     for keys in (48, 53):

@@ -262,6 +262,23 @@ def test_what_stands_at_padding_counts_in_no_score(scorer: Scorer, left: bool) -
         assert choose(own, q, k, mask, 0.25) == found
 
 
+@pytest.mark.parametrize("length", [40, 700])
+def test_where_nothing_may_be_read_nothing_is_and_nothing_is_missed(length: int) -> None:
+    q, k, v = tensors(1, 4, 2, length, length)
+    blind = ph.causal() & ph.padding(torch.zeros(1, length, dtype=torch.bool))
+    own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)
+    away = ph.fixed(ph.padding(torch.zeros(1, length, dtype=torch.bool)))  # shares no pair with the mask
+    for mask, select in ((blind, own), (blind, ph.guarded(own)), (ph.causal(), away)):
+        for backend in ("auto", "chosen", "tiles"):
+            out, lse = attend(q, k, v, mask=mask, select=select, return_lse=True, backend=backend)
+            assert torch.equal(out, torch.zeros_like(out))
+            assert lse.isneginf().all()
+            assert (attend(q, k, v, mask=mask, select=select, backend=backend) == 0).all()
+        missed = ph.missed_mass(q, k, v, mask=mask, select=select)
+        assert (missed.mass == (0.0 if mask is blind else 1.0)).all()
+        assert missed.bound.isfinite().all()
+
+
 def test_means_and_bounds_are_those_of_the_real_keys() -> None:
     q, k, _ = tensors(2, 4, 2, 20, 20)
     real = torch.arange(20) >= torch.tensor([[0], [11]])

@@ -170,7 +170,7 @@ def _by_rows(
     index = index.gather(-1, order)
     base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
     places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
-    flat, plain = places.view(-1, width), index.reshape(-1, width)
+    flat, plain = places.flatten(0, 1), index.flatten(0, 2)
     within = torch.arange(choice.cols, device=device)
     kinds = (wholly.sum(-1) * (width + 1) + partly.sum(-1)).view(-1)
     for kind in kinds[kinds > 0].unique().tolist():
