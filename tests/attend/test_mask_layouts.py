@@ -25,6 +25,7 @@ from polyhead.attend.masks import (
     span,
     strided,
     tile_map,
+    visible_tiles,
     where,
     window,
 )
@@ -145,6 +146,7 @@ def test_mixes_of_windows_and_prefixes_know_their_tiles_exactly(data):
     call = data.draw(calls())
     mask, rows, cols = data.draw(mixes(call, shapes(call), plain=True)), data.draw(tile), data.draw(tile)
     (some, every), (is_some, is_every) = claims(mask, call, rows, cols), truth(mask, call, rows, cols)
+    assert mask.exact == (True, True)
     assert torch.equal(some, is_some)
     assert torch.equal(every, is_every)
 
@@ -157,6 +159,49 @@ def test_no_expression_promises_too_much(data):
     (some, every), (is_some, is_every) = claims(mask, call, rows, cols), truth(mask, call, rows, cols)
     assert not (is_some & ~some).any(), "a tile said to be empty is not"
     assert not (every & ~is_every).any(), "a tile said to be full is not"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_of_every_expression_the_visible_tiles_can_be_told(data):
+    call = data.draw(calls())
+    mask, rows, cols = data.draw(everything(call)), data.draw(tile), data.draw(tile)
+    (some, every), (is_some, is_every) = claims(mask, call, rows, cols), truth(mask, call, rows, cols)
+    if mask.exact[0]:
+        assert torch.equal(some, is_some)
+    if mask.exact[1]:
+        assert torch.equal(every, is_every)
+    found = visible_tiles(mask, **call, rows=rows, cols=cols)
+    assert found.shape[0] in (1, call["batch"])
+    assert found.shape[1] in (1, call["heads"])
+    assert torch.equal(found.expand_as(is_some), is_some)
+
+
+def test_masks_that_know_their_tiles_are_not_asked(monkeypatch):
+    length = 256
+    real, packed = torch.arange(length) >= torch.tensor([[0], [90]]), torch.arange(length) // 100
+    call = {"batch": 2, "heads": 1, "queries": length, "keys": length, "rows": 4, "cols": 16}
+    asked = []
+
+    def counted(self, b, h, i, j):
+        asked.append(torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape).numel())
+        return torch.ones((), dtype=torch.bool)
+
+    known = [
+        causal(),
+        window(7),
+        padding(real),
+        causal() & (window(9) | sink(2)),
+        dilated(3, 5) | ~strided(2),
+    ]
+    mixed = causal() & documents(packed) & padding(real)
+    for kind in {type(term) for mask in (*known, mixed) for term in getattr(mask, "terms", (mask,))}:
+        monkeypatch.setattr(kind, "allowed", counted)
+    for mask in known:
+        visible_tiles(mask, **call)
+    assert not asked
+    visible_tiles(mixed, **call)  # the diagonal and the ends of documents and padding
+    assert 0 < max(asked) < 2 * length * length / 10
 
 
 @st.composite
@@ -182,6 +227,7 @@ def test_masks_of_grids_know_their_tiles_exactly(mask, rows, cols, data):
     queries = data.draw(st.integers(1, keys))
     call = {"batch": 1, "heads": 1, "queries": queries, "keys": keys, "offset": None}
     (some, every), (is_some, is_every) = claims(mask, call, rows, cols), truth(mask, call, rows, cols)
+    assert mask.exact == (True, True)
     assert torch.equal(some, is_some)
     assert torch.equal(every, is_every)
 

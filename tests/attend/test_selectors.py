@@ -262,6 +262,40 @@ def test_what_stands_at_padding_counts_in_no_score(scorer: Scorer, left: bool) -
         assert choose(own, q, k, mask, 0.25) == found
 
 
+IDS = torch.tensor([0, 2] * 10 + [1] * 22 + [0, 2] * 11)
+UNSURE = {
+    "where": ph.where(lambda b, h, i, j: (j <= i) & (j >= 5 * b)),
+    "left padding": ph.causal() & ph.padding(torch.arange(64) >= torch.tensor([[5], [37]])),
+    "documents": ph.documents(IDS) & (ph.sink(4) | ph.window(8)),
+    "by head": ph.per_head([ph.causal(), ph.window(9), ph.strided(5), ph.dilated(8, 5)]) & ph.documents(IDS),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", UNSURE)
+def test_blocks_of_which_nothing_is_seen_are_no_candidates(name: str, rows: int) -> None:
+    mask = UNSURE[name]
+    q, k, v = tensors(2, 4, 2, 64, 64)
+    pairs = densify(mask, batch=2, heads=4, queries=64, keys=64).expand(2, 4, -1, -1)
+    visible = pairs.unflatten(2, (-1, rows)).unflatten(4, (-1, 16)).any(5).any(3)
+    for budget in (ph.keep_blocks(1), ph.keep_share(0.3), ph.keep_mass(0.5), ph.keep_total(0.3)):
+        own = ph.select(ph.mean_keys(), budget, rows=rows, cols=16)
+        found = choose(own, q, k, mask, 0.25)
+        read = densify(found, batch=2, heads=4, queries=64, keys=64)
+        read = read.unflatten(2, (-1, rows)).unflatten(4, (-1, 16))[:, :, :, 0, :, 0]
+        assert not (read & ~visible).any()
+        assert (read.any(-1) == visible.any(-1)).all()
+        if rows == 1:
+            out = attend(q, k, v, mask=mask, select=own)
+            assert torch.equal((out != 0).any(-1), pairs.any(-1))
+    share = ph.select(ph.mean_keys(), ph.keep_share(0.5), rows=rows, cols=16)
+    counts = (choose(share, q, k, mask, 0.25).index >= 0).sum(-1)
+    seen = visible.sum(-1)
+    assert torch.equal(counts, (0.5 * seen).round().clamp(min=1).long() * (seen > 0))
+    everything = ph.select(ph.mean_keys(), ph.keep_share(1.0), rows=rows, cols=16)
+    torch.testing.assert_close(attend(q, k, v, mask=mask, select=everything), attend(q, k, v, mask=mask))
+
+
 @pytest.mark.parametrize("length", [40, 700])
 def test_where_nothing_may_be_read_nothing_is_and_nothing_is_missed(length: int) -> None:
     q, k, v = tensors(1, 4, 2, length, length)

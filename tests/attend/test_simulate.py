@@ -114,6 +114,32 @@ def test_any_mask_in_runs_of_positions() -> None:
     assert ph.simulate(mask, 16, keys=256).allowed == int(densify(mask, queries=256, keys=256).sum())
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ph.where(lambda b, h, i, j: (j <= i) & (j % 3 > b)),
+        ph.causal() & ph.padding(torch.arange(64) >= torch.tensor([[0], [29]])),
+        ph.documents(torch.tensor([0, 2] * 30 + [1] * 4)) & ph.window(20),
+        ph.per_head([ph.causal(), ph.window(9) & ph.padding(torch.arange(64)[None] % 16 > 12)]),
+        ph.strided(3) | ph.blocks(7),
+    ],
+    ids=repr,
+)
+def test_tiles_of_which_a_mask_knows_little_are_asked(mask: Mask) -> None:
+    seen = densify(mask, batch=2, heads=2, queries=60, keys=64).expand(2, 2, -1, -1)
+    for tile, key_tile in ((8, 16), (16, 5), (1, 64)):
+        tiles = [part for band in seen.split(tile, 2) for part in band.split(key_tile, 3)]
+        some = [part.flatten(2).any(-1) for part in tiles]
+        found = ph.simulate(mask, tile, key_tile, queries=60, keys=64, batch=2, heads=2)
+        assert found.tiles == 4 * len(tiles)
+        assert found.visited == sum(int(one.sum()) for one in some)
+        assert found.full == sum(int(part.flatten(2).all(-1).sum()) for part in tiles)
+        assert found.read == sum(
+            int(one.sum()) * part[0, 0].numel() for one, part in zip(some, tiles, strict=True)
+        )
+        assert found.allowed == int(seen.sum())
+
+
 def test_how_it_prints() -> None:
     assert str(ph.simulate(ph.neighborhood((24, 24), 12, stride=4), 4)).splitlines() == [
         "neighborhood((24, 24), 12, stride=4), tiles of 4×4 by 4×4",

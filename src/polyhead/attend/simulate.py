@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from polyhead.attend.grid_tiles import runs
 from polyhead.attend.masks import Mask, Neighborhood, tile_map
@@ -165,30 +166,33 @@ def _flat(
     keys = whole("simulate: keys", keys, 1)
     queries = keys if queries is None else whole("simulate: queries", queries, 1)
     found = tile_map(mask, batch=batch, heads=heads, queries=queries, keys=keys, rows=own, cols=other)
-    some = found.some.expand(batch, heads, -1, -1)
-    every = found.every.expand(batch, heads, -1, -1)
     heights, widths = (
         (length - torch.arange(0, length, step)).clamp(max=step)
         for length, step in ((queries, own), (keys, other))
     )
-    allowed = 0
+    visited = full = read = allowed = 0
     b, h = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(-1, 1, 1)
     for row, height in enumerate(heights.tolist()):
         i = torch.arange(height)[:, None] + row * own + keys - queries
         for start, stop, all_of_it in found.columns(row):
-            size = batch * heads * height * (stop - start)
+            sizes = height * widths[start // other : -(-stop // other)]
+            seen = sizes.expand(batch, heads, -1)  # pairs of every tile
             if not all_of_it:
-                seen = mask.allowed(b, h, i, torch.arange(start, stop))
-                size = int(seen.expand(batch, heads, height, stop - start).sum())
-            allowed += size
+                pairs = mask.allowed(b, h, i, torch.arange(start, stop))
+                pairs = pairs.expand(batch, heads, height, stop - start).sum(2)
+                seen = F.pad(pairs, (0, -(stop - start) % other)).unflatten(-1, (-1, other)).sum(-1)
+            visited += int((seen > 0).sum())
+            full += int((seen == sizes).sum())
+            read += int(((seen > 0) * sizes).sum())
+            allowed += int(seen.sum())
     return Simulation(
         mask,
         (own,),
         (other,),
-        tiles=some.numel(),
-        visited=int(some.sum()),
-        full=int((some & every).sum()),
+        tiles=batch * heads * len(heights) * len(widths),
+        visited=visited,
+        full=full,
         pairs=batch * heads * queries * keys,
-        read=int((some * (heights[:, None] * widths)).sum()),
+        read=read,
         allowed=allowed,
     )

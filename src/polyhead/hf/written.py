@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
 from weakref import ref
 
 import torch
@@ -27,6 +28,7 @@ class Bias(Score):
 class Allowed(Mask):
     """A mask that a model has written out pair by pair, bool `(1|B, 1|H, 1|L, S)`; query 0 is at `offset`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     table: Tensor
     offset: int
 

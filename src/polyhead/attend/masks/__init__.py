@@ -41,7 +41,7 @@ from polyhead.attend.masks.positional import (
     window,
 )
 from polyhead.attend.masks.some_of import some_of
-from polyhead.attend.masks.tilemap import TileMap, densify, tile_map
+from polyhead.attend.masks.tilemap import TileMap, densify, tile_map, visible_tiles
 from polyhead.attend.masks.until import Until, until
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "terms_of",
     "tile_map",
     "until",
+    "visible_tiles",
     "where",
     "window",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,7 +25,12 @@ class Mask(Part):
     A mask says its truth pair by pair (`allowed`) and in advance for whole tiles (`bounds`), so that what
     runs it can pass over empty tiles and need not ask inside full ones. Positions are absolute. Where
     there are more queries than keys, the first queries stand at negative positions.
+
+    Attributes:
+        exact: whether `some` and whether `every` of `bounds` is exact, and not only sure in its direction.
     """
+
+    exact: ClassVar[tuple[bool, bool]] = (False, False)
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Whether i may look at j.
@@ -45,7 +50,7 @@ class Mask(Part):
         Returns:
             Two bool tensors. `some` False: no pair of the tile is allowed. `every` True: all are. Both are
             exact for the basic masks and for any mix of windows and prefixes, otherwise only sure in that
-            direction.
+            direction: see `exact`.
         """
         raise NotImplementedError
 
@@ -173,6 +178,12 @@ class And(Mask):
     def __repr__(self) -> str:
         return " & ".join(map(_wrapped, self.terms))
 
+    @property
+    def exact(self) -> tuple[bool, bool]:  # type: ignore[override]
+        # a tile may hold pairs that one term allows and pairs that another does, and none that both do
+        plain = pieces(self) is not None
+        return plain, plain or all(term.exact[1] for term in self.terms)
+
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = self.terms[0].allowed(b, h, i, j)
         for term in self.terms[1:]:
@@ -216,6 +227,11 @@ class Or(Mask):
 
     def __repr__(self) -> str:
         return " | ".join(map(_wrapped, self.terms))
+
+    @property
+    def exact(self) -> tuple[bool, bool]:  # type: ignore[override]
+        plain = pieces(self) is not None
+        return plain or all(term.exact[0] for term in self.terms), plain
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = self.terms[0].allowed(b, h, i, j)
@@ -264,6 +280,11 @@ class Not(Mask):
 
     def __invert__(self) -> Mask:
         return self.mask
+
+    @property
+    def exact(self) -> tuple[bool, bool]:  # type: ignore[override]
+        some, every = self.mask.exact
+        return every, some
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return ~self.mask.allowed(b, h, i, j)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _NONE = torch.iinfo(torch.int64).min // 2  # below any id, also when negated
 class Documents(Mask):
     """Keys of the query's own document; positions with a negative id see nothing and are not seen."""
 
+    exact: ClassVar[tuple[bool, bool]] = (False, True)  # a range of mixed ids may leave one out
     ids: Tensor
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ def documents(ids: Tensor | Sequence[Any]) -> Mask:
 class Padding(Mask):
     """Real keys only: j is seen where `mask[b, j]` is True."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     mask: Tensor
 
     def __post_init__(self) -> None:
@@ -157,6 +159,11 @@ class PerHead(Mask):
 
     def __repr__(self) -> str:
         return f"per_head([{', '.join(map(repr, self.masks))}])"
+
+    @property
+    def exact(self) -> tuple[bool, bool]:  # type: ignore[override]
+        some, every = zip(*(mask.exact for mask in self.masks), strict=True)
+        return all(some), all(every)
 
     def _groups(self, h: Tensor) -> list[tuple[Mask, Tensor]]:
         """Each different mask, with the heads among `h` that have it."""

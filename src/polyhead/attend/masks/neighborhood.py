@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Axis:
 class Neighborhood(Mask):
     """Each query sees the `window` nearest places around it on every axis of a grid. See `neighborhood`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     grid: tuple[int, ...]
     window: tuple[int, ...]
     dilation: tuple[int, ...]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class OnGrid(Mask):
         grid: lengths of one to three axes, flattened row by row; None: a sequence of any length.
     """
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     grid: tuple[int, ...] | None
 
     @property

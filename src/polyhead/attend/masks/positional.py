@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
 class Window(Mask):
     """Keys from `left` positions before the query to `right` positions after it; None is unbounded."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     left: int | None
     right: int | None = 0
 
@@ -96,6 +97,7 @@ def window(left: int | None, right: int | None = 0) -> Mask:
 class Prefix(Mask):
     """The first `n` keys; `n` is a number, or an integer tensor `(B,)` with one number per batch item."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     n: int | Tensor
 
     def __post_init__(self) -> None:
@@ -150,6 +152,7 @@ def prefix(n: int | Tensor) -> Mask:
 class Dilated(Mask):
     """Every `dilation`-th key: `window` of them before the query, itself, and `right` after it."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     window: int
     dilation: int
     right: int = 0
@@ -188,6 +191,7 @@ def dilated(window: int, dilation: int, right: int = 0) -> Mask:
 class Strided(Mask):
     """Keys whose distance from the query is a multiple of `stride`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     stride: int
 
     def __post_init__(self) -> None:
@@ -212,6 +216,7 @@ def strided(stride: int) -> Mask:
 class Blocks(Mask):
     """Keys in the same block of `size` positions as the query; blocks are counted from `start`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     size: int
     start: int | Tensor = 0
 
@@ -249,6 +254,7 @@ def blocks(size: int, start: int | Tensor = 0) -> Mask:
 class Shard(Mask):
     """Keys of every `stride`-th block of `size` positions. See `shard`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     size: int
     stride: int
     first: int = 0

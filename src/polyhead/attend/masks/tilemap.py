@@ -12,8 +12,11 @@ from torch import Tensor
 from polyhead.attend.masks.algebra import Mask
 from polyhead.checks import FARTHEST, given, whole
 from polyhead.errors import ConfigError
+from polyhead.shapes import broadcast_shape
 
-__all__ = ["TileMap", "densify", "tile_map"]
+__all__ = ["TileMap", "densify", "tile_map", "visible_tiles"]
+
+_HELD = 1 << 22  # pairs that are asked at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,57 @@ def tile_map(
     some, every = (_spread(t, len(top), len(left)) for t in mask.bounds(b, h, i0, i1, left, right))
     some, every = torch.broadcast_tensors(some, every)
     return TileMap(some, every, queries, keys, rows, cols)
+
+
+def visible_tiles(
+    mask: Mask,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    queries: int,
+    keys: int,
+    offset: int | None = None,
+    rows: int,
+    cols: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Of which tiles something is seen, bool `(B or 1, H or 1, row tiles, column tiles)`, for every mask.
+
+    `some` of `tile_map` where that is exact. Elsewhere the tiles that it leaves open are asked pair by pair:
+    under `causal() & padding(p)` those of the diagonal and at the borders of the padding.
+
+    Args, Raises: those of `tile_map`.
+    """
+    offset = keys - queries if offset is None else offset
+    found = tile_map(
+        mask,
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        offset=offset,
+        rows=rows,
+        cols=cols,
+        device=device,
+    )
+    some, open_ones = found.some, found.some & ~found.every
+    if mask.exact[0] or not bool(open_ones.any()):
+        return some
+    mask = mask.to(device) if device is not None else mask
+    b, h = _batch_and_head(batch, heads, device)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    # tiles of which nothing is known in advance may be alike for items and heads whose pairs are not
+    alike = mask.allowed(b, h, first[:, None] + offset, first)
+    sizes = broadcast_shape(alike.shape, (*some.shape[:2], 1, 1))[:2]
+    some = some.expand(*sizes, -1, -1).clone()
+    down, right = torch.arange(rows, device=device)[:, None], torch.arange(cols, device=device)
+    for part in open_ones.expand_as(some).nonzero().split(max(1, _HELD // (rows * cols))):
+        item, head, row, col = part[..., None, None].unbind(1)
+        i = (row * rows + down).clamp(max=queries - 1) + offset
+        j = (col * cols + right).clamp(max=keys - 1)
+        seen = mask.allowed(item, head, i, j).expand(len(part), rows, cols)
+        some[tuple(part.T)] = seen.flatten(1).any(1)
+    return some
 
 
 def densify(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ __all__ = ["Until", "until"]
 class Until(Mask):
     """Keys before their end: j is seen by i < `stop[b, h, j]`. See `until`."""
 
+    exact: ClassVar[tuple[bool, bool]] = (True, True)
     stop: Tensor
 
     def __post_init__(self) -> None:

@@ -113,7 +113,7 @@ def hisa(keep: int = 2048, blocks: int = 64, size: int = 128, indexer: Indexer |
     Our readings: means are of all keys of a block that are no padding. Of a block of the past none of them is
     yet to come; of the own block some are, but it is taken whatever its score. So a step of decoding chooses
     as the whole call does. Under masks that hide the past, first and last mean the first and the last block
-    of which the query sees something; of a mask by `where` nothing is known of blocks, and all count as seen.
+    of which the query sees something.
 
     "HISA: Efficient Hierarchical Indexing for Fine-Grained Sparse Attention" (paper 150, arXiv 2603.28458).
 

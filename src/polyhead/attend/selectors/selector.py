@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from polyhead.attend.masks import Chosen, Mask, Padding, TileMap, chosen, runs_of_last, terms_of, tile_map
+from polyhead.attend.masks import (
+    Chosen,
+    Mask,
+    Padding,
+    TileMap,
+    chosen,
+    runs_of_last,
+    terms_of,
+    tile_map,
+    visible_tiles,
+)
 from polyhead.attend.precision import exact
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
@@ -33,6 +44,7 @@ __all__ = [
 ]
 
 Kept = Callable[[int, int, Tensor], Tensor]
+_Tiles = TypeVar("_Tiles")
 
 _HELD = 1 << 22  # scores of one band of blocks of queries
 
@@ -275,13 +287,20 @@ def seen(mask: Mask | None, grid: Grid, start: int, stop: int, device: torch.dev
             return row
     if grid.rows == grid.cols == 1:  # of a block masks may not know, of a pair they do
         return seen_pairs(mask, grid, start, stop, torch.arange(grid.keys, device=device))
-    return looked_at(mask, grid, start, stop, device).some
+    return _of_band(visible_tiles, mask, grid, start, stop, device)
 
 
 def looked_at(mask: Mask, grid: Grid, start: int, stop: int, device: torch.device) -> TileMap:
-    """Of which blocks of keys a mask lets some and all be seen by blocks of queries."""
+    """What a mask knows in advance of the blocks of keys that blocks of queries see in part or whole."""
+    return _of_band(tile_map, mask, grid, start, stop, device)
+
+
+def _of_band(
+    tiles: Callable[..., _Tiles], mask: Mask, grid: Grid, start: int, stop: int, device: torch.device
+) -> _Tiles:
+    """`tiles` of the blocks of queries from start to stop - 1."""
     first = start * grid.rows
-    return tile_map(
+    return tiles(
         mask,
         batch=grid.batch,
         heads=grid.heads,
