@@ -56,7 +56,7 @@ def a_shape(first: int = 1024, nearest: int = 4096, *, rows: int = 64, cols: int
     Dynamic Sparse Attention", arXiv 2407.02490.
 
     Args:
-        first: keys at the start, at least 1.
+        first: keys at the start, padding or not, at least 1.
         nearest: keys up to and with the query's own, at least 1.
         rows, cols: length of a block of queries and of keys.
     """

@@ -58,6 +58,16 @@ class Grid:
         """Query heads of a key/value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def real_queries(self) -> Tensor | None:
+        """Which queries are no padding, bool `(B or 1, L)`; None: all are.
+
+        They are the last tokens of the keys. Those that stand before the first key count as real.
+        """
+        if self.real is None or self.offset >= 0:
+            return self.real if self.real is None else self.real[:, self.offset :]
+        return torch.cat([self.real.new_ones(len(self.real), -self.offset), self.real], 1)
+
     def spread(self, x: Tensor) -> Tensor:
         """Something of the key/value heads `(B, G, ...)`, for every query head `(B, H, ...)`."""
         return x if self.repeat == 1 else x.repeat_interleave(self.repeat, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.probes import Probes, even_probes
 from polyhead.attend.selectors.selector import Correcting, Kept, Selector, chosen_blocks, listed
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
@@ -76,7 +77,7 @@ class Guarded(Around):
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
         found = chosen_blocks(self.selector, q, k, mask, grid)
-        missed = _missed(q, k, mask, found, grid, min(self.probes, grid.queries))
+        missed = _missed(q, k, mask, found, even_probes(grid, self.probes, q.device))
         dense = missed > self.most
         seen = _SEEN.get()
         if seen is not None:
@@ -94,10 +95,10 @@ class Guarded(Around):
 def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selector:
     """`selector`, but a head of which it misses more than `most` of the mass reads everything.
 
-    The missed mass is that of `missed_mass`, measured at `probes` queries of every head, evenly over the
-    call, and taken in the mean over those that see anything: an estimate for the other queries, exact where
-    the call has no more than `probes`. It costs `probes` rows of dense scores. `selections()` counts how
-    often heads fell back.
+    The missed mass is that of `missed_mass`, measured at `probes` queries of every head, evenly over those
+    of the sequence that are no padding, and taken in the mean over those that see anything: an estimate for
+    the other queries, exact where there are no more than `probes`. It costs `probes` rows of dense scores.
+    `selections()` counts how often heads fell back.
 
     Args:
         selector: what is guarded.
@@ -107,20 +108,9 @@ def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selecto
     return Guarded(selector, most, probes)
 
 
-def _missed(q: Tensor, k: Tensor, mask: Mask | None, found: Chosen, grid: Grid, probes: int) -> Tensor:
-    """Mean missed mass `(B, H)` of some queries."""
-    rows = torch.linspace(0, grid.queries - 1, probes, device=q.device).round().long()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = q[:, :, rows].to(wide).unflatten(1, (grid.kv_heads, -1)) @ k.to(wide)[:, :, None].transpose(
-        -1, -2
-    )
-    logits = logits.flatten(1, 2) * grid.scale
-    b = torch.arange(grid.batch, device=q.device).view(-1, 1, 1, 1)
-    h = torch.arange(grid.heads, device=q.device).view(-1, 1, 1)
-    i, j = (rows + grid.offset)[:, None], torch.arange(grid.keys, device=q.device)
-    if mask is not None:
-        logits = logits.masked_fill(~mask.allowed(b, h, i, j), -torch.inf)
-    seeing = ~logits.isneginf().all(-1)  # padding, which sees nothing, would dilute the mean
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    missed = weights.masked_fill(found.allowed(b, h, i, j), 0.0).sum(-1)
-    return missed.sum(-1) / seeing.sum(-1).clamp(min=1)
+def _missed(q: Tensor, k: Tensor, mask: Mask | None, found: Chosen, probes: Probes) -> Tensor:
+    """Mean missed mass `(B, H)` of some queries, of those that see anything."""
+    seen = probes.seen(mask)
+    weights = probes.logits(q, k).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    missed = weights.masked_fill(probes.seen(found), 0.0).sum(-1)
+    return missed.sum(-1) / seen.any(-1).sum(-1).clamp(min=1)

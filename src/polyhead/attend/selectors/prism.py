@@ -52,10 +52,10 @@ class BandMeans(Scorer):
         queries, keys = queries.to(wide), keys.to(wide)
         part = math.sqrt(len(own) / q.shape[-1])
         if self.calibrated:
-            asked = queries
-            if grid.real is not None and grid.offset >= 0:  # what stands at padding must not count
-                real = torch.where(grid.real[:, None, grid.offset :, None], q, 0.0)
-                asked = grid.mean_queries(real, 0, grid.row_blocks).to(wide)
+            asked, real = queries, grid.real_queries
+            if real is not None:  # what stands at padding must not count
+                shown = torch.where(real[:, None, :, None], q, 0.0)
+                asked = grid.mean_queries(shown, 0, grid.row_blocks).to(wide)
             t = part * _kept(asked, own) * grid.spread(_kept(keys, own))
             queries = torch.where(t > 0, queries / t, 0.0)
         queries = queries[..., own] * (grid.scale / part)

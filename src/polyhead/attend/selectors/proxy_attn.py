@@ -11,6 +11,7 @@ from polyhead.attend.masks import Mask, sink, window
 from polyhead.attend.selectors.budgets import Budget, ranks
 from polyhead.attend.selectors.fixed import fixed
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.probes import last_probes
 from polyhead.attend.selectors.scorers import Scorer, Scores
 from polyhead.attend.selectors.selector import Selector, select
 from polyhead.checks import number, whole
@@ -104,14 +105,8 @@ class KeepLastMass(Budget):
         whole("keep_last_mass: least", self.least, 1)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Budget:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        last = q[:, :, -grid.rows :].to(wide).unflatten(1, (grid.kv_heads, -1))
-        logits = (last @ k.to(wide)[:, :, None].mT).flatten(1, 2) * grid.scale
-        if mask is not None:
-            b = torch.arange(grid.batch, device=q.device).view(-1, 1, 1, 1)
-            h = torch.arange(grid.heads, device=q.device).view(-1, 1, 1)
-            j = torch.arange(grid.keys, device=q.device)
-            logits = logits.masked_fill(~mask.allowed(b, h, j[-logits.shape[2] :, None], j), -torch.inf)
+        last = last_probes(grid, grid.rows, q.device)
+        logits = last.logits(q, k).masked_fill(~last.seen(mask), -torch.inf)
         weights = logits.softmax(-1).nan_to_num(0.0).sum(2).double()
         blocks = torch.nn.functional.pad(weights, (0, -grid.keys % grid.cols)).unflatten(2, (-1, grid.cols))
         taken = blocks.sum(-1).sort(-1, descending=True).values
@@ -134,7 +129,7 @@ class _KeepCounted(Budget):
 
 
 def keep_last_mass(mass: float, least: int = 1) -> Budget:
-    """As many blocks as hold so much of the attention of the last `rows` queries, head by head.
+    """As many blocks as hold so much of the attention of the last `rows` real queries, head by head.
 
         a[n] = Σ over the last queries i and the keys j of block n of  softmax_j(scale · q_i·k_j)
         number of blocks = the smallest k with  (the k largest a) >= mass · Σ a
@@ -162,10 +157,10 @@ def proxy_attn(
 
         select(proxy_heads(groups, stride), keep_last_mass(mass, least)) | fixed(sink(1) | window(0))
 
-    The first block and the query's own are always read besides. "ProxyAttn: Guided Sparse Attention via
-    Representative Heads" (paper 117, arXiv 2509.24745). The paper speaks of a share of the blocks: here short
-    rows, too, may read as many as that share is of the whole; and its decoding is dense, here that is
-    `ph.sparse(..., decode=False)`.
+    The first block, be it padding, and the query's own are always read besides. "ProxyAttn: Guided Sparse
+    Attention via Representative Heads" (paper 117, arXiv 2509.24745). The paper speaks of a share of the
+    blocks: here short rows, too, may read as many as that share is of the whole; and its decoding is dense,
+    here that is `ph.sparse(..., decode=False)`.
 
     Args:
         mass: 0 to 1 of the last queries' attention; 1 reads everything. The paper takes 0.95 and 0.9.

@@ -77,9 +77,10 @@ class _Competing(Budget):
 
 def _asking(grid: Grid) -> Tensor | None:
     """Which blocks of queries, which stand at the end of the keys, hold a token that is no padding."""
-    if grid.real is None or grid.offset < 0:
+    real = grid.real_queries
+    if real is None:
         return None
-    rows = F.pad(grid.real[:, grid.offset :], (0, -grid.queries % grid.rows))
+    rows = F.pad(real, (0, -grid.queries % grid.rows))
     return rows.unflatten(1, (-1, grid.rows)).any(-1)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.budgets import heads_fit, per_head
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.probes import Probes, last_probes
 from polyhead.attend.selectors.selector import Kept, Selector
 from polyhead.checks import whole
 
@@ -38,8 +39,12 @@ class VerticalSlash(Selector):
         heads_fit("vertical_slash: slashes", self.slashes, heads)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
-        columns, diagonals = _sums(q, k, mask, grid, min(self.probes, grid.queries))
-        columns[..., : self.first] = torch.inf
+        columns, diagonals = _sums(q, k, mask, last_probes(grid, self.probes, q.device))
+        if grid.real is None:
+            columns[..., : self.first] = torch.inf
+        else:  # the first keys of the text itself, behind padding on the left
+            first = (grid.real & (grid.real.cumsum(-1) <= self.first))[:, None]
+            columns = columns.masked_fill(~grid.real[:, None], -torch.inf).masked_fill(first, torch.inf)
         diagonals[..., : self.nearest] = torch.inf
         verticals = _best(columns, self.verticals)
         held = grid.blocks_of_keys(verticals[..., None].float())[..., 0].any(-1)  # (B, H, N)
@@ -87,29 +92,23 @@ def vertical_slash(
     Args:
         verticals: keys that are read; or a tensor `(H,)`, one number a head.
         slashes: distances that are read; or a tensor `(H,)`.
-        first: keys at the start that are taken first, and count among `verticals`.
+        first: keys at the start, padding not counted, that are taken first, and count among `verticals`.
         nearest: distances from 0 that are taken first, and count among `slashes`; at least 1.
-        probes: the last queries that are asked, 1/L of the cost of dense scores each.
+        probes: the last queries that are asked, padding not counted, 1/L of the cost of dense scores each.
         rows, cols: length of a block of queries and of keys.
     """
     return VerticalSlash(verticals, slashes, first, nearest, probes, rows, cols)
 
 
-def _sums(q: Tensor, k: Tensor, mask: Mask | None, grid: Grid, probes: int) -> tuple[Tensor, Tensor]:
-    """What the last queries give to every key and to every distance, `(B, H, S)` each."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    asked = q[:, :, -probes:].to(wide).unflatten(1, (grid.kv_heads, -1))
-    logits = (asked @ k.to(wide)[:, :, None].mT).flatten(1, 2) * grid.scale
-    j = torch.arange(grid.keys, device=q.device)
-    away = j[-probes:, None] - j
-    seen = away >= 0
-    if mask is not None:
-        b = torch.arange(grid.batch, device=q.device).view(-1, 1, 1, 1)
-        h = torch.arange(grid.heads, device=q.device).view(-1, 1, 1)
-        seen = seen & mask.allowed(b, h, j[-probes:, None], j)
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+def _sums(q: Tensor, k: Tensor, mask: Mask | None, probes: Probes) -> tuple[Tensor, Tensor]:
+    """What some queries give to every key and to every distance, `(B, H, S)` each."""
+    away = probes.positions - torch.arange(k.shape[2], device=q.device)
+    seen = probes.seen(mask) & (away >= 0)
+    weights = probes.logits(q, k).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
     diagonals = torch.zeros_like(weights[:, :, 0])
-    diagonals.index_add_(-1, away.clamp(min=0).flatten(), weights.flatten(2))  # the future weighs nothing
+    away = away.clamp(min=0).flatten(1).expand(len(q), -1)  # the future weighs nothing
+    for own, item, given in zip(diagonals, away, weights.flatten(2), strict=True):
+        own.index_add_(-1, item, given)
     return weights.sum(2), diagonals
 
 
