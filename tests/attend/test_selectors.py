@@ -406,6 +406,41 @@ def test_wrong_input_is_said() -> None:
         ph.shared(ph.mean_keys(), over="grou")  # type: ignore[arg-type]
 
 
+def test_numbers_by_head_are_looked_at_as_single_ones_are() -> None:
+    for make, said in (
+        (
+            lambda: ph.keep_blocks(torch.tensor([1.5, 2.0])),
+            "blocks must be an integer for every head",
+        ),
+        (lambda: ph.vertical_slash(torch.tensor([2.5])), "vertical_slash: verticals must be an integer for"),
+        (lambda: ph.keep_above(torch.tensor([math.nan, 1.0])), "keep_above: threshold must be finite for"),
+        (
+            lambda: ph.keep_above(torch.tensor([True, False])),
+            r"threshold must be a number or a tensor",
+        ),
+        (lambda: ph.keep_above(torch.ones(1, 2)), r"threshold must be a number or a tensor"),
+        (lambda: ph.keep_above("1"), "keep_above: threshold must be a finite number"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make()  # type: ignore[no-untyped-call]
+    assert ph.keep_blocks(torch.tensor([1.0, 2.0])).blocks.tolist() == [1, 2]
+    assert ph.keep_above(torch.tensor([-1, 2])).threshold.tolist() == [-1, 2]
+
+
+def test_rows_do_not_share_a_budget_that_is_one_of_rows() -> None:
+    with pytest.raises(ConfigError, match="KeepLastMass.* how much a single row keeps") as error:
+        ph.together(ph.keep_last_mass(0.5))
+    assert "budget must say how much many rows share" in str(error.value)
+    for over in ("block", "call"):
+        with pytest.raises(ConfigError, match=f"all heads share one budget over a {over}.*Numbers by head"):
+            ph.together(ph.keep_share(torch.tensor([0.5, 0.1])), over)
+        ph.together(ph.keep_share(torch.tensor([0.5])), over)
+    x = tensors(1, 2, 2, 30, 30)
+    three = ph.together(ph.keep_share(torch.full((3,), 0.5)))
+    with pytest.raises(ShapeError, match="holds 3 numbers, but the call has 2 heads"):
+        attend(*x, select=ph.select(ph.mean_keys(), three))
+
+
 def test_operations_of_a_choice_are_those_that_torch_counts() -> None:
     q, k, _ = tensors(2, 4, 2, 100, 100)
     for scorer in (ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(4), ph.shared(ph.key_bounds())):

@@ -94,6 +94,8 @@ def per_head(
         numbers = value.detach().double()
         if not bool(numbers.isfinite().all()):
             raise ConfigError(f"{name} must be finite for every head; got {numbers.tolist()}")
+        if whole and not bool((numbers == numbers.round()).all()):
+            raise ConfigError(f"{name} must be an integer for every head; got {numbers.tolist()}")
         if least is None:
             return value
         if not bool(((numbers >= least) & (numbers <= (most if most is not None else float("inf")))).all()):
@@ -274,12 +276,8 @@ class KeepAbove(Budget):
     threshold: float | Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Tensor):
-            object.__setattr__(self, "threshold", number("keep_above: threshold", self.threshold))
-        elif self.threshold.ndim != 1:
-            raise ConfigError(
-                f"keep_above: threshold must be a number or a tensor (H,); got {given(self.threshold)}"
-            )
+        own = per_head("keep_above: threshold", self.threshold, None, None, False)
+        object.__setattr__(self, "threshold", own)
 
     def check(self, heads: int) -> None:
         heads_fit("keep_above", self.threshold, heads)

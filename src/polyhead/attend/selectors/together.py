@@ -32,11 +32,21 @@ class Together(Budget):
                 "together: budget must be one of single rows, such as keep_share(0.1); got "
                 f"{given(self.budget)}"
             )
+        if type(self.budget).prepare is not Budget.prepare:
+            raise ConfigError(
+                "together: budget must say how much many rows share, as keep_share(0.1) does; "
+                f"{given(self.budget)} works out of each call how much a single row keeps"
+            )
         if not isinstance(self.over, str) or self.over not in _OVER:
             raise unknown_name("together: over", self.over, _OVER)
+        if self.over != "head" and any(tensor.numel() > 1 for tensor in self.budget.tensors()):
+            raise ConfigError(
+                f"together: all heads share one budget over a {self.over}, which must hold one number; got "
+                f"{given(self.budget)}. Numbers by head go with over='head'"
+            )
 
     def check(self, heads: int) -> None:
-        self.budget.check(heads if self.over == "head" else 1)
+        self.budget.check(heads)
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Budget:
         return _Competing(self.budget.prepare(q, k, mask, grid), self.over, _asking(grid))
