@@ -296,6 +296,21 @@ def test_blocks_of_which_nothing_is_seen_are_no_candidates(name: str, rows: int)
     torch.testing.assert_close(attend(q, k, v, mask=mask, select=everything), attend(q, k, v, mask=mask))
 
 
+def test_a_query_that_sees_nothing_of_what_its_block_chose_gives_zeros_unless_its_own_key_is_read() -> None:
+    q, k, v = tensors(1, 4, 2, 256, 256)
+    for rows, cols in ((64, 16), (16, 4), (32, 32)):
+        blind = {}
+        for always in (None, ph.window(0)):
+            own = ph.select(ph.mean_keys(), ph.keep_blocks(1), rows=rows, cols=cols, always=always)
+            read = densify(choose(own, q, k, ph.causal(), 0.25), batch=1, heads=4, queries=256, keys=256)
+            nothing = ~(read & densify(ph.causal(), queries=256, keys=256)).any(-1)
+            out = attend(q, k, v, mask=ph.causal(), select=own)
+            assert torch.equal((out == 0).all(-1), nothing)
+            blind[always] = int(nothing.sum())
+        assert blind[ph.window(0)] == 0
+        assert blind[None] > 0 or rows == cols  # the own block is seen from its first key on
+
+
 @pytest.mark.parametrize("length", [40, 700])
 def test_where_nothing_may_be_read_nothing_is_and_nothing_is_missed(length: int) -> None:
     q, k, v = tensors(1, 4, 2, length, length)

@@ -1,7 +1,8 @@
 """Budget rules: how many of the blocks that a scorer has ranked are read.
 
 Every rule keeps the blocks that are always read first, and of a row that sees anything at least the best
-block: there is no choice that reads nothing where something may be read.
+block: no block of queries reads nothing where one of them may read something. A single query of the block may
+see nothing of what the block chose, unless its own key is always read: `always=window(0)`.
 """
 
 from __future__ import annotations

@@ -260,6 +260,9 @@ def select(
     queries and a key, and each of them is gathered for itself, which is slower than larger blocks are. The
     choice holds 8 bytes for each key that a block of queries reads.
 
+    With `rows` above 1 a query may see nothing of what its block chose, and gives zeros: under `causal()`
+    where only later keys were chosen. `always=window(0)`, every query's own key, prevents it.
+
     Args:
         scorer: what a block may be worth, such as `mean_keys()`.
         budget: how many are read, such as `keep_share(0.1)` or `keep_mass(0.95)`.
