@@ -200,6 +200,22 @@ def test_the_gate_learns_by_its_factor_by_the_choice_and_by_labels() -> None:
     assert not auxiliary_losses(module)
 
 
+def test_what_earlier_scores_say_of_padding_does_not_count() -> None:
+    for options, labels in (({}, torch.arange(48) % 3 > torch.zeros(3, 1)), ({"keep": 0.3}, None)):
+        module, losses, slopes = built(**options).train(), [], []
+        earlier = torch.randn(3, 48, generator=torch.Generator().manual_seed(2), **F64)
+        for said in (0.0, torch.nan):
+            torch.manual_seed(3)
+            out = module(X, padding=REAL, earlier=earlier.masked_fill(~REAL, said), labels=labels)
+            assert out.isfinite().all()
+            losses.append(auxiliary_losses(module)["selection"])
+            total = out.square().sum() + losses[-1]
+            slopes.append(torch.autograd.grad(total, module.gate.weight)[0])
+        assert losses[0].isfinite()
+        close(losses[1], losses[0])
+        close(slopes[1], slopes[0])
+
+
 def test_in_training_the_choice_is_drawn() -> None:
     """A token is selected with probability σ(s - θ), and the gradient of that is passed on."""
     module = built(wide=0.1, heads=1).train()

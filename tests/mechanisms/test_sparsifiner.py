@@ -195,6 +195,20 @@ def test_a_teacher_takes_the_place_of_the_layers_own_weights() -> None:
     assert abs(float(taught) - float(own)) > 1e-4
 
 
+def test_what_a_teacher_says_of_padding_does_not_count() -> None:
+    module, real = built().train(), torch.arange(29) < torch.tensor([[29], [13]])
+    weights = torch.rand(2, 4, 29, 29, generator=torch.Generator().manual_seed(1), **F64)
+    found = []
+    for said in (0.0, torch.nan):
+        taught = weights.masked_fill(~(real[:, None, None] & real[:, None, :, None]), said)
+        module(X, padding=real, teacher=taught)
+        (loss,) = ph.auxiliary_losses(module).values()
+        found.append((loss, *torch.autograd.grad(loss, (module.tokens_in, module.tokens_out))))
+    for own, expected in zip(*found, strict=True):
+        assert expected.isfinite().all()
+        close(own, expected)
+
+
 def test_with_tables_of_full_rank_the_choice_is_that_of_attention() -> None:
     whole = {"reduce_tokens": 1, "reduce_channels": 1, "coefficients": 29, "least": 0.0}
     module = built(**whole)

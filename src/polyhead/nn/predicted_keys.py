@@ -143,12 +143,14 @@ class PredictedKeysAttention(WholeSequenceAttention):
                 options = super()._options(q.shape[2], kept, None, first=0, latest=True)
                 target = weights_of(self.projection.spread(q), k, **options)
         found = self.predictor.attention(self.projection.spread(q)[:, :, first:], k, real)
-        off = (found - target[:, :, first:].detach().to(found.dtype)).square()
+        target = target[:, :, first:].detach().to(found.dtype)
         if real is None:
-            lost = off.sum(-1).mean()
+            lost = (found - target).square().sum(-1).mean()
         else:
-            pairs = off * (real[:, None, None] & real[:, None, first:, None])
-            lost = pairs.sum() / (self.heads * real[:, first:].sum()).clamp(min=1)
+            pairs = real[:, None, None] & real[:, None, first:, None]
+            target = target.masked_fill(~pairs, 0.0)  # a teacher may say anything there
+            off = (found - target).square() * pairs
+            lost = off.sum() / (self.heads * real[:, first:].sum()).clamp(min=1)
         self.auxiliary.record("reconstruction", self.weight * lost)
 
     def _options(

@@ -113,6 +113,8 @@ class SelectAndPackAttention(WholeSequenceAttention):
         if padding is not None:
             x = x.masked_fill(~padding[..., None], 0.0)
         scores = self.scores(x, earlier)
+        if padding is not None:  # earlier scores may be anything there
+            scores = scores.masked_fill(~padding, 0.0)
         margin = scores - self.threshold
         gates = scores.sigmoid()
         if self.training:
