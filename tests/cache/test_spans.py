@@ -340,8 +340,9 @@ def test_wrong_input_is_said():
     found = drawn(lengths=(64,))
     with pytest.raises(ConfigError, match="no choice was found that keeps between 0.18 and 0.2"):
         spans.search(found, 0.2, rules=RULES)
-    with pytest.raises(ConfigError, match="rules must be pairs"):
-        spans.search(found, 0.5, rules=[(1.0, float("nan"))])
+    for wrong in ([(1.0, float("nan"))], 5, [(1, "a")], [], [1.0], "ab", [(1.0, 0.0, 0.0)]):
+        with pytest.raises(ConfigError, match="rules must be pairs"):
+            spans.search(found, 0.5, rules=wrong)
     with pytest.raises(ConfigError, match="each of another length"):
         spans.search(found * 2, 0.5, rules=RULES)
     with pytest.raises(ConfigError, match="density must be a finite number above 0 and at most 1"):

@@ -214,6 +214,7 @@ def test_the_model_is_given_back_and_wrong_input_is_said() -> None:
         ({"errors": []}, "errors must be one or more"),
         ({"errors": [OWN]}, "errors must be one or more"),
         ({"weights": (1.0,)}, "one number for each of 2 errors"),
+        ({"weights": 5}, "one number for each of 2 errors; got 5"),
         ({"weights": (0.0, 0.0)}, "must not all be 0"),
         ({"probes": 0}, "probes must be at least 1"),
         ({"select": [OWN, "half"]}, "selector of layer 1 must be"),

@@ -23,7 +23,6 @@ grid between their best and worst is tried. No small number is added to 1 - A: s
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -33,7 +32,7 @@ from polyhead.cache.duo import Sample
 from polyhead.cache.influence import Influence, checked, influence, loss_of
 from polyhead.cache.span_plan import Rule, SpanPlan
 from polyhead.cache.span_programme import Programme, Table, pareto
-from polyhead.checks import flag, given, number, several, whole
+from polyhead.checks import finite, flag, given, number, several, whole
 from polyhead.errors import ConfigError
 from polyhead.hf import sparse
 from polyhead.tasks.reading import evaluating
@@ -115,17 +114,17 @@ def search(
     number("search: seconds", seconds, above=0)
     flag("search: shared", shared)
     lengths = [one.length for one in found]
-    rules = candidates(lengths) if rules is None else list(rules)
-    if not rules or not all(
-        several(rule) and len(tuple(rule)) == 2 and all(math.isfinite(x) for x in rule) for rule in rules
+    own = candidates(lengths) if rules is None else list(rules) if several(rules) else []
+    if not own or not all(
+        several(rule) and len(tuple(rule)) == 2 and all(finite(x) for x in rule) for rule in own
     ):
         raise ConfigError(f"search: rules must be pairs (alpha, beta); got {given(rules)}")
-    table = Table.of(found, rules, shared)
+    table = Table.of(found, own, shared)
     programme = Programme(table, density, least, per_layer, seconds)
     chosen = pareto(programme, points)
     if not chosen:
         raise ConfigError(
-            f"of these {len(rules)} rules, at most {per_layer} a layer, no choice was found that keeps "
+            f"of these {len(own)} rules, at most {per_layer} a layer, no choice was found that keeps "
             f"between {least * density:g} and {density:g} of the keys at all lengths, {lengths}; give "
             "other rules, a smaller least or more seconds"
         )

@@ -75,7 +75,7 @@ def head_sensitivity(
         seed: of the probes. Equal texts have equal probes, so that a text twice changes nothing.
     """
     errors = _errors(errors)
-    parts = [1.0] * len(errors) if weights is None else list(weights)
+    parts = [1.0] * len(errors) if weights is None else list(weights) if several(weights) else []
     if len(parts) != len(errors):
         raise ConfigError(
             f"weights must be one number for each of {len(errors)} errors; got {given(weights)}"
