@@ -92,6 +92,17 @@ def test_a_grid_equals_the_twin(options: dict[str, Any]) -> None:
         close(module(X, padding=padding), wanted)
 
 
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_padding_on_the_right_is_as_if_it_were_cut_off(kernel: int) -> None:
+    module = built(grid=None, region=5, bias=True, kernel=kernel)
+    with torch.no_grad():
+        module.projection.value.bias.fill_(3.0)  # what a value at padding would be
+    real = torch.arange(48) < torch.tensor([[48], [29]])
+    found = module(X, padding=real)
+    close(found[:1], module(X[:1]))
+    close(found[1:, :29], module(X[1:, :29]))
+
+
 @pytest.mark.parametrize(
     "options", [{"top_k": 12}, {"top_k": 99}, {"grid": (6, 8), "region": 8, "top_k": 1}], ids=str
 )
