@@ -242,6 +242,25 @@ def test_loss_is_focal_with_soft_targets() -> None:
     torch.testing.assert_close(ph.boundary_loss(own, k, ratio, gamma=0.0), entropy.mean())
 
 
+def test_boundaries_of_what_does_not_fit_are_refused() -> None:
+    q, k, _ = tensors(2, 4, 2, 17, 17)
+    own = ph.boundary_predictor(2 * k.shape[3], window=2)
+    ratio = ph.boundary_ratio(q, k, window=2)
+    assert ph.boundary_loss(own, k[:, :, :9], ratio[:, :9]).isfinite()  # one place with 4 keys on either side
+    with pytest.raises(ShapeError, match="4 keys on either side, more than 8 in all; the text has 8"):
+        ph.boundary_loss(own, k[:, :, :8], ratio[:, :8])
+    with pytest.raises(ShapeError, match=r"ratio must be \(B, S\), \(2, 17\) for these keys; got a tens"):
+        ph.boundary_loss(own, k, ratio[:, :9])
+    for wrong in (k.repeat(1, 3, 1, 1)[:, :3], k[:1], k[..., :3], k[:, :0]):
+        with pytest.raises(ShapeError, match="must agree in B and D, and G must divide H; got q a tensor"):
+            ph.boundary_ratio(q, wrong)
+    for wrong in (k[0], k.long(), [1.0]):
+        with pytest.raises(ShapeError, match=r"must be tensors \(B, H, S, D\) and \(B, G, S, D\); got q"):
+            ph.boundary_ratio(q, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="padding: mask has 7 positions but there are 17 keys"):
+        ph.boundary_ratio(q, k, ph.padding(torch.ones(2, 7, dtype=torch.bool)))
+
+
 def test_it_is_a_value_and_wrong_input_is_said() -> None:
     own = ph.dhsa(256, ph.attention_chunks(16), pooling="max", local=64, rows=32)
     assert ph.from_json(ph.to_json(own)) == own

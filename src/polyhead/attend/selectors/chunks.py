@@ -153,8 +153,16 @@ def boundary_ratio(
         mask: who may see whom, besides causality.
         window: w.
         scale: of q·k; D^-1/2 by default.
+
+    Raises:
+        ShapeError: q, k and mask do not fit together, or are not of a whole text.
     """
+    shapes = f"got q {given(q)} and k {given(k)}"
+    if not all(isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point() for x in (q, k)):
+        raise ShapeError(f"boundary_ratio: q and k must be tensors (B, H, S, D) and (B, G, S, D); {shapes}")
     batch, heads, queries, width = q.shape
+    if k.shape[::3] != (batch, width) or not k.shape[1] or heads % k.shape[1]:
+        raise ShapeError(f"boundary_ratio: q and k must agree in B and D, and G must divide H; {shapes}")
     keys = k.shape[2]
     if queries != keys:
         raise ShapeError(
@@ -162,6 +170,8 @@ def boundary_ratio(
             "Steps of decoding have learned_chunks or even_chunks"
         )
     whole("boundary_ratio: window", window, 1)
+    if mask is not None:
+        mask.check(batch=batch, heads=heads, queries=queries, keys=keys, offset=0)
     wide = torch.promote_types(q.dtype, torch.float32)
     grid = Grid(batch, heads, k.shape[1], queries, keys, 1, 1, width**-0.5 if scale is None else scale)
     places = torch.arange(keys, device=q.device)
@@ -299,8 +309,20 @@ def boundary_loss(
         ratio: `(B, S)`, of `boundary_ratio`.
         middle: log of the ratio that counts half as a boundary.
         gamma: γ; with 0 it is plain cross-entropy.
+
+    Raises:
+        ShapeError: the text has no such place, or `ratio` is of another one.
     """
     edge = 2 * predictor.window
+    if k.shape[2] <= 2 * edge:
+        raise ShapeError(
+            f"boundary_loss: places are learned from that have {edge} keys on either side, more than "
+            f"{2 * edge} in all; the text has {k.shape[2]}"
+        )
+    if ratio.shape != k.shape[::2]:
+        raise ShapeError(
+            f"boundary_loss: ratio must be (B, S), {tuple(k.shape[::2])} for these keys; got {given(ratio)}"
+        )
     logits = predictor.logits(k.detach())[:, edge : k.shape[2] - edge]
     target = torch.sigmoid(4 * (ratio[:, edge : k.shape[2] - edge].to(logits.dtype).log() - middle))
     lost = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
