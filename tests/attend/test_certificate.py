@@ -10,6 +10,7 @@ from torch import Tensor
 
 import polyhead as ph
 from polyhead.attend import attend
+from polyhead.attend.function import weights_of
 from polyhead.attend.masks import densify
 from polyhead.attend.selectors import choose
 from polyhead.errors import ConfigError
@@ -93,6 +94,66 @@ def test_a_guard_reads_everything_where_too_much_is_missed() -> None:
     torch.testing.assert_close(attend(q, k, v, mask=ph.causal(), select=ph.guarded(OWN, 1.0)), sparse)
 
 
+SCORES = {
+    "soft cap": ph.soft_cap(1.0),
+    "alibi": ph.alibi(4),
+    "both": (ph.alibi(4), ph.soft_cap(2.0)),
+    "function": ph.score_function(lambda s, b, h, i, j: s * (1 + b) - 0.1 * h * (i - j) ** 0.5),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_guard_measures_the_scores_of_the_call(name: str, padded: bool) -> None:
+    q, k, v = tensors(2, 4, 2, 90, 100, sharp=1.0)
+    real = torch.arange(100) >= torch.tensor([[0], [37 if padded else 0]])
+    call: dict[str, Any] = {"mask": ph.causal() & ph.padding(real), "score": SCORES[name]}
+    true = ph.missed_mass(q, k, v, select=OWN, **call).mass
+    true = torch.stack([own[:, seen].mean(-1) for own, seen in zip(true, real[:, 10:], strict=True)])
+    level = float(true.flatten().sort().values[3:5].mean())  # of eight heads
+    for probes in (100, 7):
+        with ph.selections() as seen:
+            out = attend(q, k, v, select=ph.guarded(OWN, level, probes=probes), **call)
+        if probes == 100:
+            torch.testing.assert_close(seen.missed[0], true)
+            dense, sparse = attend(q, k, v, **call), attend(q, k, v, select=OWN, **call)
+            expected = torch.where((true > level)[..., None, None], dense, sparse)
+            torch.testing.assert_close(out, expected)
+        else:
+            assert (seen.missed[0] - true).abs().max() < 0.2
+    plain = ph.missed_mass(q, k, v, select=OWN, mask=call["mask"]).mass.mean(-1)
+    assert (plain - true).abs().max() > 0.01
+
+
+def test_a_guard_counts_a_sink_as_read() -> None:
+    q, k, v = tensors(1, 4, 2, 64, 64, sharp=1.0)
+    for sink in (2.0, torch.tensor([-2.0, 0.0, 2.0, 20.0])):
+        own = ph.softmax(sink=sink)
+        with ph.selections() as seen:
+            attend(q, k, v, mask=ph.causal(), normalizer=own, select=ph.guarded(OWN, 1.0, probes=64))
+        weights = weights_of(q, k, mask=ph.causal(), normalizer=own)
+        read = densify(choose(OWN, q, k, ph.causal(), 0.25), heads=4, queries=64, keys=64)
+        torch.testing.assert_close(seen.missed[0], (weights * ~read).sum(-1).mean(-1))
+
+
+def test_a_compiled_guard_measures_the_same() -> None:
+    q, k, v = (x.float() for x in tensors(1, 4, 2, 64, 64, sharp=1.0))
+    call: dict[str, Any] = {"score": ph.soft_cap(1.0), "normalizer": ph.softmax(sink=1.0)}
+    own = ph.guarded(OWN, 0.2)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask=ph.causal(), select=own, **call)
+
+    found = torch.compile(step, backend="eager")(q, k, v)
+    torch.testing.assert_close(found, step(q, k, v))
+    dense = attend(q, k, v, mask=ph.causal(), **call)
+    assert not torch.equal(dense, attend(q, k, v, mask=ph.causal(), select=OWN, **call))
+    with ph.selections() as seen:
+        step(q, k, v)
+    assert seen.fell_back
+    torch.testing.assert_close(found[seen.missed[0] > 0.2], dense[seen.missed[0] > 0.2])
+
+
 def test_padding_does_not_dilute_what_a_guard_measures() -> None:
     q, k, v = tensors(1, 2, 2, 100, 100, sharp=1.0)
     real = torch.arange(100)[None] >= 40
@@ -123,3 +184,7 @@ def test_wrong_input_is_said() -> None:
         ph.guarded(OWN, 2)
     with pytest.raises(ConfigError, match="selector must be one such as"):
         ph.guarded(ph.mean_keys(), 0.1)  # type: ignore[arg-type]
+    mixed = ph.pair_convolution(torch.ones(2, 2, 3, dtype=torch.float64))
+    for score in (mixed, (ph.soft_cap(2.0), mixed)):
+        with pytest.raises(ConfigError, match="guarded: score must map each pair by itself"):
+            attend(q, k, v, score=score, select=ph.guarded(OWN))

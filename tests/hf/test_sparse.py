@@ -6,7 +6,8 @@ import transformers as t
 
 import polyhead as ph
 from hf.tiny import DECODERS, bert, llama, make, t5, tokens, vit
-from polyhead.attend.masks import Chosen
+from polyhead.attend.function import weights_of
+from polyhead.attend.masks import Chosen, densify
 from polyhead.attend.selectors import choose
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.heads.measurements.places import WindowMass
@@ -314,6 +315,32 @@ def test_with_handlers_above_and_below():
     for handler, found in ((first, below), (last, above)):
         with attach(model, handler=handler):
             torch.testing.assert_close(logits(model), found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "t5"])
+@torch.no_grad()
+def test_a_guard_measures_what_the_layer_gives(name):
+    """Its soft cap, its sinks and its bias are those of the layer."""
+    model = t5() if name == "t5" else DECODERS[name]()
+    own = ph.select(ph.mean_keys(), ph.keep_blocks(1), rows=2, cols=3)
+    calls = []
+
+    def look(call):
+        calls.append(call)
+        return call.proceed()
+
+    guard, more = ph.guarded(own, 1.0, probes=99), {"decoder_input_ids": long()} if name == "t5" else {}
+    with ph.sparse(model, guard), attach(model, handler=look), ph.selections() as seen:
+        logits(model, **more)
+    assert len(seen.missed) == len(calls) > 1
+    assert any(call.score is not None or call.normalizer != ph.softmax() for call in calls)
+    for call, missed in zip(calls, seen.missed, strict=True):
+        x = {"mask": call.mask, "score": call.score, "normalizer": call.normalizer, "scale": call.scale}
+        weights = weights_of(call.q, call.k, **x)
+        found = choose(own, call.q, call.k, call.mask, call.scale)
+        size = {"batch": 2, "heads": weights.shape[1], "queries": weights.shape[2], "keys": weights.shape[3]}
+        expected = (weights * ~densify(found, **size)).sum(-1).mean(-1)
+        torch.testing.assert_close(missed, expected)
 
 
 def test_a_profile_within_sees_the_sparse_model():

@@ -9,10 +9,10 @@ from torch import Tensor
 from polyhead.attend.scores.base import Chain, Score
 from polyhead.attend.tile import Tile
 from polyhead.attend.weight_maps import WeightChain, WeightMap
-from polyhead.checks import floating, whole
+from polyhead.checks import floating, given, whole
 from polyhead.errors import ConfigError, ShapeError
 
-__all__ = ["PairConvolution", "pair_convolution", "parts_of"]
+__all__ = ["PairConvolution", "check_single_pairs", "pair_convolution", "parts_of"]
 
 
 class PairConvolution(Score, WeightMap):
@@ -88,6 +88,15 @@ def parts_of(part: Score | WeightMap | None) -> tuple[Score | WeightMap, ...]:
     if isinstance(part, Chain):
         return part.scores
     return part.maps if isinstance(part, WeightChain) else (part,)
+
+
+def check_single_pairs(owner: str, score: Score | None) -> None:
+    """Raise a `ConfigError` if a map of the logits reads other pairs than the one that it maps."""
+    if any(isinstance(one, PairConvolution) for one in parts_of(score)):
+        raise ConfigError(
+            f"{owner}: score must map each pair by itself, for what is not read must have no part in the "
+            f"logits of what is; got {given(score)}"
+        )
 
 
 def _correlated(x: Tensor, kernel: Tensor, margins: tuple[int, int, int, int]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.normalizers import Normalizer, Softmax
+from polyhead.attend.scores import Score
 from polyhead.attend.selectors import Correcting, Recalling, Selector, Summaries, choose
 from polyhead.checks import given
 from polyhead.errors import ConfigError
@@ -23,10 +24,13 @@ def choice(
     select: Selector | None,
     scale: float | None,
     summaries: Summaries | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
 ) -> Chosen:
     """The blocks that a selector chooses in this call, as a mask.
 
-    `summaries` keep what is derived of the keys, for the next call.
+    `summaries` keep what is derived of the keys, for the next call. `score` and `normalizer` are those of the
+    call, for selectors that measure what it gives to keys; None: no maps, softmax.
     """
     if isinstance(select, Recalling):
         summaries = select.summaries
@@ -39,13 +43,21 @@ def choice(
     if torch.compiler.is_compiling():
         from polyhead.attend.opaque_choice import choose_opaque  # imports the compiler, which is here already
 
-        return choose_opaque(select, q, k, mask, scale)
-    return choose(select, q, k, mask, scale, summaries)
+        return choose_opaque(select, q, k, mask, scale, score, normalizer)
+    return choose(select, q, k, mask, scale, summaries, score, normalizer)
 
 
-def resolved(q: Tensor, k: Tensor, mask: Mask | None, select: Selector | None, scale: float | None) -> Mask:
-    """A mask with the blocks that a selector chooses in this call."""
-    found = choice(q, k, mask, select, scale)
+def resolved(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    select: Selector | None,
+    scale: float | None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+) -> Mask:
+    """A mask with the blocks that a selector chooses in this call; see `choice`."""
+    found = choice(q, k, mask, select, scale, None, score, normalizer)
     return found if mask is None else mask & found
 
 

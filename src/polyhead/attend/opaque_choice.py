@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 
 from polyhead.attend.masks import Chosen, Mask, chosen
+from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.opaque import constant_name
+from polyhead.attend.scores import Score
 from polyhead.attend.selectors import Selector, choose
 from polyhead.attend.spelling import Spelling, read, spell
 
 __all__ = ["choose_opaque"]
 
 
-def choose_opaque(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, scale: float) -> Chosen:
+def choose_opaque(
+    selector: Selector,
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    scale: float,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+) -> Chosen:
     """`choose` as one step of the graph that is being compiled."""
     found = Spelling()
-    text = spell((selector, mask), found, constant_name)
+    text = spell((selector, mask, score, normalizer), found, constant_name)
     rows, cols = selector.rows, selector.cols
     index = _choose(q.detach(), k.detach(), found.tensors, found.ints, found.floats, text, scale, rows, cols)
     return chosen(index, rows=rows, cols=cols, first=k.shape[2] - q.shape[2])
@@ -45,8 +55,8 @@ def _choose(
     rows: int,
     cols: int,
 ) -> Tensor:
-    selector, mask = read(text, tensors, ints, floats)
-    own = choose(selector, q, k, mask, scale)
+    selector, mask, score, normalizer = read(text, tensors, ints, floats)
+    own = choose(selector, q, k, mask, scale, None, score, normalizer)
     index = own.index.new_full((*q.shape[:2], own.index.shape[2], -(-k.shape[2] // cols)), -1)
     index[..., : own.index.shape[3]] = own.index
     return index

@@ -80,9 +80,10 @@ def request_of(
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    score = chain(score)
     if select is not None:
-        mask = resolved(q, k, mask, select, float(scale))
-    problem = Problem(mask, chain(score), normalizer, float(scale), float(dropout), weight_chain(weight_map))
+        mask = resolved(q, k, mask, select, float(scale), score, normalizer)
+    problem = Problem(mask, score, normalizer, float(scale), float(dropout), weight_chain(weight_map))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *problem.tensors()))
     return Request(q, k, v, problem, return_lse, grad)
 

@@ -123,7 +123,9 @@ class Choices:
             # of one block the best one would be read
             if own is not None and (keys.shape[2] > own.cols or own.remembers):
                 own = self._own(call, own, keys)
-                found = choice(call.q, keys, call.mask, own, call.scale, summaries)
+                found = choice(
+                    call.q, keys, call.mask, own, call.scale, summaries, call.score, call.normalizer
+                )
             if index in self._followed:
                 self._made[index] = shape, found
             if isinstance(selector, Lead):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend.normalizers import Normalizer
+from polyhead.attend.scores import Score
 from polyhead.attend.selectors.summaries import Summaries
 
 __all__ = ["Grid"]
@@ -25,6 +27,8 @@ class Grid:
         real: bool `(B or 1, S)`, which keys are no padding, as far as the mask says so; None: all are.
             Scorers leave the others out, whatever stands there.
         summaries: what is known of the keys from the call before, if somebody keeps it.
+        score, normalizer: of the call, for those who measure its weights: scorers go by q·k alone. None: no
+            maps, softmax.
     """
 
     batch: int
@@ -37,6 +41,8 @@ class Grid:
     scale: float
     real: Tensor | None = None
     summaries: Summaries | None = None
+    score: Score | None = None
+    normalizer: Normalizer | None = None
 
     @property
     def row_blocks(self) -> int:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from polyhead.attend.across_pairs import check_single_pairs
 from polyhead.attend.masks import Chosen, Mask
+from polyhead.attend.normalizers import Softmax
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.probes import Probes, even_probes
@@ -76,6 +78,7 @@ class Guarded(Around):
         return self.selector.flops(grid, width) + probed
 
     def prepare(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Kept:
+        check_single_pairs("guarded", grid.score)
         found = chosen_blocks(self.selector, q, k, mask, grid)
         missed = _missed(q, k, mask, found, even_probes(grid, self.probes, q.device))
         dense = missed > self.most
@@ -97,8 +100,9 @@ def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selecto
 
     The missed mass is that of `missed_mass`, measured at `probes` queries of every head, evenly over those
     of the sequence that are no padding, and taken in the mean over those that see anything: an estimate for
-    the other queries, exact where there are no more than `probes`. It costs `probes` rows of dense scores.
-    `selections()` counts how often heads fell back.
+    the other queries, exact where there are no more than `probes`. It is that of the call's own logits, score
+    maps included, and of softmax whatever the normaliser; a sink is a key that is always read. It costs
+    `probes` rows of dense scores. `selections()` counts how often heads fell back.
 
     Args:
         selector: what is guarded.
@@ -110,7 +114,9 @@ def guarded(selector: Selector, most: float = 0.02, probes: int = 64) -> Selecto
 
 def _missed(q: Tensor, k: Tensor, mask: Mask | None, found: Chosen, probes: Probes) -> Tensor:
     """Mean missed mass `(B, H)` of some queries, of those that see anything."""
-    seen = probes.seen(mask)
-    weights = probes.logits(q, k).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    seen, normalizer = probes.seen(mask), probes.grid.normalizer
+    softmax = normalizer if isinstance(normalizer, Softmax) else Softmax()
+    # a sink takes its part of the weights, and is always read
+    weights = softmax(probes.scored(probes.logits(q, k)).masked_fill(~seen, -torch.inf))
     missed = weights.masked_fill(probes.seen(found), 0.0).sum(-1)
     return missed.sum(-1) / seen.any(-1).sum(-1).clamp(min=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.tile import Tile
 
 __all__ = ["Probes", "even_probes", "last_probes"]
 
@@ -38,6 +39,32 @@ class Probes:
         at = self.rows[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
         asked = q.gather(2, at).to(wide).unflatten(1, (self.grid.kv_heads, -1))
         return (asked @ k.to(wide)[:, :, None].mT).flatten(1, 2) * self.grid.scale
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """Their logits `(B, H, n, S)` behind the call's score maps."""
+        score, alike = self.grid.score, len(self.rows) == 1
+        if score is None:
+            return logits
+        items = self.grid.batch if alike else 1
+        j = torch.arange(self.grid.keys, device=logits.device)
+
+        def row(item: int, n: int, at: int) -> Tensor:
+            tile = Tile(
+                batch=items,
+                heads=self.grid.heads,
+                rows=j.new_tensor([at + self.grid.offset]),
+                cols=j,
+                row_start=at,
+                batch_start=item,
+                consecutive=True,
+            )
+            return score.apply(logits[item : item + items, :, n : n + 1], tile)
+
+        found = [
+            torch.cat([row(item, n, at) for n, at in enumerate(places)], 2)
+            for item, places in enumerate(self.rows.tolist())
+        ]
+        return torch.cat(found)
 
     def seen(self, mask: Mask | None) -> Tensor:
         """Which keys they may see, bool, broadcastable to `(B, H, n, S)`; one that is not there sees none."""

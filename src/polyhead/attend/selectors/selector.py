@@ -21,7 +21,9 @@ from polyhead.attend.masks import (
     tile_map,
     visible_tiles,
 )
+from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.precision import exact
+from polyhead.attend.scores import Score
 from polyhead.attend.selectors.budgets import Budget
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer, Scores
@@ -360,14 +362,17 @@ def choose(
     mask: Mask | None,
     scale: float,
     summaries: Summaries | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
 ) -> Chosen:
     """The blocks that a selector reads in a call, as a mask; band by band, no L × S table is held.
 
     Autocast ends here: what is ranked is worked out in float32 or better. `summaries` keep what is derived
-    of the keys for the next call, if they are those that it was told of.
+    of the keys for the next call, if they are those that it was told of. `score` and `normalizer` are those
+    of the call, for selectors that measure what it gives to keys.
     """
     rows, cols = selector.rows, selector.cols
-    grid = grid_of(selector, q, k, mask, scale)
+    grid = replace(grid_of(selector, q, k, mask, scale), score=score, normalizer=normalizer)
     if summaries is not None:
         grid = replace(grid, summaries=summaries.serve(k, grid.real))
     selector.check(grid.heads)
