@@ -13,7 +13,7 @@ from polyhead.attend import attend
 from polyhead.attend.function import weights_of
 from polyhead.attend.masks import densify
 from polyhead.attend.selectors import choose
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, ShapeError
 
 OWN = ph.select(ph.mean_keys(), ph.keep_share(0.3), rows=8, cols=8, always=ph.window(3))
 
@@ -186,5 +186,45 @@ def test_wrong_input_is_said() -> None:
         ph.guarded(ph.mean_keys(), 0.1)  # type: ignore[arg-type]
     mixed = ph.pair_convolution(torch.ones(2, 2, 3, dtype=torch.float64))
     for score in (mixed, (ph.soft_cap(2.0), mixed)):
+        with pytest.raises(ConfigError, match="missed_mass: score must map each pair by itself"):
+            ph.missed_mass(q, k, v, read=ph.window(9), score=score)
         with pytest.raises(ConfigError, match="guarded: score must map each pair by itself"):
             attend(q, k, v, score=score, select=ph.guarded(OWN))
+
+
+@pytest.mark.parametrize("read", [{"select": OWN}, {"read": ph.window(9)}], ids=["selector", "mask"])
+def test_calls_that_attend_refuses_are_refused_before_anything_is_chosen(read: dict[str, Any]) -> None:
+    q, k, v = tensors(1, 2, 2, 40, 40)
+    short = ph.padding(torch.ones(1, 7, dtype=torch.bool))
+    for wrong, error, said in (
+        ({"k": k[..., :8]}, ShapeError, "q and k must agree in head dim D"),
+        ({"k": k[:, :, :20]}, ShapeError, "k and v must agree in batch, heads and length"),
+        ({"q": [1.0]}, ShapeError, "q must be a tensor"),
+        ({"q": q[0]}, ShapeError, "q must have four dimensions"),
+        ({"k": k.float()}, ShapeError, "q, k and v must have one dtype"),
+        ({"mask": short}, ShapeError, "padding: mask has 7 positions but there are 40 keys"),
+        ({"mask": "causal"}, ConfigError, "mask must be a polyhead mask"),
+        ({"scale": "a"}, ConfigError, "scale must be a finite number"),
+        ({"score": "a"}, ConfigError, "score must be a Score"),
+    ):
+        with pytest.raises(error, match=said):
+            ph.missed_mass(**{"q": q, "k": k, "v": v, **read, **wrong})
+
+
+@pytest.mark.parametrize("read", [{"select": OWN}, {"read": ph.window(9)}], ids=["selector", "mask"])
+def test_where_there_are_no_keys_nothing_is_missed(read: dict[str, Any]) -> None:
+    for queries, keys in ((5, 0), (0, 5), (0, 0)):
+        for mask in (None, ph.causal()):
+            found = ph.missed_mass(*tensors(1, 4, 2, queries, keys), mask=mask, **read)
+            assert torch.equal(found.mass, torch.zeros(1, 4, queries, dtype=torch.float64))
+            assert torch.equal(found.bound, torch.zeros(1, 4, queries, dtype=torch.float64))
+            assert found.output.shape == (1, 4, queries, 16)
+
+
+def test_autocast_measures_what_it_computes() -> None:
+    x = [t.float() for t in tensors(1, 2, 2, 40, 40, sharp=1.0)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ph.missed_mass(*x, mask=ph.causal(), select=OWN)
+    expected = ph.missed_mass(*(t.bfloat16() for t in x), mask=ph.causal(), select=OWN)
+    assert torch.equal(found.mass, expected.mass)
+    assert torch.equal(found.bound, expected.bound)

@@ -9,15 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polyhead.attend.across_pairs import check_single_pairs
 from polyhead.attend.choosing import resolved
 from polyhead.attend.function import attend
 from polyhead.attend.masks import Mask, Window, terms_of
+from polyhead.attend.normalizers import softmax
+from polyhead.attend.request import request_of
 from polyhead.attend.scores import Score
 from polyhead.attend.selectors import Selector
 from polyhead.checks import given
 from polyhead.errors import ConfigError
 
 __all__ = ["Missed", "certified", "missed_mass"]
+
+_SOFTMAX = softmax()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def missed_mass(
         that may see nothing has 0.
 
     Raises:
-        ConfigError: neither or both of `read` and `select` are given; or what `attend` raises.
+        ConfigError: neither or both of `read` and `select` are given, or score maps a pair by others, as
+            `pair_convolution` does; or what `attend` raises.
     """
     if (read is None) == (select is None):
         raise ConfigError(
@@ -77,7 +83,13 @@ def missed_mass(
         )
     if read is not None and not isinstance(read, Mask):
         raise ConfigError(f"missed_mass: read must be a mask such as window(255); got {given(read)}")
-    seen = resolved(q, k, mask, select, scale) if read is None else read if mask is None else mask & read
+    request = request_of(q, k, v, mask, None, score, _SOFTMAX, None, scale, 0.0, True)
+    q, k, v, scale, score = request.q, request.k, request.v, request.problem.scale, request.problem.score
+    check_single_pairs("missed_mass", score)
+    if read is None:
+        seen = resolved(q, k, mask, select, scale, score)
+    else:
+        seen = read if mask is None else mask & read
     part, own = attend(q, k, v, mask=seen, score=score, scale=scale, return_lse=True)
     _, whole = attend(q, k, v, mask=mask, score=score, scale=scale, return_lse=True)
     return certified(part, own, whole, v, mask)
@@ -99,7 +111,7 @@ def certified(part: Tensor, own: Tensor, whole: Tensor, v: Tensor, mask: Mask | 
     if _sees_none_later(mask) and keys >= queries:
         largest = sizes.cummax(-1).values[..., keys - queries :]
     else:
-        largest = sizes.amax(-1, keepdim=True)
+        largest = sizes.amax(-1, keepdim=True) if keys else sizes.new_zeros(*sizes.shape[:2], 1)
     largest = largest.repeat_interleave(part.shape[1] // v.shape[1], 1)
     return Missed(mass, mass * (part.to(own.dtype).norm(dim=-1) + largest), part)
 
