@@ -71,7 +71,40 @@ def test_the_cache_is_met_exactly(name: str) -> None:
 def test_fewer_key_value_heads_get_wider_ones_for_the_same_cache() -> None:
     found, _ = fitted(RECALL, "grouped_query:kv_heads=1", "kv")
     assert found.layers[0].options["head_dim"] == 64
-    assert found.sizes.mlp == 16  # heads so wide leave the least for the MLPs
+    assert found.sizes.dim < RECALL.sizes.dim  # in a narrower model, where they leave something for the MLPs
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "off"),
+    [
+        (
+            "el_attention",
+            {"head_dim": 10},
+            0.01,
+        ),  # its cache goes by the width of the model
+        (
+            "efficient_attention",
+            {"head_dim": 32},
+            0.35,
+        ),  # heads of its own width alone
+        ("multi_head_latent", {"head_dim": 32}, 1.6),  # 3.45 at the width of the league
+        ("multi_query", {"head_dim": 64}, 0.01),
+        ("moh", {"head_dim": 16}, 0.01),
+    ],
+)
+def test_a_cache_is_met_with_parameters_as_near_as_they_can_be(
+    name: str, options: dict[str, int], off: float
+) -> None:
+    found, target = fitted(RECALL, name, "kv")
+    assert found.counted.kv == target.kv
+    assert abs(found.counted.params / target.params - 1) <= off
+    assert found.layers[0].options.items() >= options.items()
+
+
+def test_the_width_of_the_league_is_kept_where_parameters_are_near_enough() -> None:
+    found, target = fitted(RECALL, "self_gate", "kv")
+    assert found.sizes.dim == RECALL.sizes.dim
+    assert 0.01 < abs(found.counted.params / target.params - 1) <= 0.1
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,15 @@ def _printed(found: Standings) -> str:
     return console.export_text()
 
 
+def test_beside_an_exact_cache_the_table_says_how_far_parameters_are_off() -> None:
+    settled = plan(["mha", "multi_head_latent"], "recall", budget="kv")
+    rules = settled.rules
+    target = target_of(rules.task, rules.sizes, rules.budget, rules.limit)
+    said = _printed(Standings(rules, target, settled.contenders, {}, 1))
+    assert "182,088 (+151.4%)" in said
+    assert "1,024 (=)" in said
+
+
 def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "league"
     settled = plan(["mha"], "recall", steps=2, seeds=1, sizes=Sizes(dim=16, heads=2, layers=1))

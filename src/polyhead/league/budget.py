@@ -2,17 +2,20 @@
 
     params   parameters of the whole model, within 1 %
     flops    operations of a forward pass over one training sequence, as `cost` counts them, within 1 %
-    kv       bytes that a token adds to the KV cache, exactly; parameters as near as an MLP can bring them
+    kv       bytes that a token adds to the KV cache, exactly; parameters as near as such sizes can bring them
 
 Parameters and operations are linear in the width of the MLPs, so the width is solved for; where the attention
 alone is too dear at the width d of the model, or too cheap, the nearest other d is taken. Bytes of the cache
-are met by the width of the heads where a mechanism has that option, and by d where it has not.
+are met by the width of the heads, where a mechanism has that option, and by d; the d of the league is kept
+where parameters then come within 10 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,8 +31,10 @@ __all__ = ["BUDGETS", "Counted", "Fitted", "count", "fit", "target_of"]
 
 BUDGETS = ("params", "flops", "kv")
 _CLOSE = 0.01
+_CLOSE_AT_HOME = 0.1  # parameters beside an exact cache, at the width of the league
 _LEAST_MLP, _MOST_MLP = 0.25, 16.0  # widths of an MLP over d that are still a transformer
 _DIMS = 4.0  # how much wider or narrower a model may become
+_MOST_HEAD = 16  # how much wider a head may become at the width of the league
 
 
 @dataclass(frozen=True)
@@ -100,20 +105,23 @@ def fit(task: Task, one: Contender, sizes: Sizes, budget: str, target: Counted) 
     )
     nearest: Fitted | None = None
     wanted = getattr(target, budget)
+    limit = 0 if budget == "kv" else _CLOSE
     for found in tried:
-        got = getattr(found.counted, budget)
-        if got == wanted or (budget != "kv" and abs(got - wanted) <= _CLOSE * wanted):
-            return found
-        if nearest is None or abs(got - wanted) < abs(getattr(nearest.counted, budget) - wanted):
+        if nearest is None or _off(found, budget, target) < _off(nearest, budget, target):
             nearest = found
+        off, beside = _off(nearest, budget, target)
+        if off <= limit and beside <= (_CLOSE_AT_HOME if nearest.sizes.dim == sizes.dim else _CLOSE):
+            return nearest
+    if nearest is not None and _off(nearest, budget, target)[0] <= limit:
+        return nearest
     said = (
         "no size of it can be built"
         if nearest is None
         else f"the nearest has {getattr(nearest.counted, budget):,}"
     )
-    limit = "exactly" if budget == "kv" else "within 1 %"
+    how = "exactly" if budget == "kv" else "within 1 %"
     raise ConfigError(
-        f"{one.label}: no size has {wanted:,} {_WORDS[budget]} {limit}; {said}. Choose another budget, or "
+        f"{one.label}: no size has {wanted:,} {_WORDS[budget]} {how}; {said}. Choose another budget, or "
         "options with which it can meet this one"
     )
 
@@ -123,6 +131,12 @@ _WORDS = {
     "flops": "operations a sequence",
     "kv": "bytes of KV cache a token",
 }
+
+
+def _off(found: Fitted, budget: str, target: Counted) -> tuple[float, float]:
+    """How far, as a share, the budget is missed; and by how far parameters are, beside a cache."""
+    missed = abs(getattr(found.counted, budget) / getattr(target, budget) - 1)
+    return missed, abs(found.counted.params / target.params - 1) if budget == "kv" else 0.0
 
 
 def _layers(
@@ -145,21 +159,17 @@ def _by_mlp(task: Task, one: Contender, own: Sizes, budget: str, target: Counted
     """At every width of the model, the MLPs that come nearest."""
     for dim in _dims(own):
         try:
-            yield _with_mlp(task, one, replace(own, dim=dim, mlp=1), budget, getattr(target, budget))
+            narrow = replace(own, dim=dim, mlp=1)
+            layers = _layers(task, one, narrow)
+            yield _with_mlp(task, one, narrow, layers, budget, getattr(target, budget))
         except PolyheadError:
             if dim == own.dim:  # an option that is not allowed, rather than a size that does not fit
                 raise
 
 
 def _with_mlp(
-    task: Task,
-    one: Contender,
-    narrow: Sizes,
-    budget: str,
-    wanted: int,
-    further: dict[str, Any] | None = None,
+    task: Task, one: Contender, narrow: Sizes, layers: tuple[Layer, ...], budget: str, wanted: int
 ) -> Fitted:
-    layers = _layers(task, one, narrow, further)
     least = count(task, narrow, layers)
     more = count(task, replace(narrow, mlp=2), layers)
     slope = getattr(more, budget) - getattr(least, budget)
@@ -170,33 +180,61 @@ def _with_mlp(
 
 
 def _by_cache(task: Task, one: Contender, own: Sizes, target: Counted) -> Iterator[Fitted]:
-    """At every width of the heads, or of the model, that can be built."""
+    """At every width of the model, the widths of the heads that meet the cache, and one on either side."""
     takes = all("head_dim" in entry(name).config.__dataclass_fields__ for name in one.names)
     fixed = any(option == "head_dim" for options in one.options for option, _ in options)
-    if takes and not fixed:
-        plain = own.dim // own.heads
-        # even ones first: rotary positions turn pairs
-        widths = sorted(range(1, 16 * plain + 1), key=lambda w: (w % 2, abs(w - plain), w))
-        tries: Iterator[tuple[int, dict[str, Any]]] = ((own.dim, {"head_dim": w}) for w in widths)
-    else:
-        tries = ((dim, {}) for dim in _dims(own))
-    first: PolyheadError | None = None
+    plain = own.dim // own.heads
+    first: list[PolyheadError] = []
     built = False
-    for dim, further in tries:
+    for dim in dict.fromkeys((own.dim, *_dims(own))):
         narrow = replace(own, dim=dim, mlp=1)
-        try:
-            layers = _layers(task, one, narrow, further)
-            found = count(task, narrow, layers)
-        except PolyheadError as error:
-            first = first or error
-            continue
-        built = True
-        if found.kv == target.kv:
-            yield _with_mlp(task, one, narrow, "params", target.params, further)
-        else:
-            yield Fitted(one, narrow, layers, found)
-    if first is not None and not built:
-        raise first
+
+        def made(width: int, narrow: Sizes = narrow) -> Fitted | None:
+            try:
+                layers = _layers(task, one, narrow, {"head_dim": width} if width else {})
+                return Fitted(one, narrow, layers, count(task, narrow, layers))
+            except PolyheadError as error:
+                first[:] = first or [error]
+                return None
+
+        rows: tuple[Sequence[int], ...] = ((0,),)  # the mechanism's own width
+        if takes and not fixed and dim == own.dim:
+            # odd ones, which rotary positions cannot turn, where nothing else is left
+            rows = tuple(range(least, _MOST_HEAD * plain + 1, 2) for least in (2, 1))
+        elif takes and not fixed:  # not a narrow model of very wide heads
+            rows = (range(2, int(_DIMS * plain) + 1, 2),)
+        for widths in rows:
+            found = _around(widths, plain, cache(made), target.kv)
+            met = [near for near in found if near.counted.kv == target.kv]
+            built = built or bool(found)
+            for near in met:
+                yield _with_mlp(task, one, narrow, near.layers, "params", target.params)
+            if met:
+                break
+            yield from found
+        if not built and takes and not fixed:  # an option that is not allowed: no width would help
+            break
+    if first and not built:
+        raise first[0]
+
+
+def _around(
+    widths: Sequence[int], plain: int, made: Callable[[int], Fitted | None], wanted: int
+) -> list[Fitted]:
+    """The models whose caches are met, and one on either side, the width next to `plain` first.
+
+    Wider heads never have a smaller cache, so the widths are found by bisection.
+    """
+
+    def kv(place: int) -> int:
+        buildable = (found.counted.kv for found in map(made, widths[place:]) if found is not None)
+        return next(buildable, wanted + 1)
+
+    places = range(len(widths))
+    least = bisect_left(places, wanted, key=kv)
+    most = bisect_right(places, wanted, least, key=kv)
+    near = sorted(widths[max(0, least - 1) : most + 1], key=lambda width: abs(width - plain))
+    return [found for found in map(made, near) if found is not None]
 
 
 def target_of(task: Task, sizes: Sizes, budget: str = "params", limit: int | None = None) -> Counted:

@@ -52,7 +52,8 @@ def compare(
         contenders: mechanisms with options, such as "mha", "moh:top_k=2,qk_norm=True",
             "mha:mask=window(16)", or "mha+static" for layers that take turns.
         task: a name (`polyhead.league.TASKS`), a Python file with a `Task` of your own, or a `Task`.
-        budget: "params", "flops" (both within 1 %) or "kv", bytes of the KV cache (exactly).
+        budget: "params", "flops" (both within 1 %) or "kv", bytes of the KV cache (exactly; parameters as
+            near as they can be, and the table says how far off).
         limit: of the budget; default what plain attention costs.
         steps: optimiser steps; default those of the recipe.
         seeds: runs of every contender.

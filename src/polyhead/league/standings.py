@@ -235,7 +235,8 @@ class Standings:
         return table
 
     def _off(self, budget: str, counted: Counted) -> str:
-        if budget != self.rules.budget:
+        own = self.rules.budget
+        if budget != own and not (own == "kv" and budget == "params"):  # those are as near as they could be
             return ""
         wanted = getattr(self.target, budget)
         off = (getattr(counted, budget) - wanted) / wanted
