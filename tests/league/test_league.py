@@ -63,11 +63,23 @@ def test_processes_give_the_same_numbers(here: Standings) -> None:
     assert numbers(ph.compare(["mha", "moh"], jobs=2, **SMALL)) == numbers(here)
 
 
+def test_peak_memory_is_told_by_runs_in_processes_of_their_own_alone(here: Standings) -> None:
+    assert all(outcome.peak_bytes is None for row in here.rows for outcome in row.outcomes.values())
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells how much memory a process has held at most")
+    found = ph.compare(["mha"], jobs=1, **SMALL).rows[0]
+    assert all(outcome.peak_bytes for outcome in found.outcomes.values())
+
+
 def test_a_ray_cluster_gives_the_same_numbers(here: Standings, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'polyhead[ray]'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert numbers(ph.compare(["mha", "moh"], jobs="ray", **SMALL)) == numbers(here)
+    found = ph.compare(["mha", "moh"], jobs="ray", **SMALL)
+    assert numbers(found) == numbers(here)
+    if Path("/proc/self/clear_refs").exists():  # each in a process of its own: none takes what another freed
+        peaks = [outcome.peak_bytes or 0 for row in found.rows for outcome in row.outcomes.values()]
+        assert min(peaks) > max(peaks) / 2, peaks
 
 
 def test_a_folder_keeps_runs_and_more_join(here: Standings, tmp_path: Path) -> None:

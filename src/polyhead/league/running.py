@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,11 @@ def check_jobs(jobs: object) -> None:
 
 def _here(runs: Iterable[Run], told: Told) -> Ended:
     for run in runs:
-        yield run.key, worker.run(run.order, lambda look, key=run.key: told(key, look))  # type: ignore[misc]
+        outcome = worker.run(run.order, lambda look, key=run.key: told(key, look))  # type: ignore[misc]
+        if run.order["rules"]["device"].startswith("cpu"):
+            # memory that the process freed before and takes again does not show
+            outcome = replace(outcome, peak_bytes=None)
+        yield run.key, outcome
 
 
 def _in_processes(runs: deque[Run], jobs: int, told: Told) -> Ended:
@@ -169,7 +174,8 @@ def _by_ray(runs: Iterable[Run]) -> Ended:
         ray.init(log_to_driver=False, include_dashboard=False)
     going: dict[Any, tuple[int, int]] = {}
     try:
-        remote = ray.remote(max_retries=0)(_on_a_machine)
+        # a process for each: only a fresh one tells how much memory a run takes
+        remote = ray.remote(max_retries=0, max_calls=1)(_on_a_machine)
         for run in runs:
             needs = run.order["rules"]
             gpus = 1 if needs["device"].startswith("cuda") else 0

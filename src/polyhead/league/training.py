@@ -59,7 +59,8 @@ class Outcome:
         scores: by split; NaN where there is none.
         curve: the looks on the way.
         tokens_per_second: of training, data included and looks left out; from the median step.
-        peak_bytes: most memory that the run took beyond what the process had before it; None if unknown.
+        peak_bytes: most memory that the run took beyond what the process had before it; None if unknown, as
+            it is on a CPU where the process did other work before.
         seconds: of all steps.
         note: why it failed.
         made_with: versions and kind of machine that the last digits depend on.
