@@ -189,6 +189,12 @@ def test_layers_take_turns() -> None:
     ]
 
 
+def test_mechanisms_that_would_not_come_into_a_layer_are_refused() -> None:
+    assert plan(["mha+moh"], "recall").contenders
+    with pytest.raises(ConfigError, match=r"^mha\+moh\+taylor2: 3 mechanisms take turns in 2 layer"):
+        plan(["mha+moh+taylor2"], "recall")
+
+
 def test_heads_may_differ_from_the_league() -> None:
     (found,) = plan(["mha:heads=8"], "recall").contenders
     assert found.model(RECALL).stack.attention[0].config.heads == 8  # type: ignore[union-attr]

@@ -124,6 +124,12 @@ def plan(
     twice = {one.label for one in read if sum(one.label == other.label for other in read) > 1}
     if twice:
         raise ConfigError(f"contenders: {', '.join(sorted(twice))} is named more than once")
+    for one in read:
+        if len(one.names) > base.layers:
+            raise ConfigError(
+                f"{one.label}: {len(one.names)} mechanisms take turns in {base.layers} layer(s), so the last "
+                "would have none; name fewer, or give the model more layers"
+            )
     try_out(found, base)
     target = target_of(found, base, budget, limit)
     fitted = tuple(fit(found, one, base, budget, target) for one in read)
