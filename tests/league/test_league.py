@@ -24,6 +24,7 @@ from polyhead.league.compare import play
 from polyhead.league.folder import Folder
 from polyhead.league.interval import mean_and_half_width
 from polyhead.league.running import Run, run_all
+from polyhead.league.tasks.declared import BESIDE_SCORES
 from polyhead.league.worker import order
 
 SMALL: dict[str, Any] = {
@@ -367,6 +368,20 @@ def test_ranks_and_paired_differences() -> None:
     assert found.rows[2].count("diverged") == 1
     assert "1 of 2, 1 diverged" in _printed(found)
     assert json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_columns_beside_scores_are_those_that_no_split_may_be_called() -> None:
+    found = standings({"mha": [outcome(1)]})
+    splits = {f"{split}{sign}" for split in found.rules.task.splits for sign in ("", " ±")}
+    assert set(found.to_frame().columns) == splits | set(BESIDE_SCORES)
+
+
+def test_yardsticks_are_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled = plan(["mha"], **SMALL | {"seeds": 1})
+    rules = settled.rules
+    monkeypatch.setattr(type(rules.task), "yardsticks", lambda self: {"a guess": torch.tensor(0.5)})
+    found = Standings(rules, target_of(rules.task, rules.sizes), settled.contenders, {}, 1)
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["yardsticks"] == {"a guess": 0.5}
 
 
 def test_equal_scores_share_a_rank() -> None:

@@ -400,7 +400,7 @@ ASK = "    def batch(self, split, number, size, seed):\n        return "
         ("x = '\0'", "cannot be run"),
         (NEW + "    pass", "no attribute 'name'"),
         (NEW + "    name = 'own'\n    n: int", "every field needs a default"),
-        (NEW + "    name = 'own'\n    vocabulary = 2", "a task must say its outputs"),
+        (NEW + "    name = 'own'\n    summary = 'mine'\n    vocabulary = 2", "a task must say its outputs"),
         (NEW + WHAT.replace("vocabulary", "words"), "neither a vocabulary nor a width"),
         (NEW + WHAT, "a task must have a method batch"),
         (NEW + WHAT + ASK + "5", "it does not work: AttributeError"),
@@ -424,6 +424,80 @@ def test_a_file_that_does_not_work_is_found_before_anything_is_trained(
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         plan(["mha"], file)
+
+
+WORKS = NEW + WHAT + ASK + "Batch(torch.zeros(size, 4).long(), torch.zeros(size, 4).long())\n"
+MEASURE = "    def measure(self, outputs, batch):\n        return "
+LOSS = "    def loss(self, outputs, batch):\n        return "
+BATCHES = "    def batches(self, split, size):\n        return "
+YARDSTICKS = "    def yardsticks(self):\n        return "
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("    better = 'smaller'", "better must be one of higher, lower; got 'smaller'"),
+        ("    positions = 'rotari'", "positions must be one of rotary, alibi, learned, none; got 'rotari'"),
+        ("    read_from = 'end'", "read_from must be one of token, mean; got 'end'"),
+        ("    causal = 'no'", "causal must be True or False; got 'no'"),
+        ("    metric = None", "metric must be a text; got None"),
+        ("    summary = 5", "summary must be a text; got 5"),
+        ("    name = None", "name must be a text; got None"),
+        ("    recipe = None", "recipe must be a Recipe; got None"),
+        ("    sizes = {'dim': 16}", "sizes must be a Sizes; got {'dim': 16}"),
+        (
+            "    grows = ('bits',)\n    tokens: int = 4",
+            "grows names 'bits', which must be a field, .*; its fields are tokens",
+        ),
+        ("    grows = ('tokens',)\n    tokens: str = 'a'", "grows names 'tokens', .* a number; it is 'a'"),
+        ("    tokens: int = 4\n    grows = 'tokens'", "grows must be a tuple of fields; got 'tokens'"),
+        (
+            "    splits = ('test',)",
+            "splits must be a tuple of texts with 'validation' among them; got .'test'",
+        ),
+        ("    splits = 'validation'", "splits must be a tuple of texts"),
+        ("    splits = ()", "splits must be a tuple of texts"),
+        ("    splits = ('validation', 'rank')", "the split 'rank' would be a second column"),
+        ("    splits = ('validation', 'difference ±')", "the split 'difference ±' would be a second column"),
+        ("    splits = ('validation', 'validation ±')", "the split 'validation ±' would be a second column"),
+        ("    splits = ('validation', 'validation')", "the split 'validation' would be a second column"),
+        (
+            YARDSTICKS + "{'a guess': 'half'}",
+            "yardsticks must be numbers by name; got 'half' .* for 'a guess'",
+        ),
+        (YARDSTICKS + "{'a guess': None}", "yardsticks must be numbers by name; got None"),
+        (YARDSTICKS + "{3: 0.5}", "yardsticks must be numbers by name; got 0.5 .* for 3"),
+        (MEASURE + "0.5, 1.0", r"measure must give two tensors \(n,\), points and weights .* got 0.5"),
+        (MEASURE + "outputs.argmax(-1).float()", r"measure must give two tensors .* got a tensor \(8,\)"),
+        (MEASURE + "outputs, outputs", "measure must give two tensors"),
+        (MEASURE + "outputs[:, 0], outputs[:1, 0]", "measure must give two tensors"),
+        (BATCHES + "0", "batches of 'validation' must be at least 1; got 0"),
+        (BATCHES + "2.5", "batches of 'validation' must be an integer"),
+        (LOSS + "1.0", "loss must be one number, a tensor with a gradient; got 1.0"),
+        (LOSS + "outputs.sum().detach()", r"loss must be .* got a tensor \(\) .* without one"),
+        (LOSS + "outputs.sum(-1)", r"loss must be one number, .* got a tensor \(8,\)"),
+        (
+            "    def __post_init__(self):\n        raise ValueError('boom')",
+            "it cannot be made: ValueError: boom",
+        ),
+        ("    def __post_init__(self):\n        self.x = 3", "it cannot be made: FrozenInstanceError"),
+    ],
+)
+def test_what_a_task_says_and_gives_is_held_against_what_a_league_can_work_with(
+    more: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(WORKS + more, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        plan(["mha"], file, scale=2 if "grows" in more else 1)
+
+
+def test_a_task_that_works_is_let_through(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(WORKS + YARDSTICKS + "{'a guess': torch.tensor(0.5), 'unknown': float('nan')}")
+    with torch.no_grad():  # its gradient is looked at all the same
+        settled = plan(["mha"], file)
+    assert settled.rules.task.name == "own"
 
 
 def test_questions_are_tried_out_without_a_trace() -> None:

@@ -130,7 +130,7 @@ def plan(
                 f"{one.label}: {len(one.names)} mechanisms take turns in {base.layers} layer(s), so the last "
                 "would have none; name fewer, or give the model more layers"
             )
-    try_out(found, base)
+    try_out(found, base, how)
     target = target_of(found, base, budget, limit)
     fitted = tuple(fit(found, one, base, budget, target) for one in read)
     # absolute: a worker on another machine stands in another folder

@@ -100,7 +100,7 @@ class Standings:
         seeds: int,
     ) -> None:
         self.rules, self.target, self.seeds = rules, target, seeds
-        self.yardsticks = dict(rules.task.yardsticks())
+        self.yardsticks = {name: float(score) for name, score in rules.task.yardsticks().items()}
         rows = [
             Row(one, {seed: outcomes[n, seed] for seed in range(seeds) if (n, seed) in outcomes})
             for n, one in enumerate(fitted)

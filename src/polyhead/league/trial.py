@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from polyhead.checks import given
-from polyhead.errors import ConfigError, PolyheadError
+import torch
+from torch import Tensor
+
+from polyhead.checks import given, whole
+from polyhead.errors import ConfigError
 from polyhead.league.model import Model, layer_of
-from polyhead.league.tasks.base import Sizes, Task
+from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
+from polyhead.league.tasks.declared import working
 
 __all__ = ["try_out"]
 
 
-def try_out(task: Task, sizes: Sizes) -> None:
-    """Take two questions of every split through plain attention.
+def try_out(task: Task, sizes: Sizes, recipe: Recipe) -> None:
+    """Take two questions of every split through plain attention, and a gradient back.
 
     Raises:
         PolyheadError: what the task needs is absent, or it does not work.
     """
-    name = getattr(task, "name", type(task).__name__)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            layers = (layer_of(task, "mha", {}, sizes.dim, sizes.heads),)
-            model = Model(task, sizes, layers).eval()
-            for split in ("train", *task.splits):
-                batch = task.batch(split, 0, 2, 0)
-                length = batch.inputs.shape[1]
-                if split == "train" and batch.inputs.shape[:2] != (2, task.length):
-                    raise ConfigError(
-                        f"task {name}: two questions of length {task.length} were expected; "
-                        f"its inputs are {tuple(batch.inputs.shape)}"
-                    )
-                wanted = {"label": (2,), "symbols": (2, length), "numbers": (2, length, task.outputs)}
-                if task.answer not in wanted:
-                    raise ConfigError(
-                        f"task {name}: answer must be one of {', '.join(wanted)}; got {given(task.answer)}"
-                    )
-                if batch.targets.shape != wanted[task.answer]:
-                    raise ConfigError(
-                        f"task {name}: its answer is {task.answer!r}, so the targets of two questions of "
-                        f"length {length} are {wanted[task.answer]}; they are {tuple(batch.targets.shape)}"
-                    )
+    # gradients, whatever the caller goes without
+    with working(task), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        model = Model(task, sizes, (layer_of(task, "mha", {}, sizes.dim, sizes.heads),)).eval()
+        for split in ("train", *task.splits):
+            batch = task.batch(split, 0, 2, 0)
+            _check_batch(task, split, batch)
+            with torch.set_grad_enabled(split == "train"):
                 outputs = model(batch).float()
-                task.loss(outputs, batch)
-                task.measure(outputs, batch)
-            _ = task.summary, dict(task.yardsticks())
-    except PolyheadError:
-        raise
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise ConfigError(f"task {name}: it does not work: {type(error).__name__}: {why}") from error
+                if split == "train":
+                    _check_loss(task, task.loss(outputs, batch))
+                _check_points(task, task.measure(outputs, batch))
+            if split != "train":
+                whole(f"task {task.name}: batches of {split!r}", task.batches(split, recipe.batch), 1)
+        _check_yardsticks(task)
+
+
+def _check_batch(task: Task, split: str, batch: Batch) -> None:
+    length = batch.inputs.shape[1]
+    if split == "train" and batch.inputs.shape[:2] != (2, task.length):
+        raise ConfigError(
+            f"task {task.name}: two questions of length {task.length} were expected; its inputs are "
+            f"{tuple(batch.inputs.shape)}"
+        )
+    wanted = {"label": (2,), "symbols": (2, length), "numbers": (2, length, task.outputs)}[task.answer]
+    if batch.targets.shape != wanted:
+        raise ConfigError(
+            f"task {task.name}: its answer is {task.answer!r}, so the targets of two questions of length "
+            f"{length} are {wanted}; they are {tuple(batch.targets.shape)}"
+        )
+
+
+def _check_loss(task: Task, loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        without = " without one" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise ConfigError(
+            f"task {task.name}: loss must be one number, a tensor with a gradient; got {given(loss)}{without}"
+        )
+    loss.backward()
+
+
+def _check_points(task: Task, found: Any) -> None:
+    both = found if isinstance(found, tuple | list) else (found,)
+    shapes = [tuple(one.shape) if isinstance(one, Tensor) else () for one in both]
+    if len(shapes) != 2 or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"task {task.name}: measure must give two tensors (n,), points and weights of answers; got "
+            + ", ".join(map(given, both))
+        )
+
+
+def _check_yardsticks(task: Task) -> None:
+    for name, score in task.yardsticks().items():
+        try:
+            if not isinstance(name, str):
+                raise TypeError
+            float(score)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(
+                f"task {task.name}: yardsticks must be numbers by name; got {given(score)} for {given(name)}"
+            ) from None

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from polyhead.checks import given, whole
 from polyhead.description import Part
-from polyhead.errors import ConfigError, unknown_name
+from polyhead.errors import ConfigError, PolyheadError, unknown_name
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 from polyhead.league.tasks.copying import CopyTask
 from polyhead.league.tasks.cpm3 import CountMatch3Task
+from polyhead.league.tasks.declared import check
 from polyhead.league.tasks.digits import DigitsTask
 from polyhead.league.tasks.induction import InductionTask
 from polyhead.league.tasks.listops import ListOpsTask
@@ -44,8 +45,15 @@ def find(task: str | os.PathLike[str] | Task) -> Task:
 
     Raises:
         UnknownName: no task is called so.
-        ConfigError: a file that cannot be run, or that does not define one task.
+        ConfigError: a file that cannot be run, or that does not define one task; a task that says of itself
+            what cannot be.
     """
+    found = _found(task)
+    check(found)
+    return found
+
+
+def _found(task: str | os.PathLike[str] | Task) -> Task:
     if isinstance(task, Task):
         return task
     if isinstance(task, type) or not isinstance(task, str | os.PathLike):
@@ -93,3 +101,7 @@ def _from_file(file: Path) -> Task:
         return found[0]()
     except TypeError as error:
         raise ConfigError(f"task: {file}: every field needs a default: {error}") from None
+    except PolyheadError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"task: {file}: it cannot be made: {type(error).__name__}: {error}") from error
