@@ -17,7 +17,8 @@ from polyhead.cli import app
 from polyhead.leaderboard import job
 from polyhead.leaderboard.page import build_page
 from polyhead.leaderboard.plots import plots
-from polyhead.league import Contender, Recipe, Sizes
+from polyhead.league import Contender, Recipe, Sizes, plan, tasks
+from polyhead.league.folder import Folder
 from polyhead.report import drawing
 
 LABELS = ["mha", "moh:top_k=1", "mha:mask=window(3)"]
@@ -148,6 +149,39 @@ def test_the_command_and_its_errors(tmp_path: Path) -> None:
         assert result.exit_code == 2, result.output
         assert said in " ".join(result.stderr.split())
         assert "Traceback" not in result.output
+
+
+def test_runs_that_fail_say_why_and_end_the_command_with_1(tmp_path: Path) -> None:
+    out = tmp_path / "league"
+    recall = tasks.find("recall")
+    settled = plan(
+        ["mha", "moh"],
+        "recall",
+        steps=3,
+        sizes=tasks.changed(recall.sizes, dim=16, heads=2, layers=1),
+        recipe=tasks.changed(recall.recipe, batch=4),
+    )
+    folder = Folder(out, settled.rules)
+    for seed in (0, 1):
+        broken = folder.checkpoint(settled.contenders[0].contender, seed)
+        broken.parent.mkdir(parents=True, exist_ok=True)
+        broken.write_bytes(b"nonsense")
+    options = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch", "4", "--steps", "3", "--seeds", "2"]
+    found = CliRunner().invoke(app, ["compare", "mha", "moh", "--out", str(out), *options])
+    assert found.exit_code == 1
+    assert found.stdout.count("1 run failed: ") == 2  # each names its file
+    assert "this checkpoint cannot be read" in found.stdout
+    assert "leaderboard.html" in found.stdout
+
+
+def test_runs_that_diverge_are_a_result(tmp_path: Path) -> None:
+    options = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch", "4", "--steps", "9", "--seeds", "1"]
+    label = "mha:normalizer=sigmoid()"
+    found = CliRunner().invoke(
+        app, ["compare", label, "--rate", "1e30", "--out", str(tmp_path / "league"), *options]
+    )
+    assert found.exit_code == 0
+    assert "1 diverged" in found.stdout
 
 
 def test_the_tasks_are_listed() -> None:

@@ -52,13 +52,16 @@ def compare(
     threads: Annotated[int, typer.Option(min=1, help="Threads of a run; the last digits depend on it.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train mechanisms side by side at one budget, and write a leaderboard."""
+    """Train mechanisms side by side at one budget, and write a leaderboard.
+
+    Ends with exit code 1 where a run failed; one that diverged is a result.
+    """
     from polyhead.leaderboard import job
     from polyhead.league import tasks
 
     found = tasks.with_data(task, data)
     name, limit = _budget(budget)
-    job.run(
+    standings = job.run(
         contenders,
         task=found,
         budget=name,
@@ -73,6 +76,8 @@ def compare(
         threads=threads,
         device=device,
     )
+    if any(row.count("failed") for row in standings.rows):
+        raise typer.Exit(1)
 
 
 def _budget(text: str) -> tuple[str, int | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def run(
             + "; ".join(standings.made_with),
             markup=False,
         )
+    why = Counter(
+        one.note for row in standings.rows for one in row.outcomes.values() if one.status == "failed"
+    )
+    for note, count in why.items():
+        said = f"{count} run{'' if count == 1 else 's'} failed: {note}"
+        console.print(said, style="bold red", markup=False, soft_wrap=True)
     took = time.perf_counter() - start
     console.print(f"{took:.0f} s; the leaderboard is {_shown(page)}", markup=False, soft_wrap=True)
     return standings
