@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -498,6 +499,24 @@ def test_a_task_that_works_is_let_through(tmp_path: Path) -> None:
     with torch.no_grad():  # its gradient is looked at all the same
         settled = plan(["mha"], file)
     assert settled.rules.task.name == "own"
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (
+            "mha:mask=neighborhood((6, 8), 3)",
+            "the questions of 'longer': neighborhood: the grid 6×8 has 48 places",
+        ),
+        ("fixed_sequence:length=60", "the questions of 'longer': the fixed sequence has 60 tokens"),
+        ("fixed_sequence:length=20", "the questions of 'train': the fixed sequence has 20 tokens"),
+    ],
+)
+def test_a_contender_that_cannot_do_a_split_is_found_before_anything_is_trained(
+    label: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{label}: it cannot take {message}")):
+        plan(["mha", label], "copy", sizes=Sizes(dim=16, heads=2, layers=1))
 
 
 def test_questions_are_tried_out_without_a_trace() -> None:

@@ -17,7 +17,7 @@ from polyhead.league import tasks
 from polyhead.league.budget import BUDGETS, Fitted, fit, target_of
 from polyhead.league.contender import Contender, contender
 from polyhead.league.tasks.base import Recipe, Sizes, Task
-from polyhead.league.trial import try_out
+from polyhead.league.trial import try_contender, try_out
 
 __all__ = ["Plan", "Rules", "plan"]
 
@@ -130,9 +130,11 @@ def plan(
                 f"{one.label}: {len(one.names)} mechanisms take turns in {base.layers} layer(s), so the last "
                 "would have none; name fewer, or give the model more layers"
             )
-    try_out(found, base, how)
+    questions = try_out(found, base, how)
     target = target_of(found, base, budget, limit)
     fitted = tuple(fit(found, one, base, budget, target) for one in read)
+    for ready in fitted:
+        try_contender(found, ready, questions)
     # absolute: a worker on another machine stands in another folder
     file = None if isinstance(task, Task) or task in tasks.TASKS else str(Path(task).expanduser().absolute())
     return Plan(rules, fitted, seeds, file)

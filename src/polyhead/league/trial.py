@@ -1,7 +1,8 @@
-"""A task tried out before anything is trained, so that one that does not work ends in a line."""
+"""A task and contenders tried out before anything is trained, so that what does not work ends in a line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +10,16 @@ from torch import Tensor
 
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError
+from polyhead.league.budget import Fitted
 from polyhead.league.model import Model, layer_of
 from polyhead.league.tasks.base import Batch, Recipe, Sizes, Task
 from polyhead.league.tasks.declared import working
 
-__all__ = ["try_out"]
+__all__ = ["try_contender", "try_out"]
 
 
-def try_out(task: Task, sizes: Sizes, recipe: Recipe) -> None:
-    """Take two questions of every split through plain attention, and a gradient back.
+def try_out(task: Task, sizes: Sizes, recipe: Recipe) -> dict[str, Batch]:
+    """Take two questions of every split through plain attention, and a gradient back; give the questions.
 
     Raises:
         PolyheadError: what the task needs is absent, or it does not work.
@@ -25,8 +27,8 @@ def try_out(task: Task, sizes: Sizes, recipe: Recipe) -> None:
     # gradients, whatever the caller goes without
     with working(task), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         model = Model(task, sizes, (layer_of(task, "mha", {}, sizes.dim, sizes.heads),)).eval()
-        for split in ("train", *task.splits):
-            batch = task.batch(split, 0, 2, 0)
+        questions = {split: task.batch(split, 0, 2, 0) for split in ("train", *task.splits)}
+        for split, batch in questions.items():
             _check_batch(task, split, batch)
             with torch.set_grad_enabled(split == "train"):
                 outputs = model(batch).float()
@@ -36,6 +38,25 @@ def try_out(task: Task, sizes: Sizes, recipe: Recipe) -> None:
             if split != "train":
                 whole(f"task {task.name}: batches of {split!r}", task.batches(split, recipe.batch), 1)
         _check_yardsticks(task)
+        return questions
+
+
+def try_contender(task: Task, one: Fitted, questions: Mapping[str, Batch]) -> None:
+    """Take questions of every split through the model of a contender.
+
+    Raises:
+        ConfigError: it cannot take those of a split, as where they are longer than it has room for.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        model = one.model(task).eval()
+        for split, batch in questions.items():
+            try:
+                model(batch)
+            except Exception as error:
+                why = str(error).partition("\n")[0]
+                raise ConfigError(
+                    f"{one.contender.label}: it cannot take the questions of {split!r}: {why}"
+                ) from error
 
 
 def _check_batch(task: Task, split: str, batch: Batch) -> None:
