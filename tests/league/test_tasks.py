@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -325,6 +326,27 @@ def test_a_text_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with_data("text", tmp_path / "absent.txt")
     with pytest.raises(ConfigError, match="the task recall makes its own questions"):
         with_data("recall", file)
+
+
+def test_a_text_that_has_changed_is_another_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYHEAD_HOME", str(tmp_path / "kept"))
+    file = tmp_path / "own.txt"
+    first, second = (
+        "\n\n".join(f"Part {n + more}: " + "words that go on and on. " * 20 for n in range(100, 200))
+        for more in (0, 317)  # equally long
+    )
+    file.write_text(first)
+    task = TextTask(file=str(file), tokenizer=300)
+    asked = task.batch("validation", 0, 4, 0).inputs
+    file.write_text(first)  # touched, and the same
+    os.utime(file, ns=(1, 1))
+    assert torch.equal(task.batch("validation", 0, 4, 0).inputs, asked)
+    file.write_text(second)
+    other = TextTask(file=str(file), tokenizer=300)
+    assert other.digest != task.digest
+    assert not torch.equal(other.batch("validation", 0, 4, 0).inputs, asked)
+    with pytest.raises(ConfigError, match=f"and not {task.digest}: numbers do not compare"):
+        task.batch("validation", 0, 4, 0)
 
 
 def test_the_held_out_documents_are_not_in_the_training_text() -> None:

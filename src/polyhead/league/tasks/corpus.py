@@ -62,11 +62,15 @@ def corpus(vocabulary: int, file: str | None) -> Corpus:
         ConfigError: a file that cannot be read, or is too short to hold something out.
         MissingExtra: the tokenizers package is absent.
     """
-    return _made(vocabulary, None if file is None else str(Path(file).expanduser().absolute()))
+    if file is None:
+        return _made(vocabulary, None, None)
+    path = Path(file).expanduser().absolute()
+    return _made(vocabulary, str(path), _state(path) if path.is_file() else None)
 
 
 @cache
-def _made(vocabulary: int, file: str | None) -> Corpus:
+def _made(vocabulary: int, file: str | None, state: str | None) -> Corpus:
+    """`state` tells a file that has changed from the one that was read."""
     sources = _sources() if file is None else []
     documents = [] if file is None else _paragraphs(Path(file))
     # a library by the state of its files: to read it takes seconds, in every run of a league

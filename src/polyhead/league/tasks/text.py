@@ -52,12 +52,6 @@ class TextTask(Task):
         whole("tokens", self.tokens, 1)
         whole("tokenizer", self.tokenizer, 256)
         found = self._corpus
-        if self.digest not in (None, found.digest):
-            raise ConfigError(
-                f"digest: the text here, cut into tokens, is {found.digest} and not {self.digest}: numbers "
-                "do not compare. Another Python has other documentation, another version of tokenizers may "
-                "cut it elsewhere"
-            )
         object.__setattr__(self, "digest", found.digest)
         shortest = min(len(found.train), len(found.held_out))
         if shortest < 2 * self.tokens + 2:
@@ -67,7 +61,14 @@ class TextTask(Task):
 
     @property
     def _corpus(self) -> Corpus:
-        return corpus(self.tokenizer, self.file)
+        found = corpus(self.tokenizer, self.file)
+        if self.digest not in (None, found.digest):
+            raise ConfigError(
+                f"digest: the text here, cut into tokens, is {found.digest} and not {self.digest}: numbers "
+                "do not compare. Another Python has other documentation, another version of tokenizers may "
+                "cut it elsewhere, and a file may have changed"
+            )
+        return found
 
     @property
     def vocabulary(self) -> int:
