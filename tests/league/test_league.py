@@ -366,7 +366,7 @@ def test_ranks_and_paired_differences() -> None:
     assert mean == pytest.approx(0.1)
     assert half == pytest.approx(0, abs=1e-9)
     assert found.rows[2].count("diverged") == 1
-    assert "1 of 2, 1 diverged" in _printed(found)
+    assert "1 of 2, 1 diverged" in str(found)
     assert json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -402,19 +402,23 @@ def test_lower_is_better_where_it_is() -> None:
     assert [row.label for row in found.ranked] == ["moh", "mha"]
 
 
-def _printed(found: Standings) -> str:
-    from rich.console import Console
-
-    console = Console(width=240, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(found.table())
-    return console.export_text()
+def test_standings_are_printed_as_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    label = "mha:mask=causal() & window(3)"
+    found = standings({label: [outcome(0.5), outcome(0.7)], "moh:top_k=1": [outcome(0.6), outcome(0.8)]})
+    head, first, second = str(found).splitlines()
+    assert "accuracy ↑" in head
+    assert first.startswith("1  moh:top_k=1")
+    assert label in second
+    assert "0.7000 ±1.2706" in first
+    assert "\x1b" not in str(found)  # no colours
 
 
 def test_beside_an_exact_cache_the_table_says_how_far_parameters_are_off() -> None:
     settled = plan(["mha", "multi_head_latent"], "recall", budget="kv")
     rules = settled.rules
     target = target_of(rules.task, rules.sizes, rules.budget, rules.limit)
-    said = _printed(Standings(rules, target, settled.contenders, {}, 1))
+    said = str(Standings(rules, target, settled.contenders, {}, 1))
     assert "182,088 (+151.4%)" in said
     assert "1,024 (=)" in said
 

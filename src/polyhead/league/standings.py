@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -233,6 +234,12 @@ class Standings:
                 ),
             )
         return table
+
+    def __str__(self) -> str:
+        """The leaderboard as text, in whole rows."""
+        stream = io.StringIO()
+        Console(file=stream, width=10_000, color_system=None, force_jupyter=False).print(self.table())
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def _off(self, budget: str, counted: Counted) -> str:
         own = self.rules.budget
