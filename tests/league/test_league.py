@@ -83,6 +83,14 @@ def test_a_ray_cluster_gives_the_same_numbers(here: Standings, monkeypatch: pyte
         assert min(peaks) > max(peaks) / 2, peaks
 
 
+def test_a_run_that_no_machine_of_a_ray_cluster_can_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'polyhead[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"a run takes 1000 CPU\(s\), .* and 0 GPU\(s\); no machine"):
+        ph.compare(["mha"], jobs="ray", threads=1000, **SMALL)
+    assert not ray.is_initialized()
+
+
 def test_a_folder_keeps_runs_and_more_join(here: Standings, tmp_path: Path) -> None:
     out = tmp_path / "league"
     ph.compare(["mha"], out=out, **SMALL | {"seeds": 1})

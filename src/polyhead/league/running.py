@@ -174,12 +174,15 @@ def _by_ray(runs: Iterable[Run]) -> Ended:
         ray.init(log_to_driver=False, include_dashboard=False)
     going: dict[Any, tuple[int, int]] = {}
     try:
+        runs, nodes = list(runs), ray.nodes()
+        for run in runs:
+            _fits(run, nodes)
         # a process for each: only a fresh one tells how much memory a run takes
         remote = ray.remote(max_retries=0, max_calls=1)(_on_a_machine)
         for run in runs:
-            needs = run.order["rules"]
-            gpus = 1 if needs["device"].startswith("cuda") else 0
-            going[remote.options(num_cpus=needs["threads"], num_gpus=gpus).remote(run.order)] = run.key
+            needs = _needs(run)
+            placed = remote.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"])
+            going[placed.remote(run.order)] = run.key
         while going:
             (done,), _ = ray.wait(list(going), num_returns=1)
             key = going.pop(done)
@@ -194,6 +197,24 @@ def _by_ray(runs: Iterable[Run]) -> Ended:
             ray.cancel(left, force=True)
         if begun:
             ray.shutdown()
+
+
+def _needs(run: Run) -> dict[str, int]:
+    """What of a machine a run takes for itself, by Ray's names."""
+    rules = run.order["rules"]
+    return {"CPU": rules["threads"], "GPU": 1 if rules["device"].startswith("cuda") else 0}
+
+
+def _fits(run: Run, nodes: Iterable[dict[str, Any]]) -> None:
+    """A `ConfigError` where no machine has what the run takes: Ray would wait for one without an end."""
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    needs = _needs(run)
+    if not any(all(node.get(kind, 0) >= count for kind, count in needs.items()) for node in there):
+        most = {kind: int(max((node.get(kind, 0) for node in there), default=0)) for kind in needs}
+        raise ConfigError(
+            f"jobs: a run takes {needs['CPU']} CPU(s), one for each thread, and {needs['GPU']} GPU(s); no "
+            f"machine of this Ray cluster has so many, the most are {most['CPU']} and {most['GPU']}"
+        )
 
 
 def _on_a_machine(what: dict[str, Any]) -> dict[str, Any]:
