@@ -107,6 +107,20 @@ def test_threads_are_set_for_the_run_alone() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_generators_of_the_caller_go_on_as_if_nothing_was(device: str) -> None:
+    draws = []
+    for trained in (False, True):
+        torch.manual_seed(7)
+        if trained:
+            train(*settled("mha:dropout=0.3"), replace(SHORT, steps=2), 0, device=device)
+        draws.append(torch.rand(4, device=device))
+    assert torch.equal(*draws)
+
+
 class Exploding(type(find("recall"))):  # type: ignore[misc]
     name = "exploding"
 

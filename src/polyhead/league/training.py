@@ -142,7 +142,7 @@ def train(
             outcome removes it.
         progress: is told every look.
     """
-    with _threads(threads):
+    with _threads(threads), _generators_kept(device):
         torch.manual_seed(seed_of("parameters", seed))
         peak = Peak(device)
         model = fitted.model(task, device=device)
@@ -254,6 +254,12 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _generators_kept(device: str) -> contextlib.AbstractContextManager[None]:
+    """Torch's generators go back to where they were, those of CUDA too where it is used."""
+    used = device.startswith("cuda") or torch.cuda.is_initialized()
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else [])
 
 
 def _save(file: Path, model: Model, steps: torch.optim.Optimizer, state: _State) -> None:
