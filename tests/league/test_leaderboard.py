@@ -85,8 +85,11 @@ def test_a_league_of_one_seed_and_one_contender_can_be_drawn(
     # without a terminal, rows are whole
     header = next(line for line in capsys.readouterr().out.splitlines() if "contender" in line)
     assert len(header.rstrip()) > 80
-    assert "mha" in build_page(standings)
-    assert set(plots(standings)) == {"scores.svg", "learning.svg", "pareto.svg"}
+    drawn = plots(standings)
+    assert set(drawn) == {"scores.svg", "learning.svg", "pareto.svg"}
+    page = build_page(standings)
+    assert "mha" in page
+    assert not re.search(r"\bnan\b", page + "".join(drawn.values()))  # there is no interval
 
 
 MARKED = """
@@ -98,7 +101,7 @@ class Marked(RecallTask):
     metric = "share [/of] <b>"
 
     def yardsticks(self):
-        return {"a [/wild] <guess> & more": 0.1, "unknown": math.nan}
+        return {"a [/wild] <guess> & more": 0.1, "unknown": math.nan, "endless": -math.inf}
 """
 
 
@@ -120,8 +123,11 @@ def test_signs_of_markup_are_signs(tmp_path: Path) -> None:
     said = console.export_text()
     assert "[/red]" in said
     assert "a [/wild] <guess> & more: 0.1" in said
+    assert "unknown: –" in said
     assert str(out) in said
     assert "<img>" not in (out / "leaderboard.html").read_text()
+    for name in ("scores.svg", "learning.svg", "pareto.svg", "leaderboard.html"):
+        assert not re.search(r"\b(nan|inf)\b", (out / name).read_text())
     for name in ("scores.svg", "learning.svg", "pareto.svg"):
         ElementTree.parse(out / name)
     assert json.loads((out / "results.json").read_text())["yardsticks"]["unknown"] is None

@@ -22,6 +22,7 @@ from polyhead.league import Look, Outcome, Plan, Recipe, Sizes, Standings, plan
 from polyhead.league.compare import play
 from polyhead.league.folder import Folder
 from polyhead.league.running import check_jobs
+from polyhead.league.standings import known
 from polyhead.league.tasks.base import Task
 
 __all__ = ["run"]
@@ -82,7 +83,7 @@ def run(
     page = write_leaderboard(standings, folder.path)
     console.print(standings.table())
     for name, score in standings.yardsticks.items():
-        console.print(f"{name}: {score:.4g}", markup=False)
+        console.print(f"{name}: {known(score)}", markup=False)
     if len(standings.made_with) > 1:
         console.print(
             "runs come from different places, so their last digits may differ: "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from polyhead.leaderboard.plots import costs, learning, scores
 from polyhead.league import Standings
-from polyhead.league.standings import runs_of, spell
+from polyhead.league.standings import known, runs_of, spell
 from polyhead.report.drawing import colour
 from polyhead.report.standalone import asset, standalone
 
@@ -30,7 +30,7 @@ def build_page(standings: Standings) -> str:
         rows=list(_rows(standings)),
         facts=list(_facts(standings)),
         made_with=standings.made_with,
-        yardsticks=[(name, f"{score:.4g}") for name, score in standings.yardsticks.items()],
+        yardsticks=[(name, known(score)) for name, score in standings.yardsticks.items()],
         scores=scores(standings),
         learning=learning(standings),
         costs=costs(standings),

@@ -32,6 +32,8 @@ def scores(standings: Standings) -> Drawing:
             text(x(v), bottom + 18, short(v), text_anchor="middle"),
         ]
     for name, v in standings.yardsticks.items():
+        if not math.isfinite(v):
+            continue
         parts.append(
             element("path", title(f"{name}: {v:.4g}"), d=f"M{x(v):.1f} {top}V{bottom}", class_="whole")
         )
@@ -43,11 +45,13 @@ def scores(standings: Standings) -> Drawing:
         if math.isnan(mean):
             own.append(text(left + 8, y + 4, "no finished run"))
         else:
+            said = f"{row.label}: {mean:.4f}"
             if not math.isnan(half):
+                said += f", 95 % interval ±{half:.4f}"
                 own.append(line(x(mean - half), y, x(mean + half), y, f"curve {style}"))
             for seed, v in row.scores("validation").items():
                 own.append(dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {v:.4f}"))
-            own.append(dot(x(mean), y, 4.5, style, f"{row.label}: {mean:.4f}, 95 % interval ±{half:.4f}"))
+            own.append(dot(x(mean), y, 4.5, style, said))
         parts.append(_of(standings, row, own))
     return Drawing("Scores", _better(standings), width, bottom + 28, tuple(parts))
 

@@ -258,6 +258,11 @@ def spell(mean: float, half: float, sign: bool = False) -> str:
     return said if math.isnan(half) else f"{said} ±{half:.4f}"
 
 
+def known(score: float) -> str:
+    """`0.912`, or a dash where there is no number."""
+    return f"{score:.4g}" if math.isfinite(score) else "–"
+
+
 def runs_of(row: Row, seeds: int) -> str:
     """`3`, or `2 of 3, 1 diverged`."""
     done = row.count("finished")
