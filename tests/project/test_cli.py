@@ -271,6 +271,21 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch):
     assert isinstance(run("papers").exception, ZeroDivisionError)
 
 
+def test_signs_that_the_output_cannot_say_are_no_error():
+    def said(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "polyhead", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        ).stdout
+
+    assert "?" in said("show", "mha")
+    # data loses nothing
+    assert json.loads(said("catalog", "--json")) == json.loads(run("catalog", "--json").stdout)
+
+
 def test_a_closed_pipe_is_no_error():
     code = "from polyhead.cli import app; app(prog_name='polyhead')"
     process = subprocess.Popen(

@@ -1,11 +1,13 @@
 """The app that commands register with, and the one place where their errors become lines and exit codes.
 
 An error that Polyhead raises on purpose ends the program with one line on standard error and exit code 2,
-Ctrl-C with exit code 130.
+Ctrl-C with exit code 130. A sign that the output's encoding does not have is a question mark and no error.
 """
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +25,8 @@ class _Commands(TyperGroup):
     """The commands, and how they end when something is wrong."""
 
     def invoke(self, ctx: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
+            sys.stdout.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except PolyheadError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import typer
@@ -25,4 +26,6 @@ def print_table(rows: Table) -> None:
 
 def print_json(data: Any) -> None:
     """Plain data on standard output, as JSON."""
-    typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
+    # where the output lacks a sign, an escape loses nothing
+    escaped = "utf" not in (sys.stdout.encoding or "").lower()
+    typer.echo(json.dumps(data, ensure_ascii=escaped, indent=1))
