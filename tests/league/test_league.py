@@ -24,6 +24,7 @@ from polyhead.league.compare import play
 from polyhead.league.folder import Folder
 from polyhead.league.interval import mean_and_half_width
 from polyhead.league.running import Run, run_all
+from polyhead.league.standings import spell
 from polyhead.league.tasks.declared import BESIDE_SCORES
 from polyhead.league.worker import order
 
@@ -390,6 +391,27 @@ def test_yardsticks_are_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(rules.task), "yardsticks", lambda self: {"a guess": torch.tensor(0.5)})
     found = Standings(rules, target_of(rules.task, rules.sizes), settled.contenders, {}, 1)
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["yardsticks"] == {"a guess": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [
+        (0.5, math.nan, "0.5000"),
+        (0.5, 0.034, "0.5000 ±0.0340"),
+        (0.0, 0.0, "0.0000 ±0.0000"),
+        (0.0, math.nan, "0.0000"),
+        (-0.0002, 0.0015, "-0.0002 ±0.0015"),  # four places say enough of what is uncertain
+        (1.5e-9, 6.353e-9, "1.5e-09 ±6.353e-09"),
+        (0.00096681, 0.00053529, "0.0009668 ±0.0005353"),
+        (1e37, math.nan, "1e+37"),
+        (123456.0, 2.0, "1.235e+05 ±2"),
+        (math.nan, math.nan, ""),
+    ],
+)
+def test_scores_of_any_size_are_spelled(mean: float, half: float, said: str) -> None:
+    assert spell(mean, half) == said
+    if mean > 0:
+        assert spell(mean, half, sign=True) == f"+{said}"
 
 
 def test_equal_scores_share_a_rank() -> None:

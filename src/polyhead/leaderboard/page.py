@@ -94,12 +94,12 @@ def _sizes(standings: Standings) -> Iterator[list[str]]:
 def _runs(standings: Standings) -> Iterator[list[str]]:
     for row in standings.ranked:
         for seed, outcome in sorted(row.outcomes.items()):
-            found = [f"{outcome.scores.get(split, math.nan):.4f}" for split in standings.rules.task.splits]
+            found = [outcome.scores.get(split, math.nan) for split in standings.rules.task.splits]
             ended = outcome.status + (f" at step {outcome.steps:,}" if outcome.status == "diverged" else "")
             yield [
                 row.label,
                 str(seed),
                 ended + (f": {outcome.note}" if outcome.note else ""),
-                *("–" if text == "nan" else text for text in found),
+                *(spell(score) or "–" for score in found),
                 f"{outcome.seconds:,.0f} s",
             ]

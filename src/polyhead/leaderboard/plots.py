@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from polyhead.league import Row, Standings
+from polyhead.league.standings import spell
 from polyhead.report.drawing import LINES_CSS, Drawing, Group, colour, dot, pareto, short, span, title
 from polyhead.report.svg import Scale, area, curve, document, element, line, nested, text
 
@@ -45,12 +46,11 @@ def scores(standings: Standings) -> Drawing:
         if math.isnan(mean):
             own.append(text(left + 8, y + 4, "no finished run"))
         else:
-            said = f"{row.label}: {mean:.4f}"
+            said = f"{row.label}: {spell(mean, half).replace(' ', ', 95 % interval ')}"
             if not math.isnan(half):
-                said += f", 95 % interval ±{half:.4f}"
                 own.append(line(x(mean - half), y, x(mean + half), y, f"curve {style}"))
             for seed, v in row.scores("validation").items():
-                own.append(dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {v:.4f}"))
+                own.append(dot(x(v), y, 2.5, style, f"{row.label}, seed {seed}: {spell(v)}"))
             own.append(dot(x(mean), y, 4.5, style, said))
         parts.append(_of(standings, row, own))
     return Drawing("Scores", _better(standings), width, bottom + 28, tuple(parts))
@@ -120,7 +120,7 @@ def _pareto(standings: Standings, cost: _Cost) -> Drawing:
     groups = []
     for row in standings.rows:
         paid, score = cost.of(row), row.score("validation")[0]
-        said = f"{row.label}: {score:.4f} at {short(paid)}"
+        said = f"{row.label}: {spell(score)} at {short(paid)}"
         groups.append(Group(_place(standings, row), [(paid, score, said)]))
     name = f"{cost.title[0].lower()}{cost.title[1:]}" if cost.title[1].islower() else cost.title
     return pareto(

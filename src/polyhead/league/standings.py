@@ -250,12 +250,14 @@ class Standings:
         return " (=)" if off == 0 else f" ({off:+.1%})"
 
 
-def spell(mean: float, half: float, sign: bool = False) -> str:
-    """`0.912 ±0.034`; empty where there is no mean."""
+def spell(mean: float, half: float = math.nan, sign: bool = False) -> str:
+    """`0.9120 ±0.0340`, or `1.5e-09 ±6.4e-09` where four places would say nothing; empty without a mean."""
     if math.isnan(mean):
         return ""
-    said = f"{mean:+.4f}" if sign else f"{mean:.4f}"
-    return said if math.isnan(half) else f"{said} ±{half:.4f}"
+    largest = max(abs(mean), 0 if math.isnan(half) else half)
+    kind = ".4f" if largest == 0 or 1e-3 <= largest < 1e5 else ".4g"
+    said = f"{mean:{'+' if sign else ''}{kind}}"
+    return said if math.isnan(half) else f"{said} ±{half:{kind}}"
 
 
 def known(score: float) -> str:
