@@ -148,6 +148,35 @@ def test_a_file_that_is_no_outcome_says_what_to_do(text: str, tmp_path: Path) ->
         play(settled, folder)
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"status": "won"},
+        {"scores": {}},
+        {"scores": {"validation": 0.5}},
+        {"scores": {"validation": "x", "longer": 1}},
+        {"curve": 5},
+        {"curve": [{"step": "x", "loss": 1, "score": 1}]},
+        {"steps": "x"},
+        {"seconds": None},
+        {"peak_bytes": "much"},
+        {"tokens_per_second": "fast"},
+    ],
+)
+def test_an_outcome_that_was_edited_says_what_to_do(edited: dict[str, Any], tmp_path: Path) -> None:
+    settled = plan(["mha"], **SMALL | {"seeds": 1})
+    folder = Folder(tmp_path, settled.rules)
+    one = settled.contenders[0].contender
+    folder.keep(one, 0, outcome(0.5))
+    assert folder.outcome(one, 0).scores == {"validation": 0.5, "longer": 0.25}  # type: ignore[union-attr]
+    file = next(tmp_path.rglob("seed-0.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | edited))
+    with pytest.raises(
+        PolyheadError, match=r"seed-0.json is not how a run ended .* remove it, and the run is"
+    ):
+        folder.outcome(one, 0)
+
+
 @pytest.mark.parametrize("out", [5, "a\0b", "/tmp/" + "x" * 5000, "~nobody-at-all/x", "/dev/null/x"])
 def test_an_out_that_is_no_folder_ends_in_a_line(out: Any) -> None:
     with pytest.raises(ConfigError, match="^out"):

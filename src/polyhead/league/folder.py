@@ -31,6 +31,7 @@ class Folder(JobFolder):
 
     def __init__(self, path: str | os.PathLike[str], rules: Rules) -> None:
         super().__init__(path, to_json(rules), file="league.json", what="league")
+        self.splits = rules.task.splits
 
     def _run(self, one: Contender, seed: int) -> Path:
         text = json.dumps(to_json(one), sort_keys=True)
@@ -51,12 +52,18 @@ class Folder(JobFolder):
         file = self._run(one, seed).with_suffix(".json")
         if not file.is_file():
             return None
+        held = read(file)
         try:
-            return Outcome.from_json(read(file))
-        except (KeyError, TypeError, AttributeError) as error:
+            found = Outcome.from_json(held)
+            if found.status not in ("finished", "diverged"):
+                raise ValueError(f"its status is {found.status!r}")
+            if missing := set(self.splits) - found.scores.keys():
+                raise ValueError(f"there is no score of {', '.join(sorted(missing))}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PolyheadError(
                 f"{file} is not how a run ended ({error!r}); remove it, and the run is made anew"
             ) from None
+        return found
 
     def keep(self, one: Contender, seed: int, outcome: Outcome) -> None:
         """Write down how a run ended; its state is no longer needed."""

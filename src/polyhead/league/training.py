@@ -93,14 +93,14 @@ class Outcome:
 
         return cls(
             status=data["status"],
-            steps=data["steps"],
+            steps=int(data["steps"]),
             scores={name: number(score) for name, score in data["scores"].items()},
             curve=tuple(
-                Look(one["step"], number(one["loss"]), number(one["score"])) for one in data["curve"]
+                Look(int(one["step"]), number(one["loss"]), number(one["score"])) for one in data["curve"]
             ),
             tokens_per_second=number(data["tokens_per_second"]),
-            peak_bytes=data["peak_bytes"],
-            seconds=data["seconds"],
+            peak_bytes=None if data["peak_bytes"] is None else int(data["peak_bytes"]),
+            seconds=float(data["seconds"]),
             note=data["note"],
             made_with=data.get("made_with", ""),  # leagues of before it was kept
         )
