@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -172,6 +173,17 @@ def test_refusals() -> None:
         plan({"mha", "moh"}, "recall")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="threads must be at most 1024"):
         plan(["mha"], "recall", threads=10**12)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("gqa", "grouped_query"), ("mha", "mha:heads=4"), ("mha:dropout=0.0", "mha"), ("mha+mha", "mha")],
+)
+def test_one_model_under_two_names_is_refused(one: str, other: str) -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{one} and {other} are one mechanism with the same options")
+    ):
+        plan([one, "moh", other], "recall")
 
 
 def test_contenders_may_come_one_by_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import polyhead as ph
@@ -33,6 +35,21 @@ def test_reading(text: str, names: tuple[str, ...], options: tuple) -> None:
     found = contender(text)
     assert found == Contender(text, names, options)
     assert ph.from_json(ph.to_json(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("x", (), ()), r"x: names must be of mechanisms, at least one; got \(\)"),
+        (("x", "mha", ((),)), "x: names must be of mechanisms, at least one; got 'mha'"),
+        (("x", ("mha",), ()), r"x: options must be pairs for each of the 1 mechanism\(s\), .* got \(\)"),
+        (("x", ("mha", "moh"), ((),)), r"x: options must be pairs for each of the 2 mechanism\(s\)"),
+        ((5, ("mha",), ((),)), "label must be a text; got 5"),
+    ],
+)
+def test_a_contender_that_is_none(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Contender(*given)
 
 
 @pytest.mark.parametrize(

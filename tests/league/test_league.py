@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from polyhead.league.interval import mean_and_half_width
 from polyhead.league.running import Run, run_all
 from polyhead.league.standings import spell
 from polyhead.league.tasks.declared import BESIDE_SCORES
+from polyhead.league.tasks.recall import RecallTask
 from polyhead.league.worker import order
 
 SMALL: dict[str, Any] = {
@@ -59,6 +61,38 @@ def test_a_league_here(here: Standings) -> None:
     json.dumps(here.to_json(), allow_nan=False)
     frame = here.to_frame()
     assert list(frame["contender"]) == [row.label for row in here.ranked]
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_numbers(here: Standings, without: Any) -> None:
+    with without():
+        found = ph.compare(["mha", "moh"], **SMALL)
+        assert not torch.is_grad_enabled()
+    assert numbers(found) == numbers(here)
+
+
+def test_another_default_dtype_is_refused() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"default dtype is torch.float64, and leagues are of torch.float32"
+        ):
+            ph.compare(["mha"], **SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Mine(RecallTask):
+    name = "mine"
+
+
+def test_a_task_that_other_processes_do_not_know_is_refused(tmp_path: Path) -> None:
+    own = SMALL | {"task": Mine(), "seeds": 1}
+    assert ph.compare(["mha"], **own).rows[0].count("finished") == 1
+    for jobs in (1, "ray") if importlib.util.find_spec("ray") else (1,):
+        with pytest.raises(ConfigError, match="Mine is known in this process alone, and jobs=.* are others"):
+            ph.compare(["mha"], jobs=jobs, out=tmp_path / "league", **own)
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_give_the_same_numbers(here: Standings) -> None:

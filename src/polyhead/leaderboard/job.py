@@ -62,7 +62,7 @@ def run(
     if jobs is None:
         jobs = max(1, (os.cpu_count() or 1) // threads) if type(threads) is int and threads > 0 else 1
         jobs = 1 if device.startswith("cuda") else jobs
-    check_jobs(jobs)
+    check_jobs(jobs, task)
     settled = plan(
         contenders,
         task,

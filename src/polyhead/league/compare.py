@@ -63,8 +63,8 @@ def compare(
         out: a folder that keeps every finished run and the state of those under way: the same call goes on
             with it, more contenders and seeds join it. Default: nothing is kept.
         jobs: runs at once in processes of their own, or "ray" for a Ray cluster. Default: in this process,
-            one after the other, which alone knows mechanisms that this process defined, and on a CPU does
-            not know the peak memory of a run.
+            one after the other, which alone knows tasks and mechanisms that this process defined, and on a
+            CPU does not know the peak memory of a run.
         threads: of torch in a run, on a CPU; the last digits depend on it.
         device: "cpu" or "cuda".
         progress: is told every look at a run and how it ended: label, seed, `Look` or `Outcome`.
@@ -77,7 +77,7 @@ def compare(
         UnsupportedPattern: a mechanism cannot do the task.
         ConfigError: a value that is not allowed, a budget that no size meets, a folder of another league.
     """
-    check_jobs(jobs)
+    check_jobs(jobs, task)
     if progress is not None:
         takes("progress", progress, "label", "seed", "what")
     settled = plan(

@@ -34,7 +34,7 @@ from polyhead.attend.selectors import (
     shared,
 )
 from polyhead.attend.top_k import top_k
-from polyhead.checks import given
+from polyhead.checks import given, several
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms import entry
@@ -70,6 +70,19 @@ class Contender(Part):
     label: str
     names: tuple[str, ...]
     options: tuple[tuple[tuple[str, Any], ...], ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str):
+            raise ConfigError(f"label must be a text; got {given(self.label)}")
+        if not several(self.names) or not self.names:
+            raise ConfigError(
+                f"{self.label}: names must be of mechanisms, at least one; got {given(self.names)}"
+            )
+        if not several(self.options) or len(self.options) != len(self.names):
+            raise ConfigError(
+                f"{self.label}: options must be pairs for each of the {len(self.names)} mechanism(s), () for "
+                f"none; got {given(self.options)}"
+            )
 
 
 def contender(text: str) -> Contender:

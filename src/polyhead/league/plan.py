@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from polyhead.checks import given, several, whole
-from polyhead.description import Part
+from polyhead.description import Part, to_json
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.league import tasks
 from polyhead.league.budget import BUDGETS, Fitted, fit, target_of
 from polyhead.league.contender import Contender, contender
 from polyhead.league.tasks.base import Recipe, Sizes, Task
 from polyhead.league.trial import try_contender, try_out
+from polyhead.mechanisms import configure
 
 __all__ = ["Plan", "Rules", "plan"]
 
@@ -100,6 +101,11 @@ def plan(
         UnsupportedPattern: a mechanism cannot do the task.
         ConfigError: any other value that is not allowed; nothing was trained.
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise ConfigError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and leagues are of torch.float32: call "
+            "torch.set_default_dtype(torch.float32) first"
+        )
     found = tasks.find(task).scaled(scale)
     if budget not in BUDGETS:
         raise unknown_name("budget", budget, BUDGETS)
@@ -133,11 +139,28 @@ def plan(
     questions = try_out(found, base, how)
     target = target_of(found, base, budget, limit)
     fitted = tuple(fit(found, one, base, budget, target) for one in read)
+    _differ(fitted)
     for ready in fitted:
         try_contender(found, ready, questions)
     # absolute: a worker on another machine stands in another folder
     file = None if isinstance(task, Task) or task in tasks.TASKS else str(Path(task).expanduser().absolute())
     return Plan(rules, fitted, seeds, file)
+
+
+def _differ(fitted: Sequence[Fitted]) -> None:
+    """A `ConfigError` where two contenders are the same model under two names."""
+    models: list[object] = []
+    for one in fitted:
+        taken = [one.layers[n % len(one.layers)] for n in range(one.sizes.layers)]
+        built = [configure(layer.name, dim=one.sizes.dim, **layer.options) for layer in taken]
+        model = one.sizes, [to_json(config) for config in built], [layer.positions for layer in taken]
+        if model in models:
+            other = fitted[models.index(model)].contender.label
+            raise ConfigError(
+                f"contenders: {other} and {one.contender.label} are one mechanism with the same options; "
+                "leave one out"
+            )
+        models.append(model)
 
 
 def _device(name: Any) -> str:

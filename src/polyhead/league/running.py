@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from polyhead.checks import given
 from polyhead.errors import ConfigError, MissingExtra
 from polyhead.league import worker
+from polyhead.league.tasks.base import Task
 from polyhead.league.training import Look, Outcome
 
 __all__ = ["Run", "check_jobs", "run_all"]
@@ -57,13 +58,21 @@ def run_all(runs: Iterable[Run], jobs: int | str | None, told: Told) -> Ended:
     return _by_ray(runs)
 
 
-def check_jobs(jobs: object) -> None:
-    """A `ConfigError` unless it is None, a positive integer or "ray"; `MissingExtra` without Ray."""
+def check_jobs(jobs: object, task: object = None) -> None:
+    """A `ConfigError` unless it is None, a positive integer or "ray"; `MissingExtra` without Ray.
+
+    With either of them, nor may the task be one that other processes do not know.
+    """
     if jobs == "ray":
         if importlib.util.find_spec("ray") is None:
             raise MissingExtra("ray", "ray", 'jobs="ray"')
     elif jobs is not None and (type(jobs) is not int or jobs < 1):
         raise ConfigError(f'jobs must be a positive integer, or "ray"; got {given(jobs)}')
+    if jobs is not None and isinstance(task, Task) and ":" in task.kind:
+        raise ConfigError(
+            f"task: {task.kind} is known in this process alone, and jobs={jobs!r} are others; give the path "
+            "of its Python file, or leave jobs out"
+        )
 
 
 def _here(runs: Iterable[Run], told: Told) -> Ended:

@@ -142,7 +142,8 @@ def train(
             outcome removes it.
         progress: is told every look.
     """
-    with _threads(threads), _generators_kept(device):
+    # with gradients, whatever the caller goes without
+    with _threads(threads), _generators_kept(device), torch.inference_mode(False):
         torch.manual_seed(seed_of("parameters", seed))
         peak = Peak(device)
         model = fitted.model(task, device=device)
