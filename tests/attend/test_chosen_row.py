@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +62,13 @@ def test_equals_the_dense_form(
         found = attend(q, keys_there, layouts(v)[name], mask=mask, backend="chosen", return_lse=True)
         torch.testing.assert_close(found[0], expected)
         torch.testing.assert_close(found[1], lse)
+        # single precision has a way of its own
+        single = [x.float() for x in (q, layouts(k)[name], layouts(v)[name])]
+        for want_lse in (False, True):
+            given = attend(*single, mask=mask, backend="chosen", return_lse=want_lse)
+            out = given[0] if want_lse else given
+            torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(given[1], lse.float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -73,6 +82,19 @@ def test_other_dtypes_and_padding(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         found.double(), expected, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_groups_in_turn_are_groups_at_once(
+    dtype: torch.dtype, want_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (draw(2, n, m, 8, seed=m).to(dtype) for n, m in ((6, 1), (3, 90), (3, 90)))
+    mask = chosen(0.1, 6, 2, 23, 4, 90)
+    at_once = attend(q, k, v, mask=mask, backend="chosen", return_lse=want_lse)
+    monkeypatch.setattr(import_module("polyhead.attend.chosen_row"), "_BYTES", 1)
+    in_turn = attend(q, k, v, mask=mask, backend="chosen", return_lse=want_lse)
+    torch.testing.assert_close(in_turn, at_once)
 
 
 def test_heads_that_see_nothing_give_zeros() -> None:

@@ -210,6 +210,35 @@ def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose(own, q, k, ph.causal(), 0.25) == whole
 
 
+@pytest.mark.parametrize("always", [None, ph.sink(1), ph.sink(9) | ph.window(9), ph.window(1000)])
+@pytest.mark.parametrize("mask", [None, ph.causal(), ph.causal() & ph.window(20)])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        ph.keep_blocks(3),
+        ph.keep_blocks(100),
+        ph.keep_share(0.0),
+        ph.keep_share(0.25),
+        ph.keep_share(1.0),
+        ph.keep_at_least(0.3),
+        ph.keep_share(torch.tensor([0.1, 0.2, 0.3, 0.9])),
+    ],
+    ids=repr,
+)
+def test_the_step_of_decoding_chooses_what_a_table_of_all_blocks_would(
+    always: Mask | None, mask: Mask | None, budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 61, 8)
+    q[1, 1], k[0, 0, :30] = 0.0, k[0, 0, 30:60]  # equal scores
+    k[1, 1, 7] = torch.nan
+    selector = ph.select(ph.mean_keys(), budget, rows=16, cols=5, always=always)
+    found = choose(selector, q, k, mask, 1.0)
+    monkeypatch.setattr(type(selector), "single", lambda *_: None)
+    expected = choose(selector, q, k, mask, 1.0)
+    for found_row, expected_row in zip(found.index.flatten(0, 2), expected.index.flatten(0, 2), strict=True):
+        assert sorted(found_row[found_row >= 0].tolist()) == sorted(expected_row[expected_row >= 0].tolist())
+
+
 def test_choice_is_causal_where_queries_choose_for_themselves() -> None:
     q, k, v = tensors(1, 2, 2, 64, 64)
     own = ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=1, cols=8, always=ph.window(0))

@@ -64,8 +64,7 @@ class ChosenBlocks:
         choice, rest = found
         batch, heads, queries, width = q.shape
         if queries == 1 and not request.needs_grad and k.shape[2] >= choice.cols:
-            out, lse = attend_row(q, k, v, choice, rest, problem.scale)
-            return out, lse if request.want_lse else None
+            return attend_row(q, k, v, choice, rest, problem.scale, request.want_lse)
         sizes = Sizes(batch, heads, k.shape[1], queries, k.shape[2], 2 * width * k.element_size())
         if not request.want_lse and whole(choice, rest, sizes):
             freed = replace(request, problem=replace(problem, mask=rest))

@@ -7,6 +7,7 @@ see nothing of what the block chose, unless its own key is always read: `always=
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -64,6 +65,10 @@ class Budget(Part):
         """The rule for this call: itself, unless how much is read depends on the content."""
         return self
 
+    def best(self, visible: int) -> int | None:
+        """How many of so many visible blocks every row reads, the best; None: that depends on more."""
+        return None
+
 
 def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
     """The place of every block in its row, 0 for the best: forced ones first, hidden ones last.
@@ -78,9 +83,22 @@ def ranks(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
 def ordered(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
     """The blocks of every row, best first: forced ones, visible ones, the rest; of equal ones the later."""
     infinite = torch.tensor(float("inf"), dtype=scores.dtype, device=scores.device)
-    held = torch.where(
-        forced, infinite, torch.where(visible, scores.nan_to_num(nan=-3e38, neginf=-3e38), -infinite)
-    )
+    return _descending(torch.where(forced, infinite, torch.where(visible, _finite(scores), -infinite)))
+
+
+def ordered_all(scores: Tensor, forced: list[tuple[int, int]]) -> Tensor:
+    """`ordered` where all blocks are visible, and in all rows the same runs of blocks are forced."""
+    held = _finite(scores)
+    for start, stop in forced:
+        held[..., start:stop].fill_(torch.inf)
+    return _descending(held)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    return scores.nan_to_num(nan=-3e38, neginf=-3e38)
+
+
+def _descending(held: Tensor) -> Tensor:
     last = held.shape[-1] - 1
     return last - held.flip(-1).sort(dim=-1, descending=True, stable=True).indices
 
@@ -136,6 +154,9 @@ class KeepBlocks(Budget):
     def kept(self, scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
         return (ranks(scores, visible, forced) < _column(self.blocks, scores)) & visible | forced
 
+    def best(self, visible: int) -> int | None:
+        return None if isinstance(self.blocks, Tensor) else min(self.blocks, visible)
+
 
 def keep_blocks(blocks: int | Tensor) -> Budget:
     """The `blocks` best blocks of every row, those that are always read among them.
@@ -161,6 +182,9 @@ class KeepShare(Budget):
         count = (_column(self.share, scores) * visible.sum(-1, keepdim=True)).round().clamp(min=1)
         return (ranks(scores, visible, forced) < count) & visible | forced
 
+    def best(self, visible: int) -> int | None:
+        return None if isinstance(self.share, Tensor) else max(1, round(self.share * visible))
+
 
 def keep_share(share: float | Tensor) -> Budget:
     """The best of every row's visible blocks, so large a share of them, rounded; at least one.
@@ -183,6 +207,9 @@ class KeepAtLeast(Budget):
         # a share of a third of three blocks is one block, however it is rounded
         count = (self.share * visible.sum(-1, keepdim=True).double() - 1e-9).ceil().clamp(min=1)
         return (ranks(scores, visible, forced) < count) & visible | forced
+
+    def best(self, visible: int) -> int | None:
+        return max(1, math.ceil(self.share * visible - 1e-9))
 
 
 def keep_at_least(share: float) -> Budget:

@@ -13,7 +13,7 @@ from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.scores import Score
 from polyhead.attend.selectors.summaries import Summaries
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "by_blocks"]
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,18 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _means(x: Tensor, length: int) -> Tensor:
-    if x.shape[2] <= 1:
-        return _wide(x)
-    sums = F.pad(_wide(x), (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length)).sum(3)
-    sizes = torch.full((sums.shape[2], 1), float(length), dtype=sums.dtype, device=x.device)
-    sizes[-1] = (x.shape[2] - 1) % length + 1
-    return sums / sizes
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return by_blocks(x, length, lambda part: part.mean(3, dtype=dtype))
+
+
+def by_blocks(x: Tensor, length: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `reduce` makes of blocks of rows, `(B, X, n, C, D)` to `(B, X, n, ...)`; nothing is copied.
+
+    It is called for the whole blocks, and for the last one where that is shorter.
+    """
+    whole = x.shape[2] // length
+    parts = [x[:, :, : whole * length].unflatten(2, (whole, length))] if whole else []
+    if whole * length < x.shape[2]:
+        parts.append(x[:, :, None, whole * length :])
+    found = [reduce(part) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 2)

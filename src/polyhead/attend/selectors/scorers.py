@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.grid import Grid, by_blocks
 from polyhead.checks import given, number, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
@@ -109,6 +109,9 @@ class KeyBounds(Scorer):
 
 def _bounds(k: Tensor, grid: Grid) -> Tensor:
     """Largest and smallest features of every block, `(B, G, N, 2·D)`; 0 where there is no real key."""
+    if grid.real is None:
+        bounds = by_blocks(k, grid.cols, lambda part: torch.cat([part.amax(3), part.amin(3)], -1))
+        return bounds.to(torch.promote_types(k.dtype, torch.float32))
     wide = k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
     most = grid.blocks_of_keys(wide, -math.inf).amax(3)
     least = grid.blocks_of_keys(wide, math.inf).amin(3)

@@ -24,7 +24,7 @@ from polyhead.attend.masks import (
 from polyhead.attend.normalizers import Normalizer
 from polyhead.attend.precision import exact
 from polyhead.attend.scores import Score
-from polyhead.attend.selectors.budgets import Budget
+from polyhead.attend.selectors.budgets import Budget, ordered_all
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.scorers import Scorer, Scores
 from polyhead.attend.selectors.summaries import Summaries
@@ -72,6 +72,14 @@ class Selector(Part):
             bool `(B, H, stop - start, N)`, of the `visible` ones, bool of the same shape.
         """
         raise NotImplementedError
+
+    def single(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor | None:
+        """The blocks that a single query reads, distinct integers `(B, H, 1, K)`, as many in every head.
+
+        For the step of decoding, where a table of all blocks, and the search in it, take longer than the
+        choice itself. None: only `prepare` can tell.
+        """
+        return None
 
     def check(self, heads: int) -> None:
         """Raise a `ShapeError` if the selector holds numbers for another number of heads."""
@@ -173,6 +181,17 @@ class Ranked(Selector):
             return visible & tiles(self.always, grid, start, stop, q.device)
 
         return kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
+
+    def single(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor | None:
+        if runs_of_last(mask, grid.keys) != [(0, grid.keys)]:
+            return None
+        best = self.budget.best(grid.col_blocks)
+        always = [] if self.always is None else runs_of_last(self.always, grid.keys)
+        if best is None or always is None:
+            return None
+        forced = [(start // grid.cols, (stop - 1) // grid.cols + 1) for start, stop in always]
+        count = len({block for run in forced for block in range(*run)})
+        return ordered_all(self.scorer.prepare(q, k, grid)(0, 1), forced)[..., : max(best, count)]
 
 
 def kept_by(budget: Budget, scores: Scores, forced: Kept, seen_by_all: Callable[[], Tensor]) -> Kept:
@@ -388,6 +407,10 @@ def chosen_blocks(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, g
     rows, cols = grid.rows, grid.cols
     if isinstance(selector, Listing):
         return chosen(selector.places(q, k, mask, grid), rows=rows, cols=cols, first=grid.offset)
+    if grid.queries == 1:
+        places = selector.single(q, k, mask, grid)
+        if places is not None:
+            return chosen(places, rows=rows, cols=cols, first=grid.offset)
     kept = selector.prepare(q, k, mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
     found = []
