@@ -146,6 +146,23 @@ def test_the_ratio_equals_its_twin(window: int) -> None:
     assert (ph.boundary_ratio(q[:, :, :6], k[:, :, :6]) == 1).all()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_in_no_ratio(side: str) -> None:
+    """Neither as queries nor as keys, whatever stands there: the ratio is that of the text alone."""
+    q, k, _ = tensors(2, 4, 2, 41, 41)
+    text = slice(9, None) if side == "left" else slice(None, 32)
+    real = torch.zeros(2, 41, dtype=torch.bool)
+    real[0], real[1, text] = True, True
+    spoilt = [x.clone() for x in (q, k)]
+    for x in spoilt:
+        x[1].masked_fill_(~real[1, :, None], 1e4)
+    found = ph.boundary_ratio(*spoilt, ph.padding(real))
+    torch.testing.assert_close(found, ph.reference("boundary_ratio")(q, k, window=4, real=real))
+    torch.testing.assert_close(found[:1], ph.boundary_ratio(q[:1], k[:1]))
+    torch.testing.assert_close(found[1:, text], ph.boundary_ratio(q[1:, :, text], k[1:, :, text]))
+    assert (found[1][~real[1]] == 1).all()
+
+
 def test_boundaries_are_found_where_attention_changes() -> None:
     """Every query scores the keys of a part of the text alike, and those of another part otherwise."""
     level = torch.tensor([3.0, 0.0, 2.0, -1.0], dtype=torch.float64).repeat_interleave(16)

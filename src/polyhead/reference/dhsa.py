@@ -13,17 +13,22 @@ __all__ = ["boundary_ratio", "dhsa"]
 
 
 @twin("boundary_ratio")
-def boundary_ratio(q: Tensor, k: Tensor, *, window: int) -> Tensor:
-    """What later queries give to the keys left and right of a place, larger by smaller: `(B, S)`."""
+def boundary_ratio(q: Tensor, k: Tensor, *, window: int, real: Tensor | None = None) -> Tensor:
+    """What later queries give to the keys left and right of a place, larger by smaller: `(B, S)`.
+
+    real: bool `(B, S)`, which tokens are no padding. 1 at padding and at tokens too near to an end.
+    """
     batch, heads, length, width = q.shape
     ratio = torch.ones(batch, length, dtype=torch.float64)
     for b in range(batch):
+        tokens = torch.arange(length) if real is None else real[b].nonzero().view(-1)
         a = torch.zeros(length, length, dtype=torch.float64)
         for h in range(heads):
             own = k[b, h * k.shape[1] // heads].double()
-            for i in range(length):
-                a[i, : i + 1] += (own[: i + 1] @ q[b, h, i].double() / math.sqrt(width)).softmax(-1) / heads
-        for s in range(2 * window, length - 2 * window):
+            for t, i in enumerate(tokens):
+                seen = tokens[: t + 1]
+                a[i, seen] += (own[seen] @ q[b, h, i].double() / math.sqrt(width)).softmax(-1) / heads
+        for s in tokens[2 * window : len(tokens) - 2 * window]:
             left = float(a[s + window - 1 :, s - window : s].sum())
             right = float(a[s + window - 1 :, s : s + window].sum())
             ratio[b, s] = (max(left, right) + 1e-6) / (min(left, right) + 1e-6)

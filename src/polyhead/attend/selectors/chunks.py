@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import seen_pairs
+from polyhead.attend.selectors.selector import real_keys, seen_pairs
 from polyhead.checks import floating, given, number, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError
@@ -146,11 +146,12 @@ def boundary_ratio(
         right[s] = Σ_{i >= s+w-1} Σ_{j = s .. s+w-1}   A[i, j]
         ratio[s] = (max(left, right) + 1e-6) / (min(left, right) + 1e-6)
 
-    1 at the first and the last 2w places, which have too little on one side. It holds A, L × S numbers.
+    1 at the first and the last 2w tokens, which have too little on one side, and at padding, whose queries do
+    not count either. It holds A, L × S numbers.
 
     Args:
         q, k: `(B, H, S, D)` and `(B, G, S, D)`, of a whole text.
-        mask: who may see whom, besides causality.
+        mask: who may see whom, besides causality; its paddings say which tokens are real.
         window: w.
         scale: of q·k; D^-1/2 by default.
 
@@ -175,7 +176,11 @@ def boundary_ratio(
     wide = torch.promote_types(q.dtype, torch.float32)
     grid = Grid(batch, heads, k.shape[1], queries, keys, 1, 1, width**-0.5 if scale is None else scale)
     places = torch.arange(keys, device=q.device)
-    hidden = ~seen_pairs(mask, grid, 0, queries, places) | (places > places[:, None])
+    real = real_keys(mask, q.device)
+    real = torch.ones(1, keys, dtype=torch.bool, device=q.device) if real is None else real
+    hidden = (
+        ~seen_pairs(mask, grid, 0, queries, places) | (places > places[:, None]) | ~real[:, None, :, None]
+    )
     mean = q.new_zeros(batch, queries, keys, dtype=wide)
     for h in range(heads):
         logits = q[:, h].to(wide) @ k[:, h // grid.repeat].to(wide).mT * grid.scale
@@ -189,7 +194,9 @@ def boundary_ratio(
         left = below[:, row[:, None], at[:, None] - 1 - near].sum(-1)
         right = below[:, row[:, None], at[:, None] + near].sum(-1)
         ratio[:, at] = (torch.maximum(left, right) + _SMALL) / (torch.minimum(left, right) + _SMALL)
-    return ratio
+    tokens = real.cumsum(-1)
+    inside = real & (tokens > 2 * window) & (tokens[:, -1:] - tokens >= 2 * window)
+    return ratio.masked_fill(~inside, 1.0)
 
 
 class BoundaryPredictor(Part):
