@@ -252,6 +252,17 @@ def test_empty_and_small(backend: str, mask: object, sizes: tuple[int, ...]) -> 
         assert bool((out == 0).all())
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiles", "reference"])
+@pytest.mark.parametrize("mask", [None, ph.causal(), ph.window(3) | ph.sink(2)], ids=str)
+def test_without_features_all_keys_that_are_seen_weigh_alike(backend: str, mask: ph.Mask | None) -> None:
+    q, k, v = operands(width=0, grad=True)
+    out = ph.attend(q, k, v, mask=mask, backend=backend)
+    zeros = (torch.zeros(*x.shape[:3], 1, dtype=x.dtype) for x in (q, k))
+    torch.testing.assert_close(out, ph.attend(*zeros, v, mask=mask, backend="reference"))
+    out.sum().backward()
+    assert (q.grad.shape, k.grad.shape) == (q.shape, k.shape)
+
+
 def test_memory_that_was_never_written_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(*args: object, **kwargs: object) -> Tensor:
         made = real_empty(*args, **kwargs)

@@ -15,7 +15,7 @@ import polyhead as ph
 from polyhead.attend import attend
 from polyhead.attend.function import explain
 from polyhead.attend.masks import Chosen, Mask, densify
-from polyhead.attend.selectors import Grid, Scorer, choose
+from polyhead.attend.selectors import Grid, Scorer, Selector, choose
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 
 SHAPES = [
@@ -378,6 +378,26 @@ def test_of_nothing_nothing_is_chosen(scorer: Scorer) -> None:
         out = attend(*tensors(2, 4, 2, queries, keys), select=own)
         assert out.shape == (2, 4, queries, 16)
         assert not out.any()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *(ph.select(scorer, ph.keep_blocks(2), rows=8, cols=8) for scorer in SCORERS),
+        ph.rectified(ph.select(ph.mean_keys(), ph.keep_blocks(2), rows=8, cols=8)),
+        ph.token_indexer(8),
+        ph.hisa(8, blocks=2, size=8),
+        ph.dhsa(16, local=8, rows=8),
+        ph.vertical_slash(),
+    ],
+    ids=repr,
+)
+def test_heads_without_features_may_choose(own: Selector) -> None:
+    """They score all keys 0, as heads of one feature do that is 0."""
+    q, k, v = tensors(2, 4, 2, 40, 40)
+    out = attend(q[..., :0], k[..., :0], v, mask=ph.causal(), select=own)
+    expected = attend(0 * q[..., :1], 0 * k[..., :1], v, mask=ph.causal(), select=own)
+    torch.testing.assert_close(out, expected)
 
 
 def test_gradients_flow_through_what_is_read() -> None:

@@ -88,7 +88,7 @@ def attend(
     gives zeros.
 
     Args:
-        q: queries `(B, H, L, D)`.
+        q: queries `(B, H, L, D)`; with D = 0 all q·k are 0.
         k: keys `(B, G, S, D)`, G dividing H.
         v: values `(B, G, S, Dv)`.
         mask: who may look at whom, such as `causal() & window(255)`; None: everybody at everything.
