@@ -5,7 +5,12 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.nn import FixedCache, GrowingCache, KeyValueCache, WindowCache
+from polyhead.nn import ContextCache, FixedCache, GrowingCache, KeyValueCache, WindowCache
+from polyhead.nn.kv_cache.forgetting import ForgettingCache
+from polyhead.nn.kv_cache.levels import LevelCache
+from polyhead.nn.kv_cache.recent import RecentInputs
+from polyhead.nn.kv_cache.summed import SummedCache
+from polyhead.nn.stack import StackCache
 
 STREAMS = ((2, 4), (2, 6))
 
@@ -127,6 +132,57 @@ def test_reorder_may_change_the_batch() -> None:
     cache.reorder(torch.tensor([1, 0, 1]))
     kept = cache.append(*rows(1, 3, 3))
     assert kept.rows[0][:, 0, :, 0].tolist() == [[10, 11, 12, 3], [0, 1, 2, 3], [10, 11, 12, 3]]
+
+
+CACHES = {
+    "growing": lambda: GrowingCache(2, STREAMS),
+    "fixed": lambda: FixedCache(2, STREAMS, 9),
+    "window": lambda: WindowCache(2, STREAMS, 4, 1),
+    "forgetting": lambda: ForgettingCache(2, STREAMS),
+    "recent": lambda: RecentInputs(GrowingCache(2, STREAMS), 2, 3, 4),
+    "levels": lambda: LevelCache([GrowingCache(2, STREAMS), GrowingCache(2, STREAMS)]),
+    "stack": lambda: StackCache([GrowingCache(2, STREAMS), WindowCache(2, STREAMS, 4)]),
+    "summed": lambda: SummedCache(
+        2,
+        heads=2,
+        kv_heads=2,
+        head_dim=4,
+        value_dim=6,
+        size=4,
+        near=2,
+        summarise=lambda q, k, v, real: (q, k, v),
+    ),
+    "context": lambda: ContextCache(rows(3, 2), torch.tensor([[True] * 3, [False, True, True]])),
+}
+
+
+def tensors_in(cache: object) -> list[torch.Tensor]:
+    """Copies of all tensors in a cache and in what it is made of."""
+    if isinstance(cache, torch.Tensor):
+        return [cache.clone()]
+    parts = cache if isinstance(cache, list | tuple) else getattr(cache, "__dict__", {}).values()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_wrong_order_is_refused_and_leaves_the_cache_as_it_was(name: str) -> None:
+    cache = CACHES[name]()
+    if name in ("growing", "fixed", "window", "forgetting", "recent"):
+        cache.append(*rows(3, 2))
+    before = tensors_in(cache)
+    for wrong in ([0, 2], [-1, 0], [5]):
+        text = rf"numbers of the 2 sequences in the cache, from 0 to 1; got \[{str(wrong)[1:-1]}\]; for other"
+        with pytest.raises(ConfigError, match=f"beam_index must hold {text}"):
+            cache.reorder(torch.tensor(wrong))
+    for wrong in ([0, 1], torch.tensor([[0, 1]]), torch.tensor([0.0, 1.0]), torch.tensor([True, False])):
+        with pytest.raises(ShapeError, match=r"beam_index must be an integer tensor \(B,\), .* got"):
+            cache.reorder(wrong)
+    assert before
+    # room that was never written to may hold NaN
+    torch.testing.assert_close(tensors_in(cache), before, rtol=0, atol=0, equal_nan=True)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        cache.reorder(torch.tensor([1, 1, 0], dtype=dtype))
+        cache.reorder(torch.tensor([2, 0], dtype=dtype))
 
 
 def test_an_empty_append_changes_nothing() -> None:

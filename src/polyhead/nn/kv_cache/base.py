@@ -60,14 +60,20 @@ def _are_streams(streams: object) -> bool:
     )
 
 
-def beams(beam_index: Tensor) -> Tensor:
-    """The argument of `reorder`, or a `ShapeError`."""
+def beams(beam_index: Tensor, batch: int) -> Tensor:
+    """The argument of `reorder` for a cache of `batch` sequences, int64, or an error."""
     if not is_integer_tensor(beam_index) or beam_index.ndim != 1:
         raise ShapeError(
             "beam_index must be an integer tensor (B,), where each item goes on from; got "
             f"{given(beam_index)}"
         )
-    return beam_index
+    index = beam_index.long()
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
+        raise ConfigError(
+            f"beam_index must hold numbers of the {batch} sequences in the cache, from 0 to {batch - 1}; got "
+            f"{index.tolist()}; for other sequences make a new cache"
+        )
+    return index
 
 
 class TokenRows:
@@ -313,7 +319,14 @@ class KeyValueCache:
         raise NotImplementedError
 
     def reorder(self, beam_index: Tensor) -> None:
-        """Make batch item n go on from what was item `beam_index[n]`, as beam search needs."""
+        """Make batch item n go on from what was item `beam_index[n]`, as beam search needs.
+
+        Args:
+            beam_index: integers `(B,)`, places in the batch so far; B need not be what it was.
+
+        Raises:
+            ShapeError, ConfigError: it is no such tensor, or names a place that is none; nothing is changed.
+        """
         raise NotImplementedError
 
     def crop(self, length: int) -> None:

@@ -77,14 +77,13 @@ class ContextCache(KeyValueCache):
 
     def reorder(self, beam_index: Tensor) -> None:
         kept = self._kept
-        beams(beam_index)
-        rows = tuple(r.index_select(0, beam_index.to(r.device)) for r in kept.rows)
-        padding = kept.padding
-        self._kept = Kept(
-            rows,
-            kept.length,
-            None if padding is None else padding.index_select(0, beam_index.to(padding.device)),
-        )
+        index = beams(beam_index, kept.rows[0].shape[0])
+
+        def moved(held: Tensor) -> Tensor:
+            return held.index_select(0, index.to(held.device))
+
+        padding = None if kept.padding is None else moved(kept.padding)
+        self._kept = Kept(tuple(map(moved, kept.rows)), kept.length, padding)
 
     def crop(self, length: int) -> None:
         if not self._first <= whole("crop: length", length, -FARTHEST) <= self.length:

@@ -112,7 +112,7 @@ class ForgettingCache(KeyValueCache):
         return self._tokens.nbytes() + self._places.numel() * self._places.element_size()
 
     def reorder(self, beam_index: Tensor) -> None:
-        index = beams(beam_index).to(self.device)
+        index = beams(beam_index, self._tokens.batch).to(self.device)
         self._tokens.change(lambda held: held.index_select(0, index))
         self._places = self._places.index_select(0, index)
 

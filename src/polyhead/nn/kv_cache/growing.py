@@ -98,7 +98,7 @@ class GrowingCache(KeyValueCache):
         return self._tokens.nbytes()
 
     def reorder(self, beam_index: Tensor) -> None:
-        index = beams(beam_index)
+        index = beams(beam_index, self._tokens.batch)
         summaries = self._vouched()
         self._tokens.change(lambda held: held.index_select(0, index.to(held.device)))
         if summaries is not None:

@@ -102,8 +102,8 @@ class RecentInputs(KeyValueCache):
         return (reach + _SLACK) * (width * itemsize + 1)
 
     def reorder(self, beam_index: Tensor) -> None:
-        self.rows.reorder(beam_index)
-        index = beams(beam_index).to(self._inputs.device)
+        index = beams(beam_index, len(self._inputs)).to(self._inputs.device)
+        self.rows.reorder(index)
         self._inputs, self._real = self._inputs.index_select(0, index), self._real.index_select(0, index)
 
     def crop(self, length: int) -> None:

@@ -156,7 +156,7 @@ class SummedCache(KeyValueCache):
         return self._rows.tokens.nbytes() + self._queries.tokens.nbytes() + self._sums.nbytes()
 
     def reorder(self, beam_index: Tensor) -> None:
-        index = beams(beam_index)
+        index = beams(beam_index, self._rows.tokens.batch)
         for held in (self._rows, self._queries):
             held.tokens.change(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
         self._sums.reorder(beam_index)

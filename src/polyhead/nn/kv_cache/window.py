@@ -128,7 +128,7 @@ class WindowCache(KeyValueCache):
         return self._tokens.nbytes()
 
     def reorder(self, beam_index: Tensor) -> None:
-        index = beams(beam_index)
+        index = beams(beam_index, self._tokens.batch)
         self._tokens.change(lambda held: held.index_select(0, index.to(held.device)))
 
     def crop(self, length: int) -> None:
