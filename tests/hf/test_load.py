@@ -112,19 +112,15 @@ def test_bad_folders(tmp_path):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "reason"),
-    [
-        ("tokenizer.json", "", "Expecting value: line 1 column 1"),
-        (
-            "tokenizer.json",
-            '{"added_tokens": [], "model": {"type": "none"}}',
-            "data did not match any variant",
-        ),
-        ("tokenizer_config.json", '{"tokenizer_class', "Unterminated string"),
-        ("tokenizer_config.json", "[]", "'list' object has no attribute"),
-    ],
-)
+DAMAGES = [
+    ("tokenizer.json", "", "Expecting value: line 1 column 1"),
+    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "none"}}', "data did not match any variant"),
+    ("tokenizer_config.json", '{"tokenizer_class', "Unterminated string"),
+    ("tokenizer_config.json", "[]", "'list' object has no attribute"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), DAMAGES)
 def test_a_tokenizer_that_is_damaged(tmp_path, tokenizer, file, content, reason):
     model = llama()
     folder = saved(tmp_path, model, tokenizer)
@@ -159,6 +155,35 @@ def test_the_hub_without_a_network(monkeypatch):
     monkeypatch.setattr("polyhead.hf.loading._hub_may_answer", lambda: False)
     with pytest.raises(UnknownName, match="no model 'some-org/some-model': .* check the name") as told:
         _from_hub("some-org/some-model", torch.float32)
+    assert "\n" not in str(told.value)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch, tokenizer):
+    """The snapshot of "org/words" in a cache of the hub, which does not answer."""
+    monkeypatch.setattr("polyhead.hf.loading._hub_may_answer", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder, commit = tmp_path / "hub" / "models--org--words", 40 * "a"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    llama().save_pretrained(folder / "snapshots" / commit)
+    tokenizer.save_pretrained(folder / "snapshots" / commit)
+    return folder / "snapshots" / commit
+
+
+def test_a_model_of_the_hub_that_is_cached(cached):
+    assert load("org/words").tokenizer("a b")["input_ids"] == [1, 2]
+    for file in cached.glob("tokenizer*"):
+        file.unlink()
+    assert load("org/words").tokenizer is None
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), DAMAGES)
+def test_a_cached_tokenizer_that_is_damaged(cached, file, content, reason):
+    (cached / file).write_text(content)
+    where = r"in the folder .*snapshots/a+' \(tokenizer.json, tokenizer_config.json\)"
+    with pytest.raises(ConfigError, match=f"{where}: {reason}.*; take .*models--org--words' away") as told:
+        load("org/words")
     assert "\n" not in str(told.value)
 
 

@@ -72,7 +72,7 @@ def load(
     Raises:
         UnknownName: no demo model, file, folder or hub model has this name.
         ConfigError: the folder or file holds no model that transformers can read, or files of a tokenizer
-            that it cannot.
+            that it cannot, the hub's cache among them.
         MissingExtra: transformers (or gguf, for a GGUF file) is not installed.
     """
     _need("transformers", "loading a pretrained model")
@@ -161,6 +161,8 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         return _from_pretrained(name, dtype, **offline)
     except _unreadable() as error:
+        if isinstance(error, PolyheadError):
+            raise
         raise UnknownName(
             f"no model {name!r}: it is no folder, no GGUF file, none of {_demos()}, and the Hugging Face hub "
             f"did not give it ({_first_line(error)}); check the name and the network"
@@ -213,22 +215,39 @@ def _tokenizer(where: str, **more: Any) -> Any:
     """The tokenizer that belongs to a model, or None if it has none.
 
     Raises:
-        ConfigError: the folder holds files of a tokenizer, and they cannot be read.
+        ConfigError: the folder, or the hub's cache, holds files of a tokenizer, and they cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(where, **more)
     except Exception as error:  # the tokenizers library raises nothing more exact
-        files = sorted({file.name for form in _TOKENIZER_FILES for file in Path(where).glob(form)})
+        folder = _folder(where)
+        files = sorted({file.name for form in _TOKENIZER_FILES for file in folder.glob(form)})
         if files:
+            way_out = (
+                "mend its files, or take them away to load the model alone"
+                if folder == Path(where)
+                else f"take {str(folder.parents[1])!r} away to have it fetched again, or give the pair "
+                "(model, tokenizer)"
+            )
             raise ConfigError(
-                f"transformers cannot read the tokenizer in the folder {where!r} ({', '.join(files)}): "
-                f"{_first_line(error)}; mend its files, or take them away to load the model alone"
+                f"transformers cannot read the tokenizer in the folder {str(folder)!r} ({', '.join(files)}): "
+                f"{_first_line(error)}; {way_out}"
             ) from error
         if isinstance(error, OSError | ValueError | KeyError):
             return None
         raise
+
+
+def _folder(where: str) -> Path:
+    """Where the files of a model lie: in its own folder, or in the hub's cache, if they are there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(where).is_dir():
+        return Path(where)
+    config = try_to_load_from_cache(where, "config.json")
+    return Path(config).parent if isinstance(config, str) else Path(where)
 
 
 def _tokenizer_of(model: Any) -> Any:
