@@ -533,11 +533,15 @@ def test_runs_say_what_they_were_made_with(tmp_path: Path) -> None:
     settled = plan(["mha"], "recall", steps=2, seeds=2, sizes=Sizes(dim=16, heads=2, layers=1))
     folder = Folder(tmp_path / "league", settled.rules)
     (here,) = play(settled, folder).made_with
-    assert f"torch {torch.__version__}" in here
+    assert here.startswith(f"polyhead {ph.__version__}, torch {torch.__version__}, python ")
     file = next(folder.path.rglob("seed-1.json"))
     held = json.loads(file.read_text())
-    file.write_text(json.dumps(held | {"made_with": "torch 1.0"}))
-    assert play(settled, folder).made_with == ("torch 1.0", here)
+    earlier = here.partition(", ")[2]  # of a league of before it named Polyhead: its runs are not made again
+    file.write_text(json.dumps(held | {"made_with": earlier}))
+    standings = play(settled, folder)
+    assert standings.made_with == (here, earlier)
+    assert standings.rows[0].count("finished") == 2
+    assert json.loads(file.read_text())["made_with"] == earlier
     del held["made_with"]  # a league of before it was kept
     file.write_text(json.dumps(held))
     assert play(settled, folder).made_with == (here,)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyhead import __version__
 from polyhead.errors import PolyheadError
 from polyhead.league.budget import Fitted
 from polyhead.league.model import Model
@@ -189,7 +190,8 @@ def train(
 
 def _here() -> str:
     system = f"{platform.system()} {platform.machine()}"
-    return f"torch {torch.__version__}, python {platform.python_version()}, {system}"
+    versions = f"polyhead {__version__}, torch {torch.__version__}, python {platform.python_version()}"
+    return f"{versions}, {system}"
 
 
 def _step(
