@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -74,6 +75,12 @@ def test_the_page_holds_exactly_the_data(case):
     data, _, read = case
     assert len(read.scripts) == 2  # data and program: no string became a third
     assert ReportData.from_json(read.scripts[0]) == data
+
+
+def test_the_page_lists_roles_from_where_heads_rest_to_what_they_can_do(case):
+    order = ["sink", "local", "previous token", "induction", "retrieval", "broad", "mixed"]
+    assert case[2].scripts[1].startswith(f"\nconst ROLE_NAMES = {json.dumps(order)};\n")
+    assert list(case[0].roles.counts()) == order
 
 
 def test_the_page_asks_nobody_for_anything(case):

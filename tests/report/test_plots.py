@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from polyhead.heads import roles as heads
 from polyhead.report import curves, maps, palette, words
 from polyhead.report.data import Measurement, Point, Savings
 from polyhead.report.svg import Scale, printable
@@ -178,6 +179,12 @@ def test_the_ramp_goes_one_way_and_text_is_legible(colours):
 
 def test_light_and_dark_define_the_same_colours():
     assert palette.LIGHT.keys() == palette.DARK.keys()
+
+
+def test_every_role_has_its_colours_and_its_words():
+    roles = {"--role-" + role.replace(" ", "-") for role in heads.ROLES}
+    assert {name for name in palette.LIGHT if name.startswith("--role-")} == roles
+    assert {*words._ROLE_PHRASES, "mixed"} == set(heads.ROLES)
 
 
 def test_the_summary_tells_the_findings(decoder, encoder):

@@ -13,17 +13,17 @@ __all__ = ["ROLES", "Role", "RoleRule", "RoleRules", "Roles"]
 
 Role = str
 
-ROLES: tuple[Role, ...] = ("previous token", "induction", "retrieval", "sink", "local", "broad", "mixed")
-"""Every role, in the order in which the rules are tried."""
-
-# role, field of RoleRules that holds its threshold, measurement, what the rule says of it
+# role, measurement, what the rule says of it; the field of RoleRules with its threshold is called as it is
 _RULES = (
-    ("previous token", "previous_token", "previous_token", "gives the previous token"),
-    ("induction", "induction", "induction", "on repeated random tokens, gives what came next last time"),
-    ("retrieval", "retrieval", "retrieval", "gives a fact hidden in the text, when it is asked for,"),
-    ("sink", "sink", "found_sinks", "gives sink tokens"),
-    ("local", "local", "window", "gives nearby tokens"),
+    ("previous token", "previous_token", "gives the previous token"),
+    ("induction", "induction", "on repeated random tokens, gives what came next last time"),
+    ("retrieval", "retrieval", "gives a fact hidden in the text, when it is asked for,"),
+    ("sink", "found_sinks", "gives sink tokens"),
+    ("local", "window", "gives nearby tokens"),
 )
+
+ROLES: tuple[Role, ...] = (*(role for role, _, _ in _RULES), "broad", "mixed")
+"""Every role, in the order in which the rules are tried."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class RoleRules:
     def rules(self) -> tuple[RoleRule, ...]:
         """All rules in the order in which they are tried; "mixed" is the last."""
         found = []
-        for role, name, measurement, what in _RULES:
-            least = getattr(self, name)
+        for role, measurement, what in _RULES:
+            least = getattr(self, role.replace(" ", "_"))
             found.append(RoleRule(role, measurement, least, f"{what} at least {least:.0%} of its attention"))
         spread = f"spreads its attention: normalised entropy at least {self.broad:g}"
         found.append(RoleRule("broad", "normalized_entropy", self.broad, spread))

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Self
 
 from polyhead.errors import ConfigError
+from polyhead.heads.roles import ROLES as ALL_ROLES
 from polyhead.report import codec
 
 __all__ = [
@@ -40,8 +41,9 @@ __all__ = [
 FORMAT = "polyhead-report/1"
 MAX_TOKENS = 65536  # positions are packed into 16 bits
 
-# every role that a head can have, in the order in which the page lists them
-ROLES = ("sink", "local", "previous token", "induction", "retrieval", "broad", "mixed")
+# every role that a head can have, in the order in which the page lists them: first where heads rest
+_RESTING = ("sink", "local")
+ROLES = (*_RESTING, *(role for role in ALL_ROLES if role not in _RESTING))
 
 
 def _check(allowed: bool, message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
 from importlib import resources
 
@@ -74,7 +75,8 @@ def _render(data: ReportData) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    script = "\n" + "\n".join(_asset(f"script/{name}.js") for name in _SCRIPTS)
+    roles = f"const ROLE_NAMES = {json.dumps(ROLES)};"
+    script = "\n".join(("", roles, *(_asset(f"script/{name}.js") for name in _SCRIPTS)))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.from_string(_asset("template.html")).render(
         data=data,

@@ -97,12 +97,12 @@ _ROLE_PHRASES = {
 
 def _roles_sentence(data: ReportData) -> str:
     counts = data.roles.counts()
+    rest = counts.pop("mixed")
     phrases = [
-        f"{counts[role]:,} {phrase}"
-        for role, phrase in sorted(_ROLE_PHRASES.items(), key=lambda item: -counts[item[0]])
+        f"{counts[role]:,} {_ROLE_PHRASES[role]}"
+        for role in sorted(counts, key=lambda role: -counts[role])
         if counts[role]
     ]
-    rest = counts["mixed"]
     if not phrases:
         return "No head keeps to one role by the rules below."
     if rest:

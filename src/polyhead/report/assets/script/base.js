@@ -4,8 +4,8 @@ const $ = (id) => document.getElementById(id);
 const report = JSON.parse($("data").textContent);
 const { model, text, measurements, roles, pictures, lookups, savings, recommendation } = report;
 
-const ROLE_NAMES = ["sink", "local", "previous token", "induction", "retrieval", "broad", "mixed"];
-const ROLE_LETTERS = { sink: "S", local: "L", "previous token": "P", induction: "I", retrieval: "R", broad: "B", mixed: "" };
+// the page says ROLE_NAMES before this: every role, in the order of the legend
+const ROLE_LETTERS = Object.fromEntries(ROLE_NAMES.map((role) => [role, role === "mixed" ? "" : role[0].toUpperCase()]));
 
 const heads = model.heads.flatMap((count, layer) =>
   Array.from({ length: count }, (_, head) => ({
