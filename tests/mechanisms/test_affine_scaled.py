@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 from polyhead.nn.visible_mean import visible_mean
@@ -35,10 +36,6 @@ def stirred(**config: object) -> nn.Module:
         module.row_scale.weight.normal_()
         module.average.copy_(torch.tensor([0.2, 0.5, 0.7, 1.0]))
     return module
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def heads_of(module: nn.Module, *args: object, **call: object) -> torch.Tensor:

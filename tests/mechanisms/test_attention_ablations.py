@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from conformance.contract import Case, _fused, causal, cost
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
@@ -32,10 +33,6 @@ def built(name: str, **config: object) -> Any:
 def stacked(*layers: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     return ph.build_stack(list(layers), dim=48, heads=4, **options, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor, error: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=error)
 
 
 def by_head(linear: nn.Module, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
 
@@ -19,10 +20,6 @@ REAL = torch.arange(9) < torch.tensor([[9], [6]])
 def built(name: str = "attention_bottleneck", **config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("call", [{}, {"context": Y}, {"context": Y, "padding": REAL}])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.grids import moved_by
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import Chosen, densify
@@ -28,10 +29,6 @@ X = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(**options: Any) -> Any:
     torch.manual_seed(0)
     return ph.build("bi_level_routing", **{**SMALL, **options}, **F64).eval()
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def plain_of(module: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn import rope
@@ -35,10 +36,6 @@ def plain_of(module: Any, **options: Any) -> Any:
     plain = built("grouped_query", kv_heads=module.kv_heads, **options)
     plain.load_state_dict(module.state_dict())
     return plain
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 
@@ -19,10 +20,6 @@ X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(name: str = "complex_rotation", seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def scores(module: nn.Module, x: torch.Tensor, where: int | torch.Tensor = 0) -> torch.Tensor:

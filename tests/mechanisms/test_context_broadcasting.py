@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn import ContextBroadcast, context_broadcast
@@ -19,10 +20,6 @@ REAL = torch.arange(11) < torch.tensor([[11], [7]])
 def built(name: str = "context_broadcasting", seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_the_layer_keeps_the_mean_and_halves_what_deviates_from_it() -> None:

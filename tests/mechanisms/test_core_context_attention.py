@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
@@ -32,10 +32,6 @@ def plain_of(module: Any, **options: Any) -> Any:
     plain = built("grouped_query", kv_heads=module.kv_heads, **options)
     plain.load_state_dict(module.state_dict())
     return plain
-
-
-def close(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(

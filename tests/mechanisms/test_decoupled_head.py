@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.decoupled_head import decoupled
@@ -37,10 +38,6 @@ def written_out(module: nn.Module, **config: object) -> nn.Module:
         state[f"projection.{part}.weight"] = heads[list(shared)].flatten(0, 1)
     plain.load_state_dict(state)
     return plain
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("maps", MAPS.values(), ids=MAPS.keys())

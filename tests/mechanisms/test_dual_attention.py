@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.scores import alibi
 from polyhead.errors import ConfigError, PolyheadError, ShapeError
@@ -20,10 +21,6 @@ MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), **F64)
 def built(name: str = "dual_attention", **config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def directly(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

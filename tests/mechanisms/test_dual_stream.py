@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.heads import amplified
@@ -29,10 +30,6 @@ def built(name: str = "dual_stream", **config: object) -> nn.Module:
 def streams(layers: int = 2, **config: object) -> nn.Module:
     torch.manual_seed(0)
     return dual_streams(layers, **{"dim": 32, "heads": 4, "mlp": 48, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

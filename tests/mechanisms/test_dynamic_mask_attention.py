@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify
 from polyhead.errors import ConfigError, UnsupportedPattern
@@ -36,10 +37,6 @@ def read_of(module: Any, x: Tensor = X, padding: Tensor | None = None) -> Tensor
     mask = module._options(x.shape[1], kept, CAUSAL, first=0, latest=True)["mask"]
     shape = {"batch": len(x), "heads": module.heads, "queries": x.shape[1], "keys": x.shape[1]}
     return densify(mask, **shape).expand(len(x), module.heads, -1, -1)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

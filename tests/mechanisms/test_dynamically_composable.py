@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 
@@ -31,10 +32,6 @@ def stirred(**config: object) -> nn.Module:
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in module.state_dict().items() if "mixes" not in k and k != "base"}
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
 from polyhead.nn.emma import Alignment, ready
@@ -23,10 +24,6 @@ C = torch.randn(2, 9, 32, generator=G, **F64)
 def built(**config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build("emma", **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def by_definition(p: torch.Tensor) -> torch.Tensor:

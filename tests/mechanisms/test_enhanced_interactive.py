@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.across_heads import head_pairs
 from polyhead.attend.scores import alibi
@@ -20,10 +21,6 @@ CAUSAL = ph.causal()
 def built(name: str = "enhanced_interactive", **config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def logits(module: nn.Module, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 
@@ -17,10 +18,6 @@ X = 3 * torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64
 def built(name: str = "entmax_attention", seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.mechanisms.explicit_multihead import merged, virtual
@@ -28,10 +29,6 @@ def stirred(**config: object) -> nn.Module:
             if "_mix" in name or p.ndim == 1:
                 p.add_(0.3 * torch.randn_like(p))
     return module
-
-
-def close(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("stored", [1, 2, 4])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from polyhead.errors import ConfigError
 from polyhead.nn.gaussian import gaussian_weights, importance_factor
 
@@ -17,10 +18,6 @@ X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build("gaussian_adaptive", **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_weights_of_a_head_sum_to_one() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.grouped_differential import grown
@@ -20,10 +21,6 @@ CAUSAL = ph.causal()
 def built(**config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build("grouped_differential", **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"noise_heads": 4, "layer": 3}, {"noise_heads": 2, "kv_heads": 1}])

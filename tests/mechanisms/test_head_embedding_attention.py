@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 
@@ -41,10 +42,6 @@ def as_multi_head(module: nn.Module, **config: object) -> nn.Module:
             state[f"projection.{part}.bias"] = embedding.flatten()
     plain.load_state_dict(state)
     return plain
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["mul", "add"])

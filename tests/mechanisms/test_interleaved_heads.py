@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify, tile_map
 from polyhead.errors import ConfigError, UnknownName
@@ -31,10 +32,6 @@ def disturbed(module: nn.Module) -> nn.Module:
         for p in module.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return module
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.perturbed import PerturbedWeights
 from polyhead.attend.tile import Tile
@@ -23,10 +24,6 @@ FORMS = ("key", "diff", "ema")
 def built(name: str = "key_driven_gqa", **config: object) -> Any:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 48, "heads": 6, **config}, **F64)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def plain_state(module: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.mechanisms.knocking_heads import folded
@@ -28,10 +29,6 @@ def stirred(**config: object) -> nn.Module:
             if "_map" in name or name.endswith("bias"):
                 p.add_(0.3 * torch.randn_like(p))
     return module
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, LINEAR, {"knock": "linear"}, {"kv_heads": 1}], ids=str)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
 from polyhead.nn import insert_landmarks, is_landmark, landmarks, rope, without_landmarks
@@ -24,10 +25,6 @@ def built(name: str = NAME, **options: Any) -> Any:
     small = {"block_size": 4} if name == NAME else {}
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **small, **options}, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def decoded(module: Any, chunks: list[int], x: Tensor = X) -> Tensor:

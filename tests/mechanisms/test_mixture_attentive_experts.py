@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.nn.attentive_experts import BlockCoordinates
@@ -26,10 +27,6 @@ def built(name: str = "mixture_attentive_experts", *, gated: bool = True, **conf
             module.gate.out.weight.normal_()
             module.gate.bias.normal_()
     return module
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def plain_of(module: nn.Module, kept: Tensor | None = None) -> nn.Module:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from polyhead.errors import ConfigError
 from polyhead.nn import auxiliary_losses, routed_heads
 
@@ -29,10 +30,6 @@ def built(name: str = "moa_heads", seed: int = 0, *, route: bool = True, **confi
         with torch.no_grad():
             module.router.gate.weight.normal_(0, 0.4)
     return module
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("experts", "kv_heads"), [(4, 1), (9, 1), (5, 2), (2, 2), (3, 4)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import Chosen
 from polyhead.attend.selectors import choose
@@ -39,10 +40,6 @@ def index_of(module: Any, x: Tensor = X) -> Tensor:
     found = choose(module.select(), q, k, CAUSAL, 1.0)
     assert isinstance(found, Chosen)
     return found.index
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.nn import auxiliary_losses, routed_heads
 from polyhead.nn.chosen_rows import Group, Lane
@@ -35,10 +36,6 @@ def fused(q: Any, k: Any, v: Any, *given: Any, out_shape: Any = None, **options:
 
 
 FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def dense(module: nn.Module, x: Tensor, *given: Tensor, **call: object) -> Tensor:

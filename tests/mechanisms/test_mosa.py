@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
 from polyhead.nn import rope
@@ -32,10 +33,6 @@ def frozen(module: Any, active: Tensor) -> Any:
     """The module with its choice of tokens as given."""
     module.choice.choose = lambda scores, first, real: active
     return module
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.grids import moved_by
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify
@@ -25,10 +25,6 @@ def built(name: str = "multi_axis_attention", **options: Any) -> Any:
     torch.manual_seed(0)
     own = {"grid": GRID, "window": 2} if name == "multi_axis_attention" else {}
     return ph.build(name, **{"dim": 32, "heads": 4, **own, **options}, **F64).eval()
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
 from polyhead.mechanisms.multi_head_moe import MultiHeadMoE
@@ -24,10 +25,6 @@ X = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(seed: int = 0, **config: Any) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build("multi_head_moe", **{"dim": 32, "heads": 4, "width": 24, **config}, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 
@@ -21,10 +22,6 @@ MODES = ("hierarchical", "flat", "concat")
 def built(name: str = "multi_source_attention", **config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

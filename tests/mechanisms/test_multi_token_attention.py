@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.across_pairs import PairConvolution
 from polyhead.errors import ConfigError
@@ -28,10 +29,6 @@ def stirred(**config: object) -> nn.Module:
             if not name.startswith(("projection", "output")):
                 p.add_(0.5 * torch.randn_like(p))
     return module
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.grids import moved_by
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify
@@ -36,10 +37,6 @@ def plain_of(module: Any, **options: Any) -> Any:
 def weights_of(module: Any) -> Tensor:
     options = {"mask": module.mask(), "score": None if module.score is None else module.score()}
     return module._weights(module._queries(X, 0), module._rows(X, 0), **options)
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 
@@ -17,10 +18,6 @@ X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(name: str = "nexus_higher_order", **config: object) -> nn.Module:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"order": 1}, {"order": 3, "gated": True}], ids=str)

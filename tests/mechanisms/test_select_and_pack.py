@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.grids import moved_by
 from mechanisms.variants import broken_rules
 from polyhead.errors import PolyheadError, UnsupportedPattern
@@ -29,10 +30,6 @@ def built(wide: float = 0.5, **options: Any) -> Any:
     module = ph.build("select_and_pack", **{"dim": 32, "heads": 4, "threshold": 4.0, **options}, **F64)
     torch.nn.init.normal_(module.gate.weight, std=wide)
     return module.eval()
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def plain_of(module: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
 from polyhead.nn import auxiliary_losses
@@ -23,10 +24,6 @@ X = torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(name: str = "selective_mha_uoe", seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 8, **config}, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def dense(module: nn.Module, x: Tensor, mask: ph.Mask | None = None) -> Tensor:

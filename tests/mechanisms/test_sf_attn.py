@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from polyhead.attend.masks import densify
 from polyhead.errors import ConfigError
 from polyhead.mechanisms import configure
@@ -24,10 +25,6 @@ G = 8
 def built(name: str = "sf_attn", **options: Any) -> Any:
     torch.manual_seed(0)
     return ph.build(name, **{"dim": 32, "heads": 4, **options}, **F64).train()
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def rolled(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:

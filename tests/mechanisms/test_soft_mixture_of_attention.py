@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError
 from polyhead.mechanisms.soft_mixture_of_attention import soft_mixture
@@ -21,10 +22,6 @@ X = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0), **F64)
 def built(name: str = "soft_mixture_of_attention", seed: int = 0, **config: Any) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 4, **config}, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def branches(count: int = 3, **config: Any) -> list[nn.Module]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.attend.selectors import choose
 from polyhead.errors import ConfigError, PolyheadError, ShapeError
@@ -32,10 +33,6 @@ def built(**options: Any) -> Any:
             if name.startswith("tokens"):
                 p.copy_(torch.randn_like(p))
     return module
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def plain_of(module: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn import rope, span_search
@@ -35,10 +36,6 @@ def plain_of(module: Any, **options: Any) -> Any:
     state = {name: p for name, p in module.state_dict().items() if ".search" not in name}
     plain.load_state_dict(state)
     return plain
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def decoded(module: Any, chunks: list[int], x: Tensor = X) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from polyhead.attend.weight_maps import WeightMap
 from polyhead.errors import ConfigError
 
@@ -26,10 +27,6 @@ def stirred(seed: int = 0, **config: object) -> nn.Module:
             if mixing is not None:
                 mixing.weight.copy_(torch.randn(4, 4, **F64))
     return module
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

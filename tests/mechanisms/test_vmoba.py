@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from close import close
 from mechanisms.grids import moved_by
 from mechanisms.variants import broken_rules
 from polyhead.attend.masks import densify
@@ -34,10 +35,6 @@ def plain_of(module: Any, **options: Any) -> Any:
     plain = ph.build("grouped_query", dim=32, heads=4, kv_heads=module.kv_heads, **options, **F64)
     plain.load_state_dict(module.state_dict())
     return plain
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def read_by(module: Any, x: Tensor) -> Tensor:

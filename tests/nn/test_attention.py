@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from close import close
 from polyhead.attend.masks import densify
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn import (
@@ -23,10 +24,6 @@ from polyhead.nn import (
 )
 
 F64 = {"dtype": torch.float64}
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def half_split(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

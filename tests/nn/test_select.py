@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import polyhead as ph
+from close import close
 from polyhead.attend.masks import densify
 from polyhead.attend.selectors import Selector, choose
 from polyhead.errors import ConfigError
@@ -28,10 +28,6 @@ def built(name: str = "grouped_query", **options: Any) -> Any:
     torch.manual_seed(0)
     options = {"kv_heads": 2} | options if name == "grouped_query" else options
     return ph.build(name, **{"dim": 32, "heads": 4, **options}, **F64).eval()
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_what_is_read_is_what_the_selector_chooses() -> None:
