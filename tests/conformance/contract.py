@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
+from flops import counting
 from polyhead.attend.masks import Mask, densify
 from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.mechanisms.promises import Promises
@@ -628,17 +628,11 @@ def compiles(case: Case) -> None:
     torch._dynamo.reset()
 
 
-def _fused(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    batch, heads, queries, width = q
-    return 2 * batch * heads * queries * k[2] * (width + v[3])
-
-
 def cost(case: Case) -> None:
     """`cost` counts the parameters that there are and the operations that torch counts.
 
     Where the inputs decide how many rows a part computes, padding may add a tenth at a fair length.
     """
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused}
     length = 768 if case.promises.routed else 16
     for pattern in case.patterns(causal=False):
         module = case.build(dtype=torch.float32)
@@ -646,8 +640,7 @@ def cost(case: Case) -> None:
         c = call(module, pattern, batch=2, length=length, keys=keys, dtype=torch.float32)
         said: Cost = module.cost(length, batch=2, context_length=keys)
         assert said.parameters == sum(p.numel() for p in module.parameters())
-        counter = FlopCounterMode(display=False, custom_mapping=fused)
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counting() as counter:
             c(module)
         counted = counter.get_total_flops()
         most = 1.1 * said.flops if case.promises.routed else said.flops

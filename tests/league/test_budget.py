@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
 
 import polyhead as ph
+from flops import counting
 from polyhead.errors import ConfigError, UnknownName, UnsupportedPattern
 from polyhead.league import Sizes, contender, plan
 from polyhead.league.budget import Counted, Fitted, fit, target_of
@@ -17,14 +17,6 @@ from polyhead.league.tasks import Task, find
 CAUSAL = [e.name for e in ph.catalog() if "causal_self" in e.supports]
 PLAIN = [e.name for e in ph.catalog() if "self" in e.supports]
 RECALL, RELATIONAL = find("recall"), find("relational")
-
-
-def fused(q: Any, k: Any, v: Any, *given: Any, out_shape: Any = None, **options: Any) -> int:
-    """Operations of the fused kernel for CPUs, which torch's counter does not know."""
-    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
-
-
-FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
 
 
 def fitted(task: Task, name: str, budget: str, limit: int | None = None) -> tuple[Fitted, Counted]:
@@ -112,12 +104,11 @@ def test_the_width_of_the_league_is_kept_where_parameters_are_near_enough() -> N
     ("task", "name"), [(RELATIONAL, "mha"), (RECALL, "mha"), (RECALL, "hierarchical_self_attention")]
 )
 def test_operations_are_those_that_torch_counts(task: Task, name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
 
     found, target = fitted(task, name, "flops")
     assert name != "mha" or found.counted == target
     model, batch = found.model(task).eval(), task.batch("train", 0, 1, 0)
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.no_grad():
+    with counting() as counter, torch.no_grad():
         model(batch)
     left_out = 0 if batch.asked is None else int((~batch.asked).sum())  # tokens that are not read out
     read_out = 2 * found.sizes.dim * task.outputs

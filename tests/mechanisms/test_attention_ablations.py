@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from close import close
-from conformance.contract import Case, _fused, causal, cost
+from conformance.contract import Case, causal, cost
+from flops import counting
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
 from polyhead.mechanisms import Promises
@@ -253,8 +253,7 @@ def test_stacks_decode_as_they_read(name: str, turns: bool) -> None:
 @pytest.mark.parametrize("name", FIXED)
 def test_a_stack_counts_what_goes_beside(name: str) -> None:
     stack = ph.build_stack(["mha", name, "mha"], dim=48, heads=4, mlp=32)
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    with torch.no_grad(), counting() as counter:
         stack(X.float())
     assert counter.get_total_flops() == stack.cost(11, batch=2).flops
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
 from close import close
+from flops import counting
 from polyhead.errors import ConfigError, UnknownName
 from polyhead.nn import auxiliary_losses, routed_heads
 from polyhead.nn.chosen_rows import Group, Lane
@@ -29,13 +28,6 @@ def _rows_are_packed_however_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(name: str = "moh", seed: int = 0, **config: object) -> nn.Module:
     torch.manual_seed(seed)
     return ph.build(name, **{"dim": 32, "heads": 8, **config}, **F64).eval()
-
-
-def fused(q: Any, k: Any, v: Any, *given: Any, out_shape: Any = None, **options: Any) -> int:
-    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
-
-
-FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
 
 
 def dense(module: nn.Module, x: Tensor, *given: Tensor, **call: object) -> Tensor:
@@ -215,7 +207,7 @@ def test_operations_are_those_of_active_heads_however_uneven_the_load(skew: floa
             if router == "learned":
                 x[..., 0] = 1.0
                 module.router.routed.weight[:, 0] = torch.linspace(0, skew, 6, **F64)
-        counter = FlopCounterMode(display=False, custom_mapping=FUSED)
+        counter = counting()
         with torch.no_grad(), counter:
             module(x, mask=ph.window(700, 700))
         said = module.cost(700, batch=2)
@@ -365,7 +357,7 @@ def test_short_sequences_go_through_all_heads_with_the_same_answers(
     def run(short: int) -> list[Tensor]:
         monkeypatch.setattr(routed_heads, "SHORT", short)
         own = x.clone().requires_grad_()
-        with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        with counting() as counter:
             y = module(own, mask=ph.causal(), padding=real)
         module.zero_grad()
         (y.square().sum() + sum(auxiliary_losses(module).values())).backward()

@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import polyhead as ph
-from conformance.contract import _fused
+from flops import counting
 from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnknownName, UnsupportedPattern
 from polyhead.nn.edge_posterior import edge_posterior, gaussian_potentials
@@ -125,8 +124,7 @@ def test_far_tokens_are_told_apart_in_float32() -> None:
 def test_cost_is_what_is_counted() -> None:
     module = built(iterations=3)
     said = module.cost(16, batch=2)
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused}
-    counter = FlopCounterMode(display=False, custom_mapping=fused)
+    counter = counting()
     with torch.no_grad(), counter:
         module(X.new_zeros(2, 16, 32), mask=ph.causal())
     assert counter.get_total_flops() == said.flops
