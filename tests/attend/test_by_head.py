@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import results
 from polyhead.attend.backends import BACKENDS, by_head
 from polyhead.attend.backends.chosen import ChosenBlocks
 from polyhead.attend.backends.seen_blocks import SeenBlocks
@@ -31,12 +32,6 @@ def tensors(kv_heads: int = 2, dtype: torch.dtype = torch.float64, queries: int 
         torch.randn(2, *shape, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for shape in shapes
     ]
-
-
-def results(backend: str, given: list[Tensor], **call: object) -> list[Tensor]:
-    out = ph.attend(*given[:3], backend=backend, **call)  # type: ignore[call-overload]
-    weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin()
-    return [out, *torch.autograd.grad((out * weights).sum(), given)]
 
 
 def close(found: list[Tensor], wanted: list[Tensor]) -> None:

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import draw
 from polyhead.attend import attend
 from polyhead.attend.function import explain
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def chosen(share: float, heads: int, batch: int, blocks: int, cols: int, keys: int) -> ph.Mask:

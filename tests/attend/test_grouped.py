@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import results
 from polyhead.attend.backends import grouped
 from polyhead.attend.masks import densify
 from polyhead.attend.scores import window_bias
@@ -44,12 +45,6 @@ def tensors(kv_heads: int = 2, value_width: int = 8, dtype: torch.dtype = torch.
         torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for shape in shapes
     ]
-
-
-def results(backend: str, given: list[Tensor], **call: object) -> list[Tensor]:
-    out = ph.attend(*given[:3], backend=backend, **call)  # type: ignore[call-overload]
-    weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin()
-    return [out, *torch.autograd.grad((out * weights).sum(), given)]
 
 
 def agree(given: list[Tensor], **call: object) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import tensors
 from polyhead.attend import attend
 from polyhead.attend.masks import Chosen, densify
 from polyhead.attend.selectors import Chunks, Grid, Selector, choose
@@ -28,12 +29,6 @@ class Given(Chunks):
 
     def most(self, keys: int) -> int:
         return keys
-
-
-def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(queries + keys)
-    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
 def ragged(batch: int, keys: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import polyhead as ph
 from attend.chosen_parts import pairs_read
+from attend.operands import tensors
 from polyhead.attend import attend
 from polyhead.attend.masks import Chosen, densify
 from polyhead.attend.selectors import Grid, Indexer, choose
@@ -17,12 +18,6 @@ from polyhead.errors import ConfigError, ShapeError
 
 SHAPES = [(2, 4, 2, 37, 37), (1, 4, 1, 23, 51), (1, 2, 2, 1, 70)]
 KINDS = ("mean", "grouped", "learned", "computed")
-
-
-def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(queries + keys)
-    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
 def indexer(kind: str, q: Tensor, k: Tensor) -> Indexer:

@@ -6,22 +6,16 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import polyhead as ph
 from attend.chosen_parts import pairs_read
+from attend.operands import tensors
 from polyhead.attend import attend
 from polyhead.attend.masks import densify
 from polyhead.errors import ConfigError
 
 SHAPES = [(2, 4, 2, 33, 33), (1, 6, 2, 20, 41), (1, 3, 1, 1, 70)]
 WAYS = [(12, 0.25, 4), (12, 0.25, 2), (13, 0.5, 4), (9, 1.0, 3), (9, 0.0, 4), (1, 0.25, 4), (300, 0.25, 4)]
-
-
-def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(queries + keys)
-    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
 @pytest.mark.parametrize(("keep", "recent", "first"), WAYS)

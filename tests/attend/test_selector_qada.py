@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import tensors
 from polyhead.attend.masks import densify
 from polyhead.attend.selectors import Grid, NearOrAll, Selector, choose
 from polyhead.errors import ConfigError, ShapeError
 
 # batch, heads, key/value heads, queries, keys, cols
 SHAPES = [(2, 4, 2, 50, 50, 1), (1, 2, 1, 37, 61, 8), (1, 2, 2, 70, 70, 16), (2, 2, 2, 1, 70, 8)]
-
-
-def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(queries + keys)
-    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
 def moments(k: Tensor) -> ph.KeyGaussian:

@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import draw
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors import Grid, Scorer, Summaries, band_means, choose, proxy_heads
 from polyhead.attend.selectors.selector import real_keys
 
 B, H, G, D, COLS = 2, 4, 2, 16, 4
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 LEARNED = ph.learned_indexer(draw(3, 5, H * D), draw(3, H * D), draw(5, G * D))

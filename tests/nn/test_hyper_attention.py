@@ -12,18 +12,13 @@ import transformers as t
 from torch import Tensor
 
 import polyhead as ph
+from attend.operands import tensors
 from hf.tiny import SIZES, make, tokens
 from polyhead.attend import attend
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.hyper_attention import angular_buckets
 
 SHAPES = [(2, 4, 2, 37, 37), (1, 2, 2, 23, 51), (1, 4, 1, 64, 64)]
-
-
-def tensors(batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(queries + keys)
-    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    return [torch.randn(batch, h, n, width, generator=draw, dtype=torch.float64) for h, n in sizes]
 
 
 def generator(seed: int = 0) -> torch.Generator:
