@@ -1,6 +1,6 @@
 """The catalogue of attention mechanisms: each a configuration with a name, and the module that it builds."""
 
-from polyhead.mechanisms.config import AttentionConfig, MechanismConfig
+from polyhead.mechanisms.config import AttentionConfig, GroupedConfig, MechanismConfig
 from polyhead.mechanisms.facets import FACETS, Facets
 from polyhead.mechanisms.flow import Flow, Step, flow_of
 from polyhead.mechanisms.promises import Promises
@@ -27,6 +27,7 @@ __all__ = [
     "Entry",
     "Facets",
     "Flow",
+    "GroupedConfig",
     "MechanismConfig",
     "Promises",
     "Registry",

@@ -24,7 +24,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.affine_attention import AffineAttention
 
@@ -39,22 +39,16 @@ __all__ = ["AffineScaled"]
     summary="every query scales its row of weights, and what the row then lacks is spread evenly",
     equation="A_ij = α_i softmax_j(q_i·k_j / √D) + (ᾱ - α_i) / N_i,  α_i = σ(x_i W + b);  head_i = A_i v",
 )
-class AffineScaled(AttentionConfig):
+class AffineScaled(GroupedConfig):
     """Affine-scaled attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         shift: add (ᾱ - α) / N; without it a row sums to α.
         momentum: ρ of the moving average ᾱ.
     """
 
-    kv_heads: int | None = None
     shift: bool = True
     momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("AffineScaled", self.heads, self.kv_heads))
-        super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> AffineAttention:
         """The module."""

@@ -25,10 +25,9 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.bottleneck import BottleneckAttention
-from polyhead.nn.projections import at_least_one
 
 __all__ = ["AttentionBottleneck"]
 
@@ -46,22 +45,17 @@ __all__ = ["AttentionBottleneck"]
     equation="Ã_0 = (1 - A_00) A_0,  Ã_i = A_i (i > 0),  A = softmax(q_h k_gᵀ / √D);  head_h = Ã v_g",
     supports=frozenset({"self", "cross"}),
 )
-class AttentionBottleneck(AttentionConfig):
+class AttentionBottleneck(GroupedConfig):
     """An attention bottleneck.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         gate: whether the first row is multiplied by 1 - A_00.
     """
 
-    kv_heads: int | None = None
     gate: bool = True
 
     def __post_init__(self) -> None:
-        at_least_one("AttentionBottleneck", dim=self.dim, heads=self.heads)
-        kv_heads = key_value_heads("AttentionBottleneck", self.heads, self.kv_heads)
         flag("gate", self.gate)
-        object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> BottleneckAttention:

@@ -34,7 +34,7 @@ from typing import Any
 from polyhead.attend.selectors import region_routing
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -58,11 +58,10 @@ __all__ = ["BiLevelRouting"]
     facets=Facets(positions="hard"),
     promises=Promises(any_mask=False),
 )
-class BiLevelRouting(AttentionConfig):
+class BiLevelRouting(GroupedConfig):
     """Bi-level routing attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         grid: height and width of a grid of tokens, row by row; None: a sequence.
         region: side of a region, a divisor of the grid's width; of a sequence, the length of a run.
         top_k: k, regions that a region reads.
@@ -70,7 +69,6 @@ class BiLevelRouting(AttentionConfig):
         scale_by: "qk_dim": c = 1/√(H·D), as the official code; "head_dim": 1/√D.
     """
 
-    kv_heads: int | None = None
     grid: tuple[int, int] | None = None
     region: int = 8
     top_k: int = 4
@@ -78,8 +76,6 @@ class BiLevelRouting(AttentionConfig):
     scale_by: str = "qk_dim"
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("BiLevelRouting", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         without_context(self)
         if self.grid is not None:
             if not several(self.grid) or len(self.grid) != 2:

@@ -36,12 +36,11 @@ from polyhead.attend.scores import Score, chain, grid_bias, relative_bias
 from polyhead.attend.weight_maps import weight_chain
 from polyhead.checks import flag, given, several, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.binary_attention import BinaryAttention
-from polyhead.nn.projections import at_least_one
 
 __all__ = ["BinaryQueryKey"]
 
@@ -56,11 +55,10 @@ __all__ = ["BinaryQueryKey"]
     equation="S = μ_q μ_k sign(q) sign(k)ᵀ / √D + bias;  μ = mean |·|;  y = concat_h(softmax(S) v) W_O",
     promises=Promises(straight_through=True),
 )
-class BinaryQueryKey(AttentionConfig):
+class BinaryQueryKey(GroupedConfig):
     """Binary attention.
 
     Attributes:
-        kv_heads: G, a divisor of `heads`; default `heads`.
         scope: "token" or "sequence": over what magnitudes are taken. "sequence" takes no cache and no mask
             that hides what follows.
         qk_bits: 1, or 32 for queries and keys as they are.
@@ -70,7 +68,6 @@ class BinaryQueryKey(AttentionConfig):
         class_token: whether a class token stands before the patches of the grid.
     """
 
-    kv_heads: int | None = None
     scope: str = "token"
     qk_bits: int = 1
     pv_bits: int | None = None
@@ -79,8 +76,6 @@ class BinaryQueryKey(AttentionConfig):
     class_token: bool = True
 
     def __post_init__(self) -> None:
-        at_least_one("BinaryQueryKey", dim=self.dim, heads=self.heads)
-        kv_heads = key_value_heads("BinaryQueryKey", self.heads, self.kv_heads)
         if not isinstance(self.scope, str) or self.scope not in ("token", "sequence"):
             raise unknown_name("scope of magnitudes", self.scope, ("token", "sequence"))
         for name, allowed in (("qk_bits", (1, 32)), ("pv_bits", (None, 8))):
@@ -94,7 +89,6 @@ class BinaryQueryKey(AttentionConfig):
                 raise ConfigError(f"grid must be (height, width) in patches; got {given(self.grid)}")
             object.__setattr__(self, "grid", tuple(whole("grid", n, 1, 1 << 12) for n in self.grid))
         flag("class_token", self.class_token)
-        object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:

@@ -32,7 +32,7 @@ from typing import Any
 
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -58,26 +58,22 @@ __all__ = ["BinaryResidual"]
     facets=Facets(distribution="other"),  # weights of softmax are made binary
     promises=Promises(straight_through=True, piecewise_constant=True),
 )
-class BinaryResidual(AttentionConfig):
+class BinaryResidual(GroupedConfig):
     """Binary attention with estimates of its residuals.
 
     Attributes:
-        kv_heads: G, a divisor of `heads`; default `heads`.
         bits: 1, or 32 for queries, keys, weights and values as they are.
         linear_bits: 1, or 32 for projections as they are.
     """
 
-    kv_heads: int | None = None
     bits: int = 1
     linear_bits: int = 1
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("BinaryResidual", self.heads, self.kv_heads)
         for name in ("bits", "linear_bits"):
             value = getattr(self, name)
             if type(value) is not int or value not in (1, 32):
                 raise ConfigError(f"{name} must be 1 or 32; got {given(value)}")
-        object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
@@ -47,23 +47,20 @@ __all__ = ["ComplexRotation"]
     equation="score_ij = Σ_m |q_m| |k_m| cos(δ_m (φ(q_m) - φ(k_m)) + b_m + (i - j) ω_m) / √D",
     facets=Facets(alignment="similarity"),
 )
-class ComplexRotation(AttentionConfig):
+class ComplexRotation(GroupedConfig):
     """Complex vector attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         position: turns queries and keys by their positions; default `rope()`.
         start: "rotary" or "random".
         scaled: divide scores by √D.
     """
 
-    kv_heads: int | None = None
     position: Position = rope()
     start: str = "rotary"
     scaled: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("ComplexRotation", self.heads, self.kv_heads))
         flag("scaled", self.scaled)
         super().__post_init__()
 

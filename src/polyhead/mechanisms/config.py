@@ -22,6 +22,7 @@ from polyhead.nn.regularizers import Regularizer
 
 __all__ = [
     "AttentionConfig",
+    "GroupedConfig",
     "MechanismConfig",
     "causal_alone",
     "key_value_heads",
@@ -128,6 +129,21 @@ class AttentionConfig(MechanismConfig):
             dropout=self.dropout,
             regularizers=self.regularizers,
         )
+
+
+class GroupedConfig(AttentionConfig):
+    """The options of `AttentionConfig`, where query heads may share key/value heads.
+
+    Attributes:
+        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
+    """
+
+    kv_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        kv_heads = key_value_heads(type(self).__name__, self.heads, self.kv_heads)
+        object.__setattr__(self, "kv_heads", kv_heads)
+        super().__post_init__()
 
 
 def largest_divisor(number: int, most: int) -> int:

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.uniform_head import UniformHeadAttention
 
@@ -42,7 +42,7 @@ __all__ = ["ContextBroadcasting"]
     summary="one head more has uniform weights: the mean of what a token sees is added to its output",
     equation="y_i = Σ_h head_hi W_Oh + λ ⊙ mean_{j visible to i} c_j",
 )
-class ContextBroadcasting(AttentionConfig):
+class ContextBroadcasting(GroupedConfig):
     """Multi-head attention with a uniform head.
 
     Attributes:
@@ -50,13 +50,9 @@ class ContextBroadcasting(AttentionConfig):
         amount: λ, a number for all channels; None, the default: learned for each.
     """
 
-    kv_heads: int | None = None
     amount: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("ContextBroadcasting", self.heads, self.kv_heads)
-        )
         if self.amount is not None:
             object.__setattr__(self, "amount", number("amount", self.amount))
         super().__post_init__()

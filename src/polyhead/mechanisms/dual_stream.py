@@ -30,7 +30,7 @@ from typing import Any
 
 from polyhead.checks import flag, place
 from polyhead.errors import unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.channel_maps import MIXING, ChanneledOutput, ChanneledProjection
@@ -49,22 +49,19 @@ __all__ = ["DualStream", "dual_streams"]
     summary="maps between heads that mix them not at all, as whole channels, or at will",
     equation="head_h = attend(q_h, k_g, v_g);  v = (M_V ⊗ I) c,  y = (M_O ⊗ I) concat_h(head_h)",
 )
-class DualStream(AttentionConfig):
+class DualStream(GroupedConfig):
     """Attention with channelised maps.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         query_map, key_map, value_map, output_map: "independent", "kronecker" or "dense".
     """
 
-    kv_heads: int | None = None
     query_map: str = "dense"
     key_map: str = "dense"
     value_map: str = "kronecker"
     output_map: str = "kronecker"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("DualStream", self.heads, self.kv_heads))
         for name in ("query_map", "key_map", "value_map", "output_map"):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in MIXING:
                 raise unknown_name(name, getattr(self, name), MIXING)

@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, whole
-from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, causal_alone, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -55,23 +55,18 @@ __all__ = ["DynamicMaskAttention"]
     facets=Facets(positions="hard"),
     promises=Promises(any_mask=False),
 )
-class DynamicMaskAttention(AttentionConfig):
+class DynamicMaskAttention(GroupedConfig):
     """Dynamic mask attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         keep: w, keys that a query reads.
         exponential: exp(A softplus(·)) in place of A softplus(·).
     """
 
-    kv_heads: int | None = None
     keep: int = 2048
     exponential: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("DynamicMaskAttention", self.heads, self.kv_heads)
-        )
         without_context(self)
         causal_alone("dynamic_mask_attention", self, "what is read is what keep= says")
         object.__setattr__(self, "keep", whole("keep", self.keep, 1))

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.composable import ComposableAttention
 from polyhead.nn.projections import at_least_one
@@ -44,18 +44,16 @@ __all__ = ["DynamicallyComposable"]
         "C(a)_ij = a + B a + Σ_r (a · p_ir) s_ir + Σ_r (a · p_jr) s_jr + f_i ⊙ a + f_j ⊙ a"
     ),
 )
-class DynamicallyComposable(AttentionConfig):
+class DynamicallyComposable(GroupedConfig):
     """Dynamically composable attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         rank: vectors R that a token reads and writes.
         hidden: width K; default 4·H.
         static: whether B is there.
         key_wise: whether the tokens of the keys choose too.
     """
 
-    kv_heads: int | None = None
     rank: int = 2
     hidden: int | None = None
     static: bool = True
@@ -63,12 +61,10 @@ class DynamicallyComposable(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("DynamicallyComposable", dim=self.dim, heads=self.heads)
-        kv_heads = key_value_heads("DynamicallyComposable", self.heads, self.kv_heads)
         hidden = 4 * self.heads if self.hidden is None else self.hidden
         at_least_one("DynamicallyComposable", rank=self.rank, hidden=hidden)
         flag("static", self.static)
         flag("key_wise", self.key_wise)
-        object.__setattr__(self, "kv_heads", kv_heads)
         object.__setattr__(self, "hidden", hidden)
         super().__post_init__()
 

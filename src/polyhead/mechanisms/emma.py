@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, number, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
@@ -76,7 +76,7 @@ _PICTURE = Flow(
     facets=Facets(distribution="other"),
     picture=_PICTURE,
 )
-class Emma(AttentionConfig):
+class Emma(GroupedConfig):
     """Monotonic attention.
 
     Attributes:
@@ -89,7 +89,6 @@ class Emma(AttentionConfig):
         variance: weight of the variance of the delays.
     """
 
-    kv_heads: int | None = None
     policy_layers: int = 1
     policy_bias: float = -0.5
     temperature: float = 1.0
@@ -98,7 +97,6 @@ class Emma(AttentionConfig):
     variance: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("Emma", self.heads, self.kv_heads))
         whole("policy_layers", self.policy_layers, 1)
         number("policy_bias", self.policy_bias)
         number("temperature", self.temperature, above=0)

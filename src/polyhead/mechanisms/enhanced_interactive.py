@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.interactive import InteractiveAttention
@@ -47,27 +47,23 @@ __all__ = ["EnhancedInteractive"]
     ),
     facets=Facets(alignment="deep"),
 )
-class EnhancedInteractive(AttentionConfig):
+class EnhancedInteractive(GroupedConfig):
     """Enhanced interactive attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         inner: hidden numbers h of every head; default 8, or 2 where efficient.
         across: hidden numbers m over all heads; default 4·heads, or 0 where efficient.
         efficient: one hidden layer.
         residual: add the head's own product, the network starting at zero.
     """
 
-    kv_heads: int | None = None
     inner: int | None = None
     across: int | None = None
     efficient: bool = False
     residual: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("EnhancedInteractive", self.heads, self.kv_heads)
-        )
+        at_least_one("EnhancedInteractive", heads=self.heads)
         flag("efficient", self.efficient)
         flag("residual", self.residual)
         if self.inner is None:

@@ -26,11 +26,12 @@ from polyhead.attend.normalizers import Entmax, Softmax, entmax
 from polyhead.attend.precision import wide
 from polyhead.checks import given, real, several
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.learned_alpha import LearnedAlpha
 from polyhead.nn.part_module import PartModule
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["EntmaxAttention"]
 
@@ -46,19 +47,17 @@ __all__ = ["EntmaxAttention"]
         "head_h = entmax_α(q_h k_gᵀ / √D) v_g,  entmax_α(z)_j = ((α-1) z_j - τ)_+^(1/(α-1)),  α = 1 + σ(a_h)"
     ),
 )
-class EntmaxAttention(AttentionConfig):
+class EntmaxAttention(GroupedConfig):
     """Attention through α-entmax.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         alpha: in (1, 2], a number for all heads or one for each; None, the default: learned.
     """
 
-    kv_heads: int | None = None
     alpha: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("EntmaxAttention", self.heads, self.kv_heads))
+        at_least_one("EntmaxAttention", heads=self.heads)
         if type(self.normalizer) is not Softmax or self.normalizer.sink is not None:
             raise ConfigError(
                 f"entmax_attention: the normaliser is entmax, which alpha= sets; got {given(self.normalizer)}"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from polyhead.checks import floating, given
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.inputs import check_inputs
@@ -41,22 +41,18 @@ __all__ = ["FixedHeadSize", "head_ranks", "realise"]
     summary="the width of a head does not shrink with the number of heads",
     equation="head_h = softmax(q_h k_hᵀ / √D) v_h,  D fixed and not d/H;  y = concat_h(head_h) W_O",
 )
-class FixedHeadSize(AttentionConfig):
+class FixedHeadSize(GroupedConfig):
     """Attention with heads of width `head_dim`, whatever `dim` and `heads` are.
 
     Attributes:
         head_dim: width D; default 64.
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
     """
 
     head_dim: int | None = 64
-    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
             raise ConfigError("FixedHeadSize: head_dim must be an integer, at least 1; got None")
-        kv_heads = key_value_heads("FixedHeadSize", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         at_least_one("FixedHeadSize", dim=self.dim, heads=self.heads, head_dim=self.head_dim)
         super().__post_init__()
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from polyhead.checks import number, several, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.mixture_keys import MixtureKeys, MixtureProjection
@@ -49,25 +49,20 @@ _KEYS = ("shifted", "separate")
     equation="A_ij ∝ Σ_r π_r exp(-|q_i - k^r_j|² / (2 σ_r²)),  k^r = k - μ_r;  head_i = Σ_j A_ij v_j",
     facets=Facets(alignment="similarity"),
 )
-class GaussianMixtureKeys(AttentionConfig):
+class GaussianMixtureKeys(GroupedConfig):
     """Gaussian mixture keys.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         components: M.
         keys: "shifted" or "separate".
         variances: σ_r², one for each component; default √D and √D/3 for all others.
     """
 
-    kv_heads: int | None = None
     components: int = 2
     keys: str = "shifted"
     variances: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("GaussianMixtureKeys", self.heads, self.kv_heads)
-        )
         count = whole("components", self.components, 1)
         if not isinstance(self.keys, str) or self.keys not in _KEYS:
             raise unknown_name("keys of Gaussian mixtures", self.keys, _KEYS)

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, largest_divisor
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads, largest_divisor
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.projections import at_least_one, divisors
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["GroupedQuery"]
 
@@ -41,13 +40,7 @@ class GroupedQuery(AttentionConfig):
     def __post_init__(self) -> None:
         at_least_one("GroupedQuery", dim=self.dim, heads=self.heads)
         kv_heads = largest_divisor(self.heads, self.heads // 4) if self.kv_heads is None else self.kv_heads
-        at_least_one("GroupedQuery", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
-        object.__setattr__(self, "kv_heads", kv_heads)
+        object.__setattr__(self, "kv_heads", key_value_heads("GroupedQuery", self.heads, kv_heads))
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:

@@ -27,7 +27,7 @@ from typing import Any
 from polyhead.attend.masks import Halo
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.halo_attention import HaloAttention
@@ -49,24 +49,20 @@ __all__ = ["BlocksWithHalo"]
     supports=frozenset({"self", "causal_self"}),
     facets=Facets(positions="local"),
 )
-class BlocksWithHalo(AttentionConfig):
+class BlocksWithHalo(GroupedConfig):
     """Attention within blocks and a halo around them.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         grid: height and width of a grid of tokens, row by row; None: a sequence.
         block: b, the length of a block on each axis.
         halo: h, places around it on each side.
     """
 
-    kv_heads: int | None = None
     grid: tuple[int, int] | None = None
     block: int = 8
     halo: int = 3
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("BlocksWithHalo", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         without_context(self)
         if self.grid is not None:
             if not several(self.grid) or len(self.grid) != 2:

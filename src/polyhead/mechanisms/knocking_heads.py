@@ -23,12 +23,11 @@ from typing import Any
 
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import AttentionConfig, GroupedConfig
 from polyhead.mechanisms.grouped_query import GroupedQuery
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.knocking_projection import KnockingProjection
-from polyhead.nn.projections import at_least_one
 
 __all__ = ["KnockingHeads", "folded"]
 
@@ -42,23 +41,18 @@ __all__ = ["KnockingHeads", "folded"]
     summary="all heads pass through one small map behind the projections, and train it together",
     equation="head_h = softmax(q_h k_gᵀ / √D) ṽ_g;  ṽ_g = 2 · ((v_g U) ⊙ sigmoid(v_g G)) W",
 )
-class KnockingHeads(AttentionConfig):
+class KnockingHeads(GroupedConfig):
     """Knocking-heads attention.
 
     Attributes:
-        kv_heads: key/value heads, a divisor of `heads`; default `heads`.
         knock: "mlp", or "linear".
         on: what is mapped, some of "q", "k", "v"; with "mlp" values alone.
     """
 
-    kv_heads: int | None = None
     knock: str = "mlp"
     on: tuple[str, ...] = ("v",)
 
     def __post_init__(self) -> None:
-        at_least_one("KnockingHeads", dim=self.dim, heads=self.heads)
-        kv_heads = key_value_heads("KnockingHeads", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         if isinstance(self.on, list):
             object.__setattr__(self, "on", tuple(self.on))
         super().__post_init__()

@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attentive_experts import AttentiveExperts, MeanGate
@@ -46,28 +46,23 @@ __all__ = ["MixtureAttentiveExperts"]
     ),
     promises=Promises(least_heads=2),
 )
-class MixtureAttentiveExperts(AttentionConfig):
+class MixtureAttentiveExperts(GroupedConfig):
     """Mixture of attentive experts; at least 2 heads.
 
     Attributes:
-        kv_heads: G, a divisor of `heads`; default `heads`.
         hidden: n, inner width of the gate.
         inference: "soft", or "best": in evaluation only the expert of the greatest weight.
     """
 
-    kv_heads: int | None = None
     hidden: int = 256
     inference: str = "soft"
 
     def __post_init__(self) -> None:
-        name = "MixtureAttentiveExperts"
-        at_least_one(name, dim=self.dim, heads=self.heads, hidden=self.hidden)
-        kv_heads = key_value_heads(name, self.heads, self.kv_heads)
+        at_least_one("MixtureAttentiveExperts", dim=self.dim, heads=self.heads, hidden=self.hidden)
         if self.heads < 2:
             raise ConfigError(f"heads must be at least 2, since an expert is all but one; got {self.heads}")
         if self.inference not in ("soft", "best"):
             raise unknown_name("inference", self.inference, ("soft", "best"))
-        object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> AttentiveExperts:

@@ -31,7 +31,7 @@ from typing import Any
 from polyhead.attend.masks import window
 from polyhead.attend.selectors import keep_blocks, mean_keys, select
 from polyhead.checks import whole
-from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, causal_alone, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -75,21 +75,18 @@ class BlockMixture(OneSequenceAttention):
     facets=Facets(positions="hard"),
     promises=Promises(any_mask=False),
 )
-class Moba(AttentionConfig):
+class Moba(GroupedConfig):
     """Mixture of block attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         block_size: C, keys that are chosen together.
         top_k: k, blocks that a query reads, its own among them.
     """
 
-    kv_heads: int | None = None
     block_size: int = 512
     top_k: int = 3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("Moba", self.heads, self.kv_heads))
         without_context(self)
         for name in ("block_size", "top_k"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))

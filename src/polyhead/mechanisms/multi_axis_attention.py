@@ -37,10 +37,11 @@ from polyhead.attend.scores import WindowBias, chain, window_bias
 from polyhead.attend.scores.window import window_offsets
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
 from polyhead.nn.patterned import PatternedAttention
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["MultiAxis"]
 
@@ -59,26 +60,23 @@ __all__ = ["MultiAxis"]
     supports=frozenset({"self", "causal_self"}),
     promises=Promises(least_heads=2),
 )
-class MultiAxis(AttentionConfig):
+class MultiAxis(GroupedConfig):
     """Attention within blocks and on lattices.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         grid: height and width of a grid of tokens, row by row; None: a sequence.
         window: P, the length of a block on each axis. MaxViT has 7 to 12.
         spread: G, places of a lattice on each axis; default P.
         axis: "block", "grid", or "both": half of the heads each, which takes two heads.
     """
 
-    kv_heads: int | None = None
     grid: tuple[int, int] | None = None
     window: int = 12
     spread: int | None = None
     axis: str = "both"
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("MultiAxis", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
+        at_least_one("MultiAxis", heads=self.heads)
         without_context(self)
         if self.grid is not None:
             if not several(self.grid) or len(self.grid) != 2:

@@ -28,7 +28,7 @@ from typing import Any
 
 from polyhead.checks import flag, given, several, whole
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.multi_token import MultiTokenAttention
 from polyhead.nn.projections import at_least_one, divisors
@@ -48,11 +48,10 @@ __all__ = ["MultiToken"]
         "y = concat_h(norm(o_h) σ(w · norm(o_h) + b)) W_O"
     ),
 )
-class MultiToken(AttentionConfig):
+class MultiToken(GroupedConfig):
     """Multi-token attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         logit_kernel: (c_q, c_k) of the convolution of the logits; None for none.
         weight_kernel: that of the weights.
         side: where the c_k keys stand: on "both" sides of the pair's own, on its "left" or on its "right".
@@ -63,7 +62,6 @@ class MultiToken(AttentionConfig):
         depth: of the layer, which scales the output by 1 - λ; default no scaling.
     """
 
-    kv_heads: int | None = None
     logit_kernel: tuple[int, int] | None = (6, 11)
     weight_kernel: tuple[int, int] | None = (6, 11)
     side: str = "both"
@@ -74,8 +72,7 @@ class MultiToken(AttentionConfig):
     depth: int | None = None
 
     def __post_init__(self) -> None:
-        at_least_one("MultiToken", dim=self.dim)
-        object.__setattr__(self, "kv_heads", key_value_heads("MultiToken", self.heads, self.kv_heads))
+        at_least_one("MultiToken", dim=self.dim, heads=self.heads)
         for name in ("logit_kernel", "weight_kernel"):
             object.__setattr__(self, name, _sizes(name, getattr(self, name)))
         if self.side not in ("both", "left", "right"):

@@ -30,9 +30,10 @@ from polyhead.attend.scores import WindowBias, chain, window_bias
 from polyhead.attend.scores.window import window_offsets
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.patterned import PatternedAttention
+from polyhead.nn.projections import at_least_one
 
 __all__ = ["MultiWindow"]
 
@@ -47,20 +48,17 @@ __all__ = ["MultiWindow"]
     equation="head_h = Σ_j softmax_j(q_i·k_j / √D + r_h[j - i]) v_j over j with ⌊i/w_h⌋ = ⌊j/w_h⌋",
     supports=frozenset({"self", "causal_self"}),
 )
-class MultiWindow(AttentionConfig):
+class MultiWindow(GroupedConfig):
     """Attention with a window size for every head.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         windows: w_h of every head, 0 for a head that sees everything; default as the module says.
     """
 
-    kv_heads: int | None = None
     windows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("MultiWindow", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
+        at_least_one("MultiWindow", heads=self.heads)
         without_context(self)
         found = self.windows
         if found is None:

@@ -45,7 +45,7 @@ from polyhead.attend.masks.checks import per_axis
 from polyhead.attend.scores import chain, neighborhood_bias
 from polyhead.checks import flag, given, several, whole
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.neighborhood import NeighborAttention
@@ -68,11 +68,10 @@ __all__ = ["NeighborhoodAttention"]
     supports=frozenset({"causal_self"}),
     facets=Facets(positions="local"),
 )
-class NeighborhoodAttention(AttentionConfig):
+class NeighborhoodAttention(GroupedConfig):
     """Attention to neighbours.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         grid: lengths of one to three axes; None: a causal line of any length.
         window: w, keys on an axis; this and the next three are one value, or one for each axis.
         dilation: δ; window · dilation must fit the axis of a grid.
@@ -81,7 +80,6 @@ class NeighborhoodAttention(AttentionConfig):
         relative_bias: whether offsets have a learned bias.
     """
 
-    kv_heads: int | None = None
     grid: tuple[int, ...] | None = None
     window: int | tuple[int, ...] = 7
     dilation: int | tuple[int, ...] = 1
@@ -90,8 +88,6 @@ class NeighborhoodAttention(AttentionConfig):
     relative_bias: bool = False
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("NeighborhoodAttention", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         without_context(self)
         flag("relative_bias", self.relative_bias)
         if self.grid is not None:

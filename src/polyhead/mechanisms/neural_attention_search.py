@@ -33,7 +33,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number, whole
-from polyhead.mechanisms.config import AttentionConfig, causal_alone, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, causal_alone, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -57,23 +57,18 @@ __all__ = ["NeuralAttentionSearch"]
     facets=Facets(positions="hard"),
     promises=Promises(straight_through=True, any_mask=False),
 )
-class NeuralAttentionSearch(AttentionConfig):
+class NeuralAttentionSearch(GroupedConfig):
     """Neural attention search.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         window: W, tokens after itself that read a sliding one.
         price: λ, weight of the share of pairs that are read.
     """
 
-    kv_heads: int | None = None
     window: int = 256
     price: float = 0.01
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("NeuralAttentionSearch", self.heads, self.kv_heads)
-        )
         without_context(self)
         causal_alone("neural_attention_search", self, "what is read is what tokens say")
         object.__setattr__(self, "window", whole("window", self.window, 0))

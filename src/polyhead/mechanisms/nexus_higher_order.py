@@ -22,10 +22,9 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.higher_order import HigherOrderAttention
-from polyhead.nn.projections import at_least_one
 
 __all__ = ["NexusHigherOrder"]
 
@@ -40,23 +39,19 @@ __all__ = ["NexusHigherOrder"]
     equation="q' = softmax(q qᵀ / √D) q;  k' = softmax(k kᵀ / √D) k;  head = softmax(q' k'ᵀ / √D) v",
     supports=frozenset({"self", "causal_self"}),
 )
-class NexusHigherOrder(AttentionConfig):
+class NexusHigherOrder(GroupedConfig):
     """Higher-order attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         order: m.
         gated: scale what the inner attentions change, by numbers that start at 0.
     """
 
-    kv_heads: int | None = None
     order: int = 2
     gated: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one("NexusHigherOrder", dim=self.dim)
         without_context(self)
-        object.__setattr__(self, "kv_heads", key_value_heads("NexusHigherOrder", self.heads, self.kv_heads))
         object.__setattr__(self, "order", whole("order", self.order, 1, 64))
         flag("gated", self.gated)
         super().__post_init__()

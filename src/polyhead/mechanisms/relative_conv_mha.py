@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.projections import at_least_one, head_width
 from polyhead.nn.relative_conv import RelativeConvAttention
@@ -49,17 +49,15 @@ __all__ = ["RelativeConvMha"]
     ),
     supports=frozenset({"self", "causal_self"}),
 )
-class RelativeConvMha(AttentionConfig):
+class RelativeConvMha(GroupedConfig):
     """Relative convolutional attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         kernel: tokens K that a convolution reads; 1: relative attention whose channels are scaled.
         share_heads: one kernel for all heads.
         relative_dim: width E of the waves, even; default `head_dim`, or one more.
     """
 
-    kv_heads: int | None = None
     kernel: int = 3
     share_heads: bool = False
     relative_dim: int | None = None
@@ -67,7 +65,6 @@ class RelativeConvMha(AttentionConfig):
     def __post_init__(self) -> None:
         at_least_one("RelativeConvMha", dim=self.dim, heads=self.heads)
         without_context(self)
-        object.__setattr__(self, "kv_heads", key_value_heads("RelativeConvMha", self.heads, self.kv_heads))
         whole("kernel", self.kernel, 1)
         if self.relative_dim is None:
             width = head_width(self.dim, self.heads, self.head_dim)

@@ -34,7 +34,7 @@ from typing import Any
 
 from polyhead.checks import given, number, several, whole
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -59,11 +59,10 @@ __all__ = ["SelectAndPack"]
     graph_breaks=1,
     promises=Promises(routed=True, any_mask=False),
 )
-class SelectAndPack(AttentionConfig):
+class SelectAndPack(GroupedConfig):
     """Attention among selected tokens.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         threshold: θ; tokens with larger scores are selected.
         container: C, tokens of a row; None: one row for all, where sequences never are parted.
         grid: height and width of a grid of tokens, row by row, for `shift`; None: a sequence.
@@ -72,7 +71,6 @@ class SelectAndPack(AttentionConfig):
         weight: of the auxiliary losses. The paper takes 0.01.
     """
 
-    kv_heads: int | None = None
     threshold: float = 0.0
     container: int | None = None
     grid: tuple[int, int] | None = None
@@ -81,8 +79,6 @@ class SelectAndPack(AttentionConfig):
     weight: float = 0.01
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("SelectAndPack", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         without_context(self)
         object.__setattr__(self, "threshold", number("threshold", self.threshold))
         if self.container is not None:

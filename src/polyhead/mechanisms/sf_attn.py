@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.regularizers import check_regularizers, shifted_groups
@@ -40,24 +40,20 @@ __all__ = ["SinkFixedGroups"]
         "or j < s, o_h = 0 or g/2; else over j ≤ i"
     ),
 )
-class SinkFixedGroups(AttentionConfig):
+class SinkFixedGroups(GroupedConfig):
     """Attention that is trained within shifted groups.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         group: g, tokens of a group; None: a quarter of the call.
         returned: the share of the second half of the heads whose groups are not shifted.
         sinks: s, the first tokens, which all see.
     """
 
-    kv_heads: int | None = None
     group: int | None = None
     returned: float = 0.5
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("SinkFixedGroups", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         own = shifted_groups(self.group, returned=self.returned, sinks=self.sinks)
         object.__setattr__(self, "returned", own.returned)
         super().__post_init__()

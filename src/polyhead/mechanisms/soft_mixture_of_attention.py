@@ -31,11 +31,11 @@ from torch import Tensor
 
 from polyhead.checks import flag, given, number, several
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.gated_heads import ExpertGate, GatedHeads
-from polyhead.nn.projections import Projection, at_least_one, divisors, head_width
+from polyhead.nn.projections import Projection, at_least_one, head_width
 
 __all__ = ["SoftMixtureOfAttention", "soft_mixture"]
 
@@ -67,16 +67,9 @@ class SoftMixtureOfAttention(AttentionConfig):
     def __post_init__(self) -> None:
         name = "SoftMixtureOfAttention"
         at_least_one(name, dim=self.dim, heads=self.heads, experts=self.experts)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one(name, kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
         flag("share_kv", self.share_kv)
         for field, value in (
-            ("kv_heads", kv_heads),
+            ("kv_heads", key_value_heads(name, self.heads, self.kv_heads)),
             ("head_dim", head_width(self.dim, self.heads, self.head_dim)),
             ("z", number("z", self.z, least=0)),
         ):

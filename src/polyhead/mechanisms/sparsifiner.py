@@ -38,7 +38,7 @@ from typing import Any
 
 from polyhead.checks import flag, given, number, whole
 from polyhead.errors import ConfigError, unknown_name
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -61,11 +61,10 @@ __all__ = ["Sparsifiner"]
     facets=Facets(positions="hard"),
     promises=Promises(any_mask=False, taught=("reduce_query", "reduce_key", "tokens_in", "tokens_out")),
 )
-class Sparsifiner(AttentionConfig):
+class Sparsifiner(GroupedConfig):
     """Attention to predicted keys.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         length: N, the most tokens that there can be.
         keep: r, share of the keys that a query reads, above 0; 1: all, while the predictor learns. The paper
             goes on with 0.25.
@@ -78,7 +77,6 @@ class Sparsifiner(AttentionConfig):
         reconstruction: λ, weight of the loss; 0: none.
     """
 
-    kv_heads: int | None = None
     length: int = 197
     keep: float = 1.0
     class_token: bool = True
@@ -90,8 +88,6 @@ class Sparsifiner(AttentionConfig):
     reconstruction: float = 1.0
 
     def __post_init__(self) -> None:
-        kv_heads = key_value_heads("Sparsifiner", self.heads, self.kv_heads)
-        object.__setattr__(self, "kv_heads", kv_heads)
         without_context(self)
         for name in ("length", "reduce_tokens", "reduce_channels", "coefficients"):
             whole(name, getattr(self, name), 1)

@@ -28,13 +28,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.inputs import check_inputs
 from polyhead.nn.kv_cache import ContextCache
 from polyhead.nn.positions import Position
-from polyhead.nn.projections import Projection, at_least_one, divisors
+from polyhead.nn.projections import Projection, at_least_one
 
 __all__ = ["StaticAttention", "StaticEmbeddings", "StaticProjection"]
 
@@ -139,13 +139,7 @@ class StaticEmbeddings(AttentionConfig):
 
     def __post_init__(self) -> None:
         at_least_one("StaticEmbeddings", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("StaticEmbeddings", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
+        kv_heads = key_value_heads("StaticEmbeddings", self.heads, self.kv_heads)
         if isinstance(self.position, Position) and type(self.position).added is not Position.added:
             raise ConfigError(
                 "position must not add to the inputs: add it to the embeddings; "

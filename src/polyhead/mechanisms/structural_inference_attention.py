@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
 from polyhead.nn.expanding import ExpandingAttention
 
@@ -47,24 +47,19 @@ __all__ = ["StructuralInference"]
     ),
     supports=frozenset({"causal_self", "causal_cross"}),
 )
-class StructuralInference(AttentionConfig):
+class StructuralInference(GroupedConfig):
     """Expanding attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         a, b: of the prior of the rate, at the start.
         iterations: how often where a query looks is inferred; 1 is a learned slope for every head.
     """
 
-    kv_heads: int | None = None
     a: float = 1.0
     b: float = 1.0
     iterations: int = 3
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kv_heads", key_value_heads("StructuralInference", self.heads, self.kv_heads)
-        )
         number("a", self.a, above=0)
         number("b", self.b, above=0)
         whole("iterations", self.iterations, 1)

@@ -20,10 +20,8 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import flag
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.registry import register
-from polyhead.nn.projections import at_least_one, divisors
 from polyhead.nn.talking import TalkingAttention
 
 __all__ = ["TalkingHeads"]
@@ -37,31 +35,20 @@ __all__ = ["TalkingHeads"]
     summary="heads mix their logits before the softmax and their weights after it, by learned matrices",
     equation="l_ij = P a_ij;  w_hi = softmax_j(l_hij);  u_ij = R w_ij;  head_hi = Σ_j u_hij v_gj",
 )
-class TalkingHeads(AttentionConfig):
+class TalkingHeads(GroupedConfig):
     """Talking-heads attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         logits: mix the logits, by P.
         weights: mix the weights, by R.
     """
 
-    kv_heads: int | None = None
     logits: bool = True
     weights: bool = True
 
     def __post_init__(self) -> None:
-        at_least_one("TalkingHeads", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("TalkingHeads", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
         flag("logits", self.logits)
         flag("weights", self.weights)
-        object.__setattr__(self, "kv_heads", kv_heads)
         super().__post_init__()
 
     def build(self, *, device: Any = None, dtype: Any = None) -> TalkingAttention:

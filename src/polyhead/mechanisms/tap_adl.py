@@ -28,10 +28,9 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.registry import register
 from polyhead.nn.pooled_tokens import PooledTokensAttention
-from polyhead.nn.projections import at_least_one
 from polyhead.nn.token_pooling import TokenPooling, check_class_token, check_layout
 
 __all__ = ["TapAdl"]
@@ -47,28 +46,24 @@ __all__ = ["TapAdl"]
     equation="x'_t = Σ_i m_i(t) avg_i(x)_t, m = softmax_K(conv(norm(conv(x))));  head_h = attend(x' W_h)",
     supports=frozenset({"self", "causal_self"}),
 )
-class TapAdl(AttentionConfig):
+class TapAdl(GroupedConfig):
     """Attention over tokens that are blended with their neighbours.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         scales: K.
         layout: "past", "around" or (height, width).
         temperature: T of the weights of the scales.
         class_token: whether a token stands before those of the grid; it is not blended.
     """
 
-    kv_heads: int | None = None
     scales: int = 4
     layout: str | tuple[int, int] = "past"
     temperature: float = 1.0
     class_token: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one("TapAdl", dim=self.dim, heads=self.heads)
         without_context(self)
         for name, value in (
-            ("kv_heads", key_value_heads("TapAdl", self.heads, self.kv_heads)),
             ("scales", whole("scales", self.scales, 1)),
             ("layout", check_layout(self.layout)),
             ("temperature", number("temperature", self.temperature, above=0)),

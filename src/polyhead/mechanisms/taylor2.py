@@ -19,12 +19,10 @@ from typing import Any
 
 from polyhead.attend.scores import chain
 from polyhead.attend.scores.taylor import log_taylor
-from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.registry import register
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.projections import at_least_one, divisors
 
 __all__ = ["Taylor2"]
 
@@ -38,26 +36,8 @@ __all__ = ["Taylor2"]
     equation="w_ij = (1 + s + s²/2) / Σ_j (1 + s + s²/2),  s = q_i·k_j / √D;  y = concat_h(Σ_j w_ij v_j) W_O",
     facets=Facets(alignment="kernel", distribution="other"),
 )
-class Taylor2(AttentionConfig):
-    """Taylor attention. Maps of `score` come before the polynomial.
-
-    Attributes:
-        kv_heads: key/value heads, a divisor of `heads`; default `heads`.
-    """
-
-    kv_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least_one("Taylor2", dim=self.dim, heads=self.heads)
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        at_least_one("Taylor2", kv_heads=kv_heads)
-        if self.heads % kv_heads:
-            raise ConfigError(
-                f"kv_heads must divide heads={self.heads}; got kv_heads={kv_heads}; "
-                f"allowed are {divisors(self.heads)}"
-            )
-        object.__setattr__(self, "kv_heads", kv_heads)
-        super().__post_init__()
+class Taylor2(GroupedConfig):
+    """Taylor attention. Maps of `score` come before the polynomial."""
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from polyhead.checks import number, whole
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads
+from polyhead.mechanisms.config import GroupedConfig
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.flow import Flow, Step
 from polyhead.mechanisms.registry import register
@@ -68,21 +68,18 @@ _PICTURE = Flow(
     facets=Facets(alignment="other"),
     picture=_PICTURE,
 )
-class TensorAttention(AttentionConfig):
+class TensorAttention(GroupedConfig):
     """Tensor attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         order: 3 for pairs of tokens; n for tuples of n - 1.
         scale: factor of the product; default 1/D.
     """
 
-    kv_heads: int | None = None
     order: int = 3
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("TensorAttention", self.heads, self.kv_heads))
         whole("order", self.order, 2, 8)
         if self.scale is not None:
             number("scale", self.scale)

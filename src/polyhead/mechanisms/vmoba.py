@@ -39,7 +39,7 @@ from typing import Any
 from polyhead.attend.selectors import GridBlocks, vmoba
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.mechanisms.config import AttentionConfig, key_value_heads, without_context
+from polyhead.mechanisms.config import GroupedConfig, without_context
 from polyhead.mechanisms.facets import Facets
 from polyhead.mechanisms.promises import Promises
 from polyhead.mechanisms.registry import register
@@ -70,25 +70,22 @@ class SharedBlockAttention(WholeSequenceAttention):
     facets=Facets(positions="hard"),
     promises=Promises(any_mask=False),
 )
-class Vmoba(AttentionConfig):
+class Vmoba(GroupedConfig):
     """Video mixture of block attention.
 
     Attributes:
-        kv_heads: key/value heads G, a divisor of `heads`; default `heads`.
         grid: lengths of one to three axes, row by row; None: a sequence.
         block: lengths of a block, for all axes or for each.
         share: τ, at least 0; from 1 on everything is read.
         over: who competes: "head", "query", "block" or "call".
     """
 
-    kv_heads: int | None = None
     grid: tuple[int, ...] | None = None
     block: int | tuple[int, ...] = 64
     share: float = 0.25
     over: str = "head"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", key_value_heads("Vmoba", self.heads, self.kv_heads))
         without_context(self)
         chosen = self._chosen()
         object.__setattr__(self, "grid", chosen.grid)
