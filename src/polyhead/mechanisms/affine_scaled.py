@@ -52,7 +52,6 @@ class AffineScaled(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> AffineAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(AffineAttention, shift=self.shift, momentum=self.momentum)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

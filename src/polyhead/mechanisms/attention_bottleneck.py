@@ -60,7 +60,6 @@ class AttentionBottleneck(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> BottleneckAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

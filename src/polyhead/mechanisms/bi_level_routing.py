@@ -100,7 +100,6 @@ class BiLevelRouting(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> BiLevelAttention:
         """The module."""
-        assert self.kv_heads is not None
         width = self.dim // self.heads if self.head_dim is None else self.head_dim
         module = partial(
             BiLevelAttention,

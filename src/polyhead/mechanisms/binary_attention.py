@@ -93,7 +93,6 @@ class BinaryQueryKey(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         bias = self._bias(device)
         options: dict[str, Any] = {}
         if bias is not None:

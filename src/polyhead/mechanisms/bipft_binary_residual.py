@@ -78,7 +78,6 @@ class BinaryResidual(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         binary = self.linear_bits == 1
         return self.assemble(
             heads=self.heads,

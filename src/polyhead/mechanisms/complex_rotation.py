@@ -66,7 +66,6 @@ class ComplexRotation(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         module: MultiHeadAttention = self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

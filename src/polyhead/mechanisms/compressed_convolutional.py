@@ -87,7 +87,6 @@ class CompressedConvolutional(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> CompressedAttention:
         """The module."""
-        assert self.kv_heads is not None
 
         def projection(dim: int, heads: int, **options: Any) -> CompressedProjection:
             del options["value_dim"], options["context_dim"]

@@ -92,7 +92,7 @@ class AttentionConfig(MechanismConfig):
         self,
         *,
         heads: int,
-        kv_heads: int,
+        kv_heads: int | None,
         device: Any,
         dtype: Any,
         projection: Callable[..., Projection] = Projection,
@@ -102,6 +102,7 @@ class AttentionConfig(MechanismConfig):
         """The module with so many projected query heads and key/value heads.
 
         Args:
+            kv_heads: default `heads`.
             projection, output, module: what makes the parts and the module, called as the defaults are.
         """
         project = projection(

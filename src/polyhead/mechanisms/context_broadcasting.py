@@ -59,7 +59,6 @@ class ContextBroadcasting(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> UniformHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(UniformHeadAttention, amount=self.amount)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

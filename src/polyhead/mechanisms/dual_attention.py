@@ -117,7 +117,6 @@ class DualHeads(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> DualAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.relational_heads is not None
         assert self.relations is not None
         projection = partial(

@@ -69,7 +69,6 @@ class DualStream(GroupedConfig):
 
     def made(self, *, pair: bool, device: Any, dtype: Any) -> MultiHeadAttention:
         """The module, reading one stream, or a pair of them side by side."""
-        assert self.kv_heads is not None
         mixing = (self.query_map, self.key_map, self.value_map)
         return self.assemble(
             heads=self.heads,

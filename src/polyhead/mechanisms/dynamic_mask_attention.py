@@ -75,7 +75,6 @@ class DynamicMaskAttention(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> DynamicMask:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(DynamicMask, keep=self.keep, exponential=self.exponential)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

@@ -70,7 +70,6 @@ class DynamicallyComposable(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> ComposableAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.hidden is not None
         module = partial(
             ComposableAttention,

@@ -131,7 +131,7 @@ class ElAttention(AttentionConfig):
         """The module."""
         module = self.assemble(
             heads=self.heads,
-            kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
+            kv_heads=self.kv_heads,
             device=device,
             dtype=dtype,
             projection=InputProjection,

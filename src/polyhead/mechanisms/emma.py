@@ -107,7 +107,6 @@ class Emma(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MonotonicAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

@@ -76,7 +76,6 @@ class EnhancedInteractive(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> InteractiveAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.inner is not None
         assert self.across is not None
         return self.assemble(

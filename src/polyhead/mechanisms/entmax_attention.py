@@ -77,7 +77,6 @@ class EntmaxAttention(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         module: MultiHeadAttention = self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype
         )

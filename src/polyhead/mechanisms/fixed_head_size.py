@@ -58,7 +58,6 @@ class FixedHeadSize(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype)
 
 

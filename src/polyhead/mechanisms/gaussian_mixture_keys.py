@@ -75,7 +75,6 @@ class GaussianMixtureKeys(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MixtureKeys:
         """The module."""
-        assert self.kv_heads is not None
         separate = self.components if self.keys == "separate" else 1
 
         def module(projection: MixtureProjection, *args: Any, **options: Any) -> MixtureKeys:

@@ -72,7 +72,6 @@ class GroupedDifferential(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> DifferentialAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.noise_heads is not None
         return self.assemble(
             heads=self.heads,

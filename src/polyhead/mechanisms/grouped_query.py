@@ -45,5 +45,4 @@ class GroupedQuery(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype)

@@ -74,7 +74,6 @@ class BlocksWithHalo(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> HaloAttention:
         """The module."""
-        assert self.kv_heads is not None
         axes = 1 if self.grid is None else 2
         pattern = Halo(self.grid, (self.block,) * axes, (self.halo,) * axes)
         module = partial(HaloAttention, pattern=pattern, name="halo_attention")

@@ -93,7 +93,6 @@ class InterleavedHeads(AttentionConfig):
     def build(self, *, device: Any = None, dtype: Any = None) -> InterleavedAttention:
         """The module."""
         assert self.pseudo is not None
-        assert self.kv_heads is not None
         module = partial(
             InterleavedAttention,
             pseudo=self.pseudo,

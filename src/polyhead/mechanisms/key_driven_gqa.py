@@ -203,7 +203,6 @@ class KeyDrivenGroupedQuery(GroupedQuery):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> KeyDrivenAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

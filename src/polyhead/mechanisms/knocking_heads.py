@@ -59,7 +59,6 @@ class KnockingHeads(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

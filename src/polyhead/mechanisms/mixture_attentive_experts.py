@@ -67,7 +67,6 @@ class MixtureAttentiveExperts(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> AttentiveExperts:
         """The module."""
-        assert self.kv_heads is not None
         width = self.dim if self.context_dim is None else self.context_dim
         at_least_one("MixtureAttentiveExperts", context_dim=width)
         gate = MeanGate(width, self.heads, self.hidden, device=device, dtype=dtype)

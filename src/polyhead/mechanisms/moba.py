@@ -95,7 +95,6 @@ class Moba(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> BlockMixture:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(BlockMixture, block_size=self.block_size, top_k=self.top_k)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

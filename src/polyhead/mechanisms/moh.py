@@ -105,7 +105,6 @@ class MixtureOfHeads(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> RoutedHeads:
         """The module."""
-        assert self.kv_heads is not None
         assert self.shared_heads is not None
         assert self.top_k is not None
         at_least_one("MixtureOfHeads", kv_heads=self.kv_heads)

@@ -113,7 +113,6 @@ class MultiAxis(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PatternedAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(PatternedAttention, pattern=self.pattern(), name="multi_axis_attention")
         bias = self._bias(device)
 

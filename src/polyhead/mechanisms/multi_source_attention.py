@@ -114,8 +114,6 @@ class MultiSource(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiSourceAttention:
         """The module."""
-        kv_heads = self.kv_heads
-        assert kv_heads is not None
         kind = {"device": device, "dtype": dtype}
         dims = (self.context_dim,) * self.sources if self.context_dims is None else self.context_dims
 
@@ -128,7 +126,7 @@ class MultiSource(AttentionConfig):
 
             return self.assemble(
                 heads=self.heads,
-                kv_heads=kv_heads,
+                kv_heads=self.kv_heads,
                 projection=projection,
                 output=output,
                 module=SourceAttention,

@@ -91,7 +91,6 @@ class MultiToken(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiTokenAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.group is not None
         module = partial(
             MultiTokenAttention,

@@ -79,7 +79,6 @@ class MultiWindow(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PatternedAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(PatternedAttention, pattern=self.pattern(), name="multi_window_attention")
         bias = self._bias(device)
 

@@ -117,7 +117,6 @@ class NeighborhoodAttention(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> NeighborAttention:
         """The module."""
-        assert self.kv_heads is not None
         rule = {
             name: value if isinstance(value := getattr(self, name), tuple) else (value,) * self.axes
             for name in ("window", "dilation", "stride", "causal")

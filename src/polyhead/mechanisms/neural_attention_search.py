@@ -77,7 +77,6 @@ class NeuralAttentionSearch(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> TypedTokens:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(TypedTokens, window=self.window, price=self.price)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

@@ -58,7 +58,6 @@ class NexusHigherOrder(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> HigherOrderAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(HigherOrderAttention, order=self.order, gated=self.gated)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

@@ -74,7 +74,6 @@ class RelativeConvMha(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> RelativeConvAttention:
         """The module."""
-        assert self.kv_heads is not None
         assert self.relative_dim is not None
         module = partial(
             RelativeConvAttention,

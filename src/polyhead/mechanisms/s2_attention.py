@@ -93,7 +93,6 @@ class ShardedAttention(AttentionConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PatternedAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(PatternedAttention, pattern=self.pattern(), name="s2_attention")
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

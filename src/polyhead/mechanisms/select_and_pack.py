@@ -96,7 +96,6 @@ class SelectAndPack(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> SelectAndPackAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(
             SelectAndPackAttention,
             threshold=self.threshold,

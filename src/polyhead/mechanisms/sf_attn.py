@@ -60,7 +60,6 @@ class SinkFixedGroups(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         own = shifted_groups(self.group, returned=self.returned, sinks=self.sinks)
 
         def grouped(*parts: Any, **options: Any) -> MultiHeadAttention:

@@ -94,5 +94,4 @@ class SparseQuery(AttentionConfig):
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
         assert self.query_heads is not None
-        assert self.kv_heads is not None
         return self.assemble(heads=self.query_heads, kv_heads=self.kv_heads, device=device, dtype=dtype)

@@ -110,7 +110,6 @@ class Sparsifiner(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PredictedKeysAttention:
         """The module."""
-        assert self.kv_heads is not None
         width = self.dim // self.heads if self.head_dim is None else self.head_dim
         channels = max(1, width // self.reduce_channels)
         module = partial(

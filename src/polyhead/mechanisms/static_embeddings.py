@@ -155,7 +155,7 @@ class StaticEmbeddings(AttentionConfig):
     def _static(self, module: Callable[..., M], device: Any, dtype: Any) -> M:
         return self.assemble(
             heads=self.heads,
-            kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
+            kv_heads=self.kv_heads,
             device=device,
             dtype=dtype,
             projection=StaticProjection,

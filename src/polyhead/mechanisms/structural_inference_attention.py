@@ -67,7 +67,6 @@ class StructuralInference(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> ExpandingAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,

@@ -53,7 +53,6 @@ class TalkingHeads(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> TalkingAttention:
         """The module."""
-        assert self.kv_heads is not None
         module = partial(TalkingAttention, logits=self.logits, weights=self.weights)
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module

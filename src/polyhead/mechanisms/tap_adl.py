@@ -74,7 +74,6 @@ class TapAdl(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> PooledTokensAttention:
         """The module."""
-        assert self.kv_heads is not None
         pooling = TokenPooling(
             self.dim,
             self.scales,

@@ -47,7 +47,6 @@ class Taylor2(GroupedConfig):
             maps = (log_taylor(),) if own is None else (own, log_taylor())
             return MultiHeadAttention(*parts, score=maps, **options)
 
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads, kv_heads=self.kv_heads, device=device, dtype=dtype, module=module
         )

@@ -87,7 +87,6 @@ class TensorAttention(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> TensorAttentionModule:
         """The module."""
-        assert self.kv_heads is not None
 
         def module(projection: TupleProjection, *args: Any, **options: Any) -> TensorAttentionModule:
             scale = 1 / projection.head_dim if self.scale is None else self.scale

@@ -106,7 +106,6 @@ class Vmoba(GroupedConfig):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> SharedBlockAttention:
         """The module."""
-        assert self.kv_heads is not None
 
         def module(*parts: Any, **options: Any) -> SharedBlockAttention:
             return SharedBlockAttention(*parts, **options | {"select": self._chosen()})

@@ -61,7 +61,6 @@ class WeightedGroupedQuery(GroupedQuery):
 
     def build(self, *, device: Any = None, dtype: Any = None) -> MultiHeadAttention:
         """The module."""
-        assert self.kv_heads is not None
         return self.assemble(
             heads=self.heads,
             kv_heads=self.kv_heads,
