@@ -14,6 +14,7 @@ from mechanisms.variants import broken_rules
 from polyhead.errors import ConfigError, ShapeError, UnsupportedPattern
 from polyhead.nn.emma import Alignment, ready
 from polyhead.nn.monotonic import lookback, monotonic_alignment
+from polyhead.nn.regularizers import attention_diversification
 
 F64 = {"dtype": torch.float64}
 G = torch.Generator().manual_seed(0)
@@ -230,6 +231,17 @@ def test_losses_are_there_in_training_and_lower_the_delay() -> None:
             ph.auxiliary_losses(module)[name].backward()
             optimizer.step()
         assert getattr(found_by(module), measured).mean() < before
+
+
+def test_losses_are_of_the_latest_call_and_stand_beside_those_of_regularizers() -> None:
+    module = built(latency=0.5, regularizers=attention_diversification()).train()
+    module(X, C)
+    assert ph.auxiliary_losses(module).keys() == {"diversification", "latency"}
+    for options in ({"regularizers": attention_diversification()}, {}):
+        module = built(latency=0.5, **options).train()
+        module(X, C)
+        module.eval()(X, C)
+        assert not ph.auxiliary_losses(module)
 
 
 def test_when_to_write() -> None:

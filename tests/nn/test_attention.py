@@ -294,6 +294,23 @@ def test_auxiliary_losses_are_collected_by_path() -> None:
     assert model.state_dict().keys() == {"1.weight", "1.bias"}
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_subclass_with_losses_says_so_and_records_them(held: bool) -> None:
+    class Norms(MultiHeadAttention):
+        leaves_losses = True
+
+        def _account(self, q: torch.Tensor, real: torch.Tensor | None) -> None:
+            if self.training:
+                self.auxiliary.record("norms", q.square().mean())
+
+    module, x = Norms(Projection(16, 2)), torch.randn(1, 3, 16)
+    call = {"cache": module.new_context_cache(x)} if held else {}
+    module(x, **call)
+    assert list(auxiliary_losses(module)) == ["norms"]
+    module.eval()(x, **call)  # the losses of the call before are forgotten without its doing
+    assert auxiliary_losses(module) == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -58,7 +58,6 @@ class AffineAttention(MultiHeadAttention):
         return _Scaled(super()._queries(x, where), alpha)
 
     def _account(self, q: _Scaled, real: Tensor | None) -> None:  # type: ignore[override]
-        super()._account(q.q, real)
         if self.average is None or not self.training or not q.alpha.numel():
             return
         with torch.no_grad():

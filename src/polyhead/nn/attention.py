@@ -72,6 +72,8 @@ class MultiHeadAttention(AttentionModule):
 
     # whether a subclass that attends in a way of its own still hands `select` to the operator
     takes_select = False
+    # whether a subclass leaves auxiliary losses of its own, in `auxiliary`
+    leaves_losses = False
 
     def __init__(
         self,
@@ -151,6 +153,8 @@ class MultiHeadAttention(AttentionModule):
                     f"regularizers must not read weights in {own.__name__}, which never holds them; got "
                     f"{given(self.regularizers)}"
                 )
+            self.leaves_losses = True
+        if self.leaves_losses:
             self.auxiliary = AuxiliaryLosses()
         if output is None:
             output = OutputProjection(
@@ -254,6 +258,8 @@ class MultiHeadAttention(AttentionModule):
             if position.adds:
                 source = position.add(context, places)
         q, rows = self._project(x, source, where, places, cache)
+        if self.leaves_losses:
+            self.auxiliary.forget()
         self._account(q, padding if context is None else None)
         if cache is None:
             kept = Kept(rows, source.shape[1], padding)
@@ -303,10 +309,8 @@ class MultiHeadAttention(AttentionModule):
     def _account(self, q: Tensor, real: Tensor | None) -> None:
         """Look at the queries of a call, `real` `(B, L)` where they are no padding: for auxiliary losses.
 
-        Those of the call before are forgotten here.
+        Those of the call before are forgotten by now.
         """
-        if self.loses and self.auxiliary.latest:
-            self.auxiliary.latest.clear()
 
     def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
         """What is kept of tokens that stand at `places`, and attended to: one tensor for every stream."""
@@ -334,6 +338,8 @@ class MultiHeadAttention(AttentionModule):
         first, queries = cache.length, x.shape[1]
         where = first if positions is None else positions
         q = self._queries(self.position.add(x, where), where)
+        if self.leaves_losses:
+            self.auxiliary.forget()
         self._account(q, None)
         return self._attend(q, cache.read(queries), mask, first=first, latest=False)
 

@@ -15,9 +15,9 @@ __all__ = ["AuxiliaryLosses", "auxiliary_losses"]
 class AuxiliaryLosses(nn.Module):
     """Where a module leaves the auxiliary losses of its latest forward pass.
 
-    Hold one as a submodule and call `record` in `forward`. A loss that is recorded again under the same
-    name takes the earlier one's place. Losses are not part of the state: copying and pickling leave them
-    behind.
+    Hold one as a submodule; in `forward` call `forget`, then `record`. A loss that is recorded again under
+    the same name takes the earlier one's place. Losses are not part of the state: copying and pickling leave
+    them behind.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,11 @@ class AuxiliaryLosses(nn.Module):
         if loss.ndim:
             raise ShapeError(f"auxiliary loss {name!r} must be a scalar; got shape {tuple(loss.shape)}")
         self.latest[name] = loss
+
+    def forget(self) -> None:
+        """Let go of the losses of the forward pass before."""
+        if self.latest:
+            self.latest.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"latest": {}}

@@ -17,7 +17,6 @@ from polyhead.attend.precision import exact, wide
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError, UnsupportedPattern
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
 from polyhead.nn.inputs import check_inputs, check_real
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
@@ -107,6 +106,8 @@ class MonotonicAttention(MultiHeadAttention):
         policy_bias: b.
     """
 
+    leaves_losses = True
+
     def __init__(
         self,
         *args: Any,
@@ -148,8 +149,6 @@ class MonotonicAttention(MultiHeadAttention):
         self.policy_bias: Any = None
         if number("policy_bias", policy_bias):
             self.policy_bias = nn.Parameter(torch.full((), policy_bias, **kind))
-        if not hasattr(self, "auxiliary"):
-            self.auxiliary = AuxiliaryLosses()
 
     @property
     def streams(self) -> Streams:
@@ -262,7 +261,6 @@ class MonotonicAttention(MultiHeadAttention):
 
     def _lose_time(self, found: Alignment) -> None:
         """Leave the losses of a call: how late it is, and how unsure."""
-        self.auxiliary.latest.clear()
         if self.latency:
             self.auxiliary.record("latency", self.latency * found.lagging.mean())
         if self.variance:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
 from polyhead.nn.projections import OutputProjection, Projection
 from polyhead.nn.routing import RouterLinear
@@ -109,21 +108,19 @@ class GatedHeads(MultiHeadAttention):
     """
 
     takes_select = True
+    leaves_losses = True
 
     def __init__(
         self, projection: Projection, output: OutputProjection | None = None, *, gate: Gate, **parts: Any
     ) -> None:
         super().__init__(projection, output, **parts)
         self.gate = gate
-        self.auxiliary = AuxiliaryLosses()
 
     def _queries(self, x: Tensor, where: int | Tensor) -> _Gated:  # type: ignore[override]
         q = super()._queries(x, where)
         return _Gated(q, self.gate.scores(x), q.shape)
 
     def _account(self, q: _Gated, real: Tensor | None) -> None:  # type: ignore[override]
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
         if self.training:
             for name, loss in self.gate.losses(q.scores, real).items():
                 self.auxiliary.record(name, loss)

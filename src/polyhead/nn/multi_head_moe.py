@@ -61,8 +61,7 @@ class MultiHeadExperts(TokenwiseModule):
     def of_tokens(self, x: Tensor, real: Tensor | None) -> Tensor:
         parts = self._split(x)  # B L·h w
         choice = self.router(parts)
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
+        self.auxiliary.forget()
         if self.training:
             counted = None if real is None else real.repeat_interleave(self.heads, dim=1)
             for name, loss in self.router.losses(choice, counted).items():

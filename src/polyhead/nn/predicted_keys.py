@@ -14,7 +14,6 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.selectors import Grid, LowRankScores, keep_at_least, select
 from polyhead.checks import given, number
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
 from polyhead.nn.inputs import check_inputs, check_real
 from polyhead.nn.kv_cache import Kept
@@ -47,6 +46,7 @@ class PredictedKeysAttention(WholeSequenceAttention):
 
     called = "sparsifiner"
     needs_all = "which keys a query reads is predicted from all of them"
+    leaves_losses = True
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class PredictedKeysAttention(WholeSequenceAttention):
         self.tokens_out = nn.Parameter(torch.empty(length, rank, **kind))
         for table in (self.tokens_in, self.tokens_out):
             nn.init.trunc_normal_(table, std=0.02)
-        self.auxiliary = AuxiliaryLosses()
 
     @property
     def predictor(self) -> LowRankScores:
@@ -122,10 +121,6 @@ class PredictedKeysAttention(WholeSequenceAttention):
             self._teacher = None
 
     _teacher: Tensor | None = None
-
-    def _account(self, q: Tensor, real: Tensor | None) -> None:
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
 
     def _attend(self, q: Tensor, kept: Kept, mask: Mask | None, **call: Any) -> Tensor:
         if self.training and self.weight and q.shape[2]:

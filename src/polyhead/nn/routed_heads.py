@@ -14,7 +14,6 @@ from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.chosen_options import attend_one, of_first, of_lanes
 from polyhead.nn.chosen_rows import ChosenRows, Group
 from polyhead.nn.cost import Cost
@@ -60,6 +59,8 @@ class RoutedHeads(MultiHeadAttention):
         parts: those of `MultiHeadAttention`. A score map across heads is refused, and so is a weight map.
     """
 
+    leaves_losses = True
+
     def __init__(self, projection: Projection, output: RoutedOutput, *, router: Router, **parts: Any) -> None:
         super().__init__(projection, output, **parts)
         if projection.heads % projection.kv_heads or projection.query_heads != projection.heads:
@@ -78,7 +79,6 @@ class RoutedHeads(MultiHeadAttention):
                 f"{given(self.weight_map.spec)}"
             )
         self.router = router
-        self.auxiliary = AuxiliaryLosses()
 
     def choice(self, x: Tensor) -> Choice:
         """The gates `(B, L, H)` of inputs `(B, L, d)` from position 0 on, and which heads are active."""
@@ -90,8 +90,6 @@ class RoutedHeads(MultiHeadAttention):
         return _Chosen(x, where, self.router(x, queries), queries, shape)
 
     def _account(self, q: _Chosen, real: Tensor | None) -> None:  # type: ignore[override]
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
         if self.training:
             for name, loss in self.router.losses(q.choice, real).items():
                 self.auxiliary.record(name, loss)

@@ -13,7 +13,6 @@ from polyhead.attend.masks import documents
 from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError, ShapeError
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
 from polyhead.nn.inputs import check_positions
 from polyhead.nn.left_to_python import LeftToPython
@@ -42,6 +41,7 @@ class SelectAndPackAttention(WholeSequenceAttention):
 
     called = "select_and_pack"
     needs_all = "tokens are packed without regard to where they stood"
+    leaves_losses = True
 
     def __init__(
         self,
@@ -77,7 +77,6 @@ class SelectAndPackAttention(WholeSequenceAttention):
         nn.init.constant_(self.gate.bias, 4.0)  # everything is selected at first
         self.threshold, self.container, self.grid, self.shift = threshold, container, grid, shift
         self.keep, self.weight = keep, weight
-        self.auxiliary = AuxiliaryLosses()
 
     def scores(self, x: Tensor, earlier: Tensor | None = None) -> Tensor:
         """The scores `(B, L)` of inputs `(B, L, d)`, in float32 or better: no less than `earlier` ones."""
@@ -144,7 +143,6 @@ class SelectAndPackAttention(WholeSequenceAttention):
         return places.roll((-self.shift if grid[0] > 1 else 0, -self.shift), (0, 1)).reshape(-1)
 
     def _teach(self, scores: Tensor, padding: Tensor | None, labels: Tensor | None) -> None:
-        self.auxiliary.latest.clear()
         if not self.training or (labels is None and self.keep is None):
             return
         real = torch.ones_like(scores) if padding is None else padding.to(scores.dtype)

@@ -16,7 +16,6 @@ from polyhead.attend.precision import wide
 from polyhead.attend.scores import GatheredScore
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.chosen_rows import ChosenRows, Group
 from polyhead.nn.cost import Cost
 from polyhead.nn.kv_cache import FlagBits, Kept, row_bytes
@@ -68,6 +67,7 @@ class SelectedHeads(SelfOnlyAttention):
     called = "selective_mha_uoe"
     within = "attends among the tokens that chose a slice"
     instead = "moh"
+    leaves_losses = True
 
     def __init__(
         self, projection: Projection, output: RoutedOutput, *, router: SliceRouter, **parts: Any
@@ -83,7 +83,6 @@ class SelectedHeads(SelfOnlyAttention):
                 f"weight_map must be None where heads see different tokens; got {given(self.weight_map.spec)}"
             )
         self.router = router
-        self.auxiliary = AuxiliaryLosses()
 
     @property
     def streams(self) -> Streams:
@@ -132,8 +131,6 @@ class SelectedHeads(SelfOnlyAttention):
         return _Selected(q, choice), (keys, values, flags)
 
     def _account(self, q: _Selected, real: Tensor | None) -> None:  # type: ignore[override]
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
         if self.training:
             for name, loss in self.router.losses(q.choice, real).items():
                 self.auxiliary.record(name, loss)

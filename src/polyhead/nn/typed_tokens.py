@@ -15,7 +15,6 @@ from polyhead.attend.normalizers import Softmax
 from polyhead.attend.precision import wide
 from polyhead.checks import given
 from polyhead.errors import ConfigError
-from polyhead.nn.auxiliary import AuxiliaryLosses
 from polyhead.nn.cost import Cost
 from polyhead.nn.forgetful import Forgetful
 from polyhead.nn.kv_cache import ForgettingKept, Kept
@@ -46,6 +45,7 @@ class TypedTokens(Forgetful, OneSequenceAttention):
     needs_all = (
         "tokens say themselves how long they are read; new_cache(forget=True) holds no longer than that"
     )
+    leaves_losses = True
 
     def __init__(self, *parts: Any, window: int, price: float, **options: Any) -> None:
         super().__init__(*parts, **options)
@@ -63,7 +63,6 @@ class TypedTokens(Forgetful, OneSequenceAttention):
         self.roles = RouterLinear(
             self.projection.dim, 3 * self.kv_heads, bias=False, device=weight.device, dtype=weight.dtype
         )
-        self.auxiliary = AuxiliaryLosses()
 
     @property
     def streams(self) -> Streams:
@@ -82,10 +81,6 @@ class TypedTokens(Forgetful, OneSequenceAttention):
     def _rows(self, source: Tensor, places: int | Tensor) -> tuple[Tensor, ...]:
         k, v = super()._rows(source, places)
         return k, v, self.roles_of(source).to(k.dtype)
-
-    def _account(self, q: Tensor, real: Tensor | None) -> None:
-        if self.auxiliary.latest:
-            self.auxiliary.latest.clear()
 
     def _options(
         self, queries: int, kept: Kept, mask: Mask | None, *, first: int, latest: bool
