@@ -76,10 +76,11 @@ class Case:
         function = ph.reference(self.twin_name or self.entry.name)
         config = module.config
         wanted = inspect.signature(function).parameters
-        options = {f.name for f in dataclasses.fields(config)} & wanted.keys() - {"mask", "padding"}
-        fields = {name: getattr(config, name) for name in options}
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        given |= {"context": context, "mask": mask, "padding": padding}
         state = module.state_dict() if state is None else state
-        return function(x, context, parameters=state, mask=mask, padding=padding, **fields)
+        own = {name: value for name, value in given.items() if name in wanted}
+        return function(x, parameters=state, **own)
 
     def patterns(self, *, causal: bool | None = None, cross: bool | None = None) -> list[str]:
         return [

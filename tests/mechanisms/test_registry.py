@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 import torch
 
@@ -82,3 +85,13 @@ def test_every_mechanism_has_its_twin() -> None:
     from polyhead.reference import references
 
     assert {entry.name for entry in ph.catalog()} <= set(references())
+
+
+@pytest.mark.parametrize("name", ["context", "mask", "padding"])
+def test_a_twin_takes_no_argument_that_it_does_not_read(name: str) -> None:
+    for entry in ph.catalog():
+        (function,) = ast.parse(inspect.getsource(ph.reference(entry.name))).body
+        assert isinstance(function, ast.FunctionDef)
+        taken = {arg.arg for arg in (*function.args.args, *function.args.kwonlyargs)}
+        read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        assert name not in taken or name in read, entry.name

@@ -43,25 +43,21 @@ def unit(x: Tensor, p: Mapping[str, Tensor], owner: str, activation: str) -> Ten
 @twin("activator_glu")
 def activator_glu(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     activation: str = "geglu",
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """W₃ (LN(act(W₁ x)) ⊙ LN(W₂ x)); a mask has no effect."""
+    """W₃ (LN(act(W₁ x)) ⊙ LN(W₂ x))."""
     return unit(real(x, padding), parameters, "", activation)
 
 
 @twin("activator_glu_block")
 def activator_glu_block(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     activation: str = "geglu",
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """x ← x + unit(LN x);   x ← x + W₅ gelu(W₄ LN' x), where there are W₄ and W₅; LN' may be LN."""

@@ -17,7 +17,6 @@ __all__ = ["bi_level_routing"]
 @twin("bi_level_routing")
 def bi_level_routing(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -27,7 +26,6 @@ def bi_level_routing(
     top_k: int,
     kernel: int,
     scale_by: str,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """head_i = attend(q_i, tokens of the top_k regions with most q̄·k̄ for i's region) + the convolution of V.
@@ -36,7 +34,6 @@ def bi_level_routing(
 
     Args:
         x: `(B, L, d)`.
-        context, mask: None.
         parameters: the module's state; `local.weight` `(H·D, 1, K or 1, K)`, `local.bias` `(H·D,)`.
         heads, kv_heads: H and G, g = h // (H / G).
         grid: height and width; None: one row of L.

@@ -105,7 +105,6 @@ def _combined(
 @twin("combiner")
 def combiner(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -123,7 +122,6 @@ def combiner(
 @twin("combiner_logsparse")
 def combiner_logsparse(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -140,7 +138,6 @@ def combiner_logsparse(
 @twin("combiner_axial")
 def combiner_axial(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,

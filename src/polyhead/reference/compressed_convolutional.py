@@ -17,7 +17,6 @@ __all__ = ["compressed_convolutional"]
 @twin("compressed_convolutional")
 def compressed_convolutional(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -30,7 +29,6 @@ def compressed_convolutional(
 
     Args:
         x: `(B, L, d)`.
-        context: none is taken.
         parameters: the module's state; all in `projection.` but the output.
         heads, kv_heads: H and G, g = h // (H / G).
         qk_mean: whether m, the means of queries and keys before the convolutions, is added.

@@ -26,7 +26,6 @@ def core_token(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, pool: str) -> tupl
 @twin("core_context_attention")
 def core_context_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -35,19 +34,16 @@ def core_context_attention(
     window: int,
     pool: str,
     log_size: bool,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """o_t = softmax over the core tokens of groups i < G(t) and the tokens G(t)·g..t, row by row.
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G', g' = h // (H / G').
         group, window: g and w.
         pool, log_size: as the configuration has them.
-        mask: that of `causal()`, which is meant in any case.
         padding: bool `(B, L)`, True at real tokens.
     """
     x = real(x, padding)

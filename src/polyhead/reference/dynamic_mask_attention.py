@@ -18,7 +18,6 @@ __all__ = ["dynamic_mask_attention"]
 @twin("dynamic_mask_attention")
 def dynamic_mask_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -32,7 +31,6 @@ def dynamic_mask_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         keep: keys that a query reads; of equal ones the later.

@@ -15,7 +15,6 @@ __all__ = ["fixed_sequence"]
 @twin("fixed_sequence", "random_embeddings")
 def fixed_sequence(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -27,7 +26,6 @@ def fixed_sequence(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state, e in it.
         heads, kv_heads: H and G.
         mask, padding: bool; see `reference`.

@@ -16,25 +16,20 @@ __all__ = ["gaussian_adaptive"]
 @twin("gaussian_adaptive")
 def gaussian_adaptive(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
     gaussians: int,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """y = x ⊙ m / sum(m), m = product over g of exp(-z_g² / 2c_g²), z_g = (x - mean - δ_g) / √(var + 1e-8).
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state; δ is `offset`, c² is `spread`² + 1e-4.
         heads, gaussians: H, the last of which has the features that remain, and G.
-        mask: without effect.
         padding: bool; see `reference`.
     """
-    assert context is None
     x = real(x, padding)
     width, made = x.shape[-1] // heads, []
     for h in range(heads):

@@ -17,7 +17,6 @@ __all__ = ["halo_attention"]
 @twin("halo_attention")
 def halo_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -32,7 +31,6 @@ def halo_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state; `offsets.a` is r_a, `(2(b + h) - 1, D)`, for each axis a.
         heads, kv_heads: H and G, g = h // (H / G).
         grid: height and width; None: a sequence.

@@ -70,7 +70,6 @@ def windows(tokens: list[int], branch: int, levels: int | None) -> Any:
 @twin("hierarchical_self_attention")
 def hierarchical_self_attention(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,

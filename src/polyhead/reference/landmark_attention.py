@@ -43,25 +43,21 @@ def landmark_weights(q: Tensor, k: Tensor, block_size: int, top_k: int | None, r
 @twin("landmark_attention")
 def landmark_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
     kv_heads: int,
     block_size: int,
     top_k: int | None,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """o_i = Σ_j w_ij v_j with the weights of `landmark_weights`, token by token.
 
     Args:
         x: `(B, L, d)`; token j is a landmark where j + 1 is a multiple of `block_size`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         block_size, top_k: b, and the past blocks that are read.
-        mask: that of `causal()`, which is meant in any case.
         padding: bool `(B, L)`, True at real tokens.
     """
     x = real(x, padding)

@@ -18,7 +18,6 @@ __all__ = ["moba"]
 @twin("moba")
 def moba(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -34,7 +33,6 @@ def moba(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         block_size: C.

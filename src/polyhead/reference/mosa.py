@@ -17,7 +17,6 @@ __all__ = ["mosa"]
 @twin("mosa")
 def mosa(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -32,7 +31,6 @@ def mosa(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, dense_heads: H and how many of them, the first, read all.
         sparsity: ρ; a head chooses max(2, ⌊T / ρ⌋) tokens, of equal ones the earlier.

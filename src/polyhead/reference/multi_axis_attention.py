@@ -18,7 +18,6 @@ __all__ = ["multi_axis_attention"]
 @twin("multi_axis_attention")
 def multi_axis_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -34,7 +33,6 @@ def multi_axis_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state; `score.tensor0` holds head after head (2P-1)² or (2G-1)² numbers.
         heads, kv_heads: H and G, g = h // (H / G).
         grid: height and width; None: a sequence, whose lattices have every P-th token.

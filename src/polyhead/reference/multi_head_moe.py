@@ -18,7 +18,6 @@ __all__ = ["multi_head_moe"]
 @twin("multi_head_moe")
 def multi_head_moe(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -26,14 +25,12 @@ def multi_head_moe(
     top_k: int,
     renormalise: str | None,
     inner_residual: bool,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """o^s = Σ_j g_j f_j(x^s) with every expert computed, g zero but for k of them; y = merged + shared.
 
     Args:
         x, padding: as in `grouped_query`.
-        context, mask: have no effect.
         parameters: `head.*`, `merge.*` and `shared.*` may be missing; with `experts.gate` an expert is gated.
         heads, experts, top_k, renormalise, inner_residual: h, N, k, and the options.
     """

@@ -17,7 +17,6 @@ __all__ = ["multi_window_attention"]
 @twin("multi_window_attention")
 def multi_window_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -30,7 +29,6 @@ def multi_window_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state; `score.tensor0` holds r_h head after head.
         heads, kv_heads: H and G, g = h // (H / G).
         windows: w_h; 0: everything, without a bias.

@@ -18,7 +18,6 @@ __all__ = ["neighborhood_attention"]
 @twin("neighborhood_attention")
 def neighborhood_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -35,7 +34,6 @@ def neighborhood_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G.
         grid: lengths of the axes; None: a line of L tokens.

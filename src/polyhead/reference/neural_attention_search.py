@@ -17,7 +17,6 @@ __all__ = ["neural_attention_search"]
 @twin("neural_attention_search")
 def neural_attention_search(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -30,7 +29,6 @@ def neural_attention_search(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         window: W.

@@ -17,7 +17,6 @@ __all__ = ["nexus_higher_order"]
 @twin("nexus_higher_order")
 def nexus_higher_order(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -30,7 +29,6 @@ def nexus_higher_order(
 
     Args:
         x: `(B, L, d)`.
-        context: None; there is no cross-attention.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         order: m.

@@ -43,7 +43,8 @@ def reference(name: str) -> Callable[..., Any]:
 
     A mechanism's twin is called as `twin(x, context=None, *, parameters, heads, ..., mask, padding)`: the
     module's `state_dict()`, the fields of its configuration that it needs, `mask` a bool tensor that
-    broadcasts to `(B, H, L, S)`, `padding` bool `(B, S)`.
+    broadcasts to `(B, H, L, S)`, `padding` bool `(B, S)`. Its signature has what it reads: `context` is not
+    there where tokens attend among themselves alone, nor `mask` where none is taken or changes anything.
 
     Raises:
         UnknownName: there is none; the message names the nearest.

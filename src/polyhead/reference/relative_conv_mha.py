@@ -18,7 +18,6 @@ __all__ = ["relative_conv_mha"]
 @twin("relative_conv_mha")
 def relative_conv_mha(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -32,13 +31,11 @@ def relative_conv_mha(
 
     Args:
         x: `(B, L, d)`.
-        context: None; the tokens attend to themselves.
         parameters: the module's state; u, w and W_R are `content_bias`, `position_bias`, `relative`.
         heads, kv_heads: H and G, g = h // (H / G).
         kernel, relative_dim: K and E.
         mask, padding: bool; see `reference`.
     """
-    assert context is None
     x, p = real(x, padding), {name: value.double() for name, value in parameters.items()}
 
     def convolved(name: str, h: int, count: int) -> Tensor:

@@ -17,7 +17,6 @@ __all__ = ["s2_attention"]
 @twin("s2_attention")
 def s2_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -34,7 +33,6 @@ def s2_attention(
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         block_size, local_blocks, stride, offset: C, l, s and o; step = max(1, s // G).

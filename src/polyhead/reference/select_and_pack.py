@@ -18,7 +18,6 @@ __all__ = ["select_and_pack"]
 @twin("select_and_pack")
 def select_and_pack(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -27,7 +26,6 @@ def select_and_pack(
     container: int | None,
     grid: tuple[int, int] | None,
     shift: int,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """y_i = attention of σ(s_i) x_i over the selected tokens of its sequence in its row; 0 if not selected.
@@ -36,7 +34,6 @@ def select_and_pack(
 
     Args:
         x: `(B, L, d)`.
-        context, mask: None.
         parameters: the module's state; `gate.weight` `(1, d)`, `gate.bias` `(1,)`.
         heads, kv_heads: H and G, g = h // (H / G).
         threshold: tokens with s above it are selected.

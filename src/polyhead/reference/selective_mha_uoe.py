@@ -17,7 +17,6 @@ __all__ = ["selective_mha_uoe"]
 @twin("selective_mha_uoe")
 def selective_mha_uoe(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,

@@ -18,7 +18,6 @@ __all__ = ["sparsifiner"]
 @twin("sparsifiner")
 def sparsifiner(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -28,14 +27,12 @@ def sparsifiner(
     coefficients: int,
     least: float,
     scale_by: str,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """head_i = attend(q_i, the ⌈keep · L⌉ keys with the largest Σ_m c_im |B_jm|), L counting real tokens.
 
     Args:
         x: `(B, L, d)`.
-        context, mask: None.
         parameters: the module's state; `reduce_query.weight` and `reduce_key.weight` `(c, D)`, their biases
             `(c,)`, `tokens_in` and `tokens_out` `(N, n)`.
         heads, kv_heads: H and G, g = h // (H / G).

@@ -17,7 +17,6 @@ __all__ = ["superlinear_attention"]
 @twin("superlinear_attention")
 def superlinear_attention(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -28,18 +27,15 @@ def superlinear_attention(
     forward: float,
     search_power: float,
     span_power: float,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """o_t = Σ_c g_c attend(q_t, the span of anchor c and the window), token by token.
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state; `projection.search` makes what the anchors are scored by.
         heads, kv_heads: H and G, g = h // (H / G).
         window_index, top_k, backward, forward, search_power, span_power: s, k, b, f, p and σ.
-        mask: that of `causal()`, which is meant in any case.
         padding: bool `(B, L)`, True at real tokens.
     """
     x = real(x, padding)

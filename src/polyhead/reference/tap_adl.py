@@ -17,7 +17,6 @@ __all__ = ["attention_diversification", "tap_adl"]
 @twin("tap_adl")
 def tap_adl(
     x: Tensor,
-    context: Tensor | None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,

@@ -16,19 +16,15 @@ __all__ = ["token_mlp"]
 @twin("token_mlp")
 def token_mlp(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """y_t = W_down (silu(W_gate x_t) ⊙ W_up x_t), token by token.
 
     Args:
         x: `(B, L, d)`.
-        context: None.
         parameters: the module's state.
-        mask: without effect.
         padding: bool; see `reference`.
     """
 

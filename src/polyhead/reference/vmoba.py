@@ -43,7 +43,6 @@ def chosen_pairs(scores: dict[Pair, float], own: set[Pair], share: float) -> set
 @twin("vmoba")
 def vmoba(
     x: Tensor,
-    context: None = None,
     *,
     parameters: Mapping[str, Tensor],
     heads: int,
@@ -52,7 +51,6 @@ def vmoba(
     block: int | tuple[int, ...],
     share: float,
     over: str,
-    mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
     """head_t = attend(q_t, the tokens of its own block and of those that it was left).
@@ -62,7 +60,6 @@ def vmoba(
 
     Args:
         x: `(B, L, d)`.
-        context, mask: None.
         parameters: the module's state.
         heads, kv_heads: H and G, g = h // (H / G).
         grid, block: lengths of the axes and of a block; a number for all axes, no grid for one of L tokens.
