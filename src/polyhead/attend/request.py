@@ -79,9 +79,8 @@ def request_of(
     if mask is not None:
         batch, heads, queries, _ = q.shape
         mask.check(batch=batch, heads=heads, queries=queries, keys=k.shape[2], offset=k.shape[2] - queries)
-    if not q.shape[
-        -1
-    ]:  # all logits are 0, as with one feature that is 0, which whatever runs the call can take
+    if not q.shape[-1]:
+        # all logits are 0, as with one feature that is 0, which whatever runs the call can take
         q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
