@@ -148,6 +148,17 @@ def test_refusals() -> None:
         built(mode="concat").source_shares(X)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_padding_for_every_view_of_one_sequence(mode: str) -> None:
+    module = built(mode=mode)
+    real = torch.arange(6) < torch.tensor([[6], [4]])
+    x = X.masked_fill(~real[..., None], torch.nan)
+    out = module(x, padding=(real, real))
+    close(out, module(X, padding=real))
+    out[real].sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("mode", ["flat", "concat"])
 def test_every_mode_keeps_the_contract(mode: str) -> None:
     assert broken_rules("multi_source_attention", mode=mode, sources=3, kv_heads=2) == {}

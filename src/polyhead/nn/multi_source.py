@@ -246,9 +246,9 @@ class MultiSourceAttention(AttentionModule):
         found = self._found(x, context, **call)
         if self.training and self.sources[0].loses and isinstance(self.combine, Flat):
             self._lose(self.combine.shares(x, found))
-        padding = call.get("padding")
-        if context is None and isinstance(padding, Tensor):
-            x = x.masked_fill(~padding[..., None], 0.0)
+        paddings = self._each("padding", call.get("padding"))
+        if context is None and all(real is not None for real in paddings):
+            x = x.masked_fill(~torch.stack(paddings).any(0)[..., None], 0.0)
         return self.combine(x, found)
 
     def _lose(self, shares: Tensor) -> None:
