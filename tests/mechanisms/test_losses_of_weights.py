@@ -155,6 +155,24 @@ def test_flat_sources_are_one_row_of_weights() -> None:
     assert [one[0].shape[-1] for one in SEEN] == [7, 5]
 
 
+def test_losses_of_weights_leave_a_sentinel_out() -> None:
+    sources = X, torch.randn(2, 5, 32, **F64)
+    module = built("multi_source_attention", mode="flat", sentinel=True)
+    weights = shown(module, X, sources)
+    assert weights.shape == (2, 4, 7, 12)
+    shares = module.source_shares(X, sources)
+    torch.testing.assert_close(weights.sum(-1), 1 - shares[..., 2])
+    own = built("multi_source_attention", mode="hierarchical", sentinel=True)
+    own(X, sources)
+    assert [one[0].shape[-1] for one in SEEN] == [7, 5]
+    part = ph.nn.attention_diversification(0.5)
+    trained = built("multi_source_attention", mode="flat", sentinel=True, regularizers=part)
+    trained(X, sources)
+    (loss,) = ph.auxiliary_losses(trained).values()
+    loss.backward()
+    assert trained.sentinel.gate.weight.grad.abs().max() > 0  # who looks at itself pays nothing
+
+
 def test_weights_of_a_mix_of_experts_keep_the_losses_of_the_router() -> None:
     module = built("soft_mixture_of_attention", z=0.1)
     module(X)

@@ -36,14 +36,18 @@ class _Variant(Case):
         return super().build(**dict(self.options) | options)
 
 
-def broken_rules(name: str, *, compiled: bool = False, without: str = "", **options: Any) -> dict[str, str]:
+def broken_rules(
+    name: str, *, compiled: bool = False, every: bool = False, without: str = "", **options: Any
+) -> dict[str, str]:
     """The checks that the mechanism fails with these options, with why.
 
     Args:
         compiled: check `torch.compile` as well.
+        every: make all checks of the suite, `torch.compile` among them.
         without: names of checks that do not fit the options.
     """
-    checks = [check for check in _CHECKS if check.__name__ not in without.split()]
-    if compiled:
+    known = contract.CHECKS if every else _CHECKS
+    checks = [check for check in known if check.__name__ not in without.split()]
+    if compiled and not every:
         checks.append(contract.compiles)
     return failing(_Variant(ph.entry(name), options=tuple(options.items())), checks)

@@ -5,22 +5,41 @@
     flat:          one softmax over the tokens of all sources, W_Q^k = W_Q:  y = (Σ_k P(k) c^k) W_O
     concat:        y = [c^1; ...; c^K] W_c
 
+With `sentinel` a token may also look at itself, behind a gate, s = σ(x W_ψ) ⊗ x:
+
+    hierarchical:  one more context, c̃^{K+1} = s W_O^{K+1}
+    flat:          one more key s W_K^{K+1} and value s W_V^{K+1}, which this query alone sees
+
 h^k: (B, S_k, ·). Each source has projections of its own. In the flat one P(k), the weight of a source as a
 whole, is the softmax of the log-sum-exps of the sources' logits: so every source is attended to by itself, by
-whatever backend is fastest, and nothing is copied side by side. `source_shares` gives β or P.
+whatever backend is fastest, and nothing is copied side by side: the sentinel's logit is one more of these
+log-sum-exps. `source_shares` gives β or P, (B, H, L, K), or K + 1 with the sentinel's share as the last.
 
 `context` is a tuple of K tensors with `padding` a tuple too, or one tensor that all sources read, or nothing:
 then all read x. A source of which a token sees nothing has no part in it: P(k) = 0, and β is the softmax of
 the others. With one source, flat is multi-head attention.
 
+No mask and no padding hides the sentinel: a token that sees nothing of any source gets it alone, where
+without one it gets zeros.
+
 Cost: K times the keys, values and their cache; flat 2·d² + 2·K·d² parameters with G = H, concat (4·K)·d²,
-hierarchical 4·(K + 1)·d². Flat makes the queries anew for every source.
+hierarchical 4·(K + 1)·d². A sentinel takes 3·d² more in flat, 2·d² in hierarchical, and nothing in a cache:
+it is made of the tokens of the call. Flat makes the queries anew for every source, and for the sentinel.
 
 Paper 140: Attention Strategies for Multi-Source Sequence-to-Sequence Learning, arXiv 1704.06567. It is for
 recurrent decoders with additive scores; here scores are those of multi-head attention. Attending in parallel
-and adding up is concat, its matrix in blocks; one source after the other is a stack of layers. Its sentinel
-is left out. That a source without visible tokens drops out of β is our reading. Losses of weights, such as
-`attention_diversification`, are of every source by itself, in flat of all tokens together.
+and adding up is concat, its matrix in blocks; one source after the other is a stack of layers. That a source
+without visible tokens drops out of β is our reading. Losses of weights, such as `attention_diversification`,
+are of every source by itself, in flat of all tokens together.
+
+Readings of ours about the sentinel. The paper's gate reads the decoder's previous state and its input word,
+σ(W_ψ [s_{t-1}; y_t]), and its sentinel is the gated state: a transformer has but the token, so x stands for
+all of them. In flat the sentinel stands nowhere, since where a query stands differs from source to source:
+its logit is q·k / √D with q = x W_Q, without the position encoding and without maps of scores. Concat refuses
+it: no weights are there of which a sentinel could have one. Dropout of weights, and what acts on the outputs
+of heads, such as `drop_head`, act on it in flat, as on the tokens of a source; in hierarchical on the sources
+alone. Losses of weights leave its weight out, since no two tokens look at the same sentinel: in flat the rows
+that they read sum to the sources' share.
 """
 
 from __future__ import annotations
@@ -28,7 +47,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.attend.normalizers import softmax
-from polyhead.checks import given, several
+from polyhead.checks import flag, given, several
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.mechanisms.config import AttentionConfig, key_value_heads
 from polyhead.mechanisms.facets import Facets
@@ -43,7 +62,8 @@ from polyhead.nn.multi_source import (
     SourceHeads,
     SourceOutput,
 )
-from polyhead.nn.projections import OutputProjection, Projection, at_least_one
+from polyhead.nn.projections import FanInLinear, OutputProjection, Projection, at_least_one
+from polyhead.nn.sentinel import SentinelContext, SentinelKey
 
 __all__ = ["MultiSource"]
 
@@ -87,12 +107,14 @@ class MultiSource(AttentionConfig):
         mode: "hierarchical", "flat" or "concat".
         kv_heads: key/value heads G of every source, a divisor of `heads`; default `heads`.
         context_dims: width of every source; default `context_dim` for all.
+        sentinel: whether a token may look at itself, behind a gate, beside all sources; not in "concat".
     """
 
     sources: int = 2
     mode: str = "hierarchical"
     kv_heads: int | None = None
     context_dims: tuple[int, ...] | None = None
+    sentinel: bool = False
 
     def __post_init__(self) -> None:
         at_least_one("MultiSource", dim=self.dim, heads=self.heads, sources=self.sources)
@@ -102,6 +124,12 @@ class MultiSource(AttentionConfig):
             raise ConfigError(
                 "flat takes one softmax over all sources: leave normalizer and weight_map as they are, or "
                 'take mode="hierarchical"'
+            )
+        flag("sentinel", self.sentinel)
+        if self.sentinel and self.mode == "concat":
+            raise ConfigError(
+                "concat weighs no source against another, so that there is no weight for a sentinel: leave "
+                'sentinel=False, or take mode="hierarchical" or "flat"'
             )
         dims = self.context_dims
         if dims is not None and (not several(dims) or len(dims) != self.sources):
@@ -134,24 +162,38 @@ class MultiSource(AttentionConfig):
             )
 
         sources = [source(width) for width in dims]
-        made = sources[0].projection
+        first = sources[0]
+        made = first.projection
 
         def joined() -> OutputProjection:
             return OutputProjection(self.dim, made.heads, made.value_dim, bias=self.bias, **kind)
 
-        if self.mode == "flat":
-            for other in sources[1:]:
-                other.projection.query, other.projection.query_norm = made.query, made.query_norm
-            return MultiSourceAttention(sources, Flat(joined()))
+        def of_tokens(kv_heads: int | None) -> Projection:
+            return Projection(
+                self.dim,
+                self.heads,
+                kv_heads=kv_heads,
+                head_dim=self.head_dim,
+                value_dim=self.value_dim,
+                bias=self.bias,
+                qk_norm=self.qk_norm,
+                **kind,
+            )
+
+        def square() -> FanInLinear:
+            return FanInLinear(self.dim, self.dim, bias=self.bias, **kind)
+
         if self.mode == "concat":
             return MultiSourceAttention(sources, Concatenated([joined() for _ in sources]))
-        second = Projection(
-            self.dim,
-            self.heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            **kind,
-        )
-        return MultiSourceAttention(sources, Hierarchical(second, joined()))
+        if self.mode == "hierarchical":
+            second = Hierarchical(of_tokens(self.heads), joined())
+            context = SentinelContext(square(), square()) if self.sentinel else None
+            return MultiSourceAttention(sources, second, context)
+        key, others = None, [other.projection for other in sources[1:]]
+        if self.sentinel:
+            own = of_tokens(self.kv_heads)
+            key = SentinelKey(square(), own, dropout=first.dropout, regularizers=first.regularizers)
+            others.append(own)
+        for other in others:
+            other.query, other.query_norm = made.query, made.query_norm
+        return MultiSourceAttention(sources, Flat(joined()), key)

@@ -1,4 +1,7 @@
-"""Attention to several sources, whose contexts are put together in one of three ways."""
+"""Attention to several sources, whose contexts are put together in one of three ways.
+
+A sentinel is one more of what is found: a context of its own, or heads and the log-sum-exp of one logit.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from polyhead.nn.cost import CallShape, Cost
 from polyhead.nn.kv_cache import ContextCache, Kept, KeyValueCache
 from polyhead.nn.kv_cache.base import Streams
 from polyhead.nn.projections import OutputProjection, Projection
+from polyhead.nn.sentinel import Sentinel, SentinelContext, SentinelKey
 from polyhead.nn.stack import StackCache
 
 __all__ = ["Concatenated", "Flat", "Hierarchical", "MultiSourceAttention", "SourceAttention", "SourceHeads"]
@@ -96,14 +100,19 @@ class Flat(nn.Module):
 
     Args:
         output: brings the heads back.
+
+    Attributes:
+        takes: the kind of sentinel that may be among them; None: it has no place there.
     """
+
+    takes = SentinelKey
 
     def __init__(self, output: OutputProjection) -> None:
         super().__init__()
         self.output = output
 
     def shares(self, x: Tensor, found: Sequence[Sourced]) -> Tensor:
-        """P, `(B, H, L, K)`: the weight of all tokens of a source; zeros where no source shows any."""
+        """P, `(B, H, L, K)`: the weight of all tokens of a source; zeros where none shows any."""
         lse = torch.stack([one[1] for one in found if one[1] is not None], dim=-1)
         top = lse.detach().amax(-1, keepdim=True)
         powers = (lse - top.masked_fill(top == -torch.inf, 0.0)).exp()
@@ -122,6 +131,8 @@ class Flat(nn.Module):
 
 class Concatenated(nn.Module):
     """The contexts side by side, mapped back by one matrix: Σ_k concat_h(head^k_h) W_k."""
+
+    takes = None
 
     def __init__(self, outputs: Sequence[OutputProjection]) -> None:
         super().__init__()
@@ -142,6 +153,8 @@ class Hierarchical(nn.Module):
         projection: of its queries, keys and values.
         output: brings its heads back.
     """
+
+    takes = SentinelContext
 
     def __init__(self, projection: Projection, output: OutputProjection) -> None:
         super().__init__()
@@ -191,16 +204,27 @@ class MultiSourceAttention(AttentionModule):
     Args:
         sources: a `SourceAttention` for every source.
         combine: `Flat`, `Hierarchical` or `Concatenated`.
+        sentinel: what a token always sees besides, of the kind that `combine` takes: a `SentinelKey` for
+            `Flat`, a `SentinelContext` for `Hierarchical`. Default none.
     """
 
     def __init__(
-        self, sources: Sequence[SourceAttention], combine: Flat | Hierarchical | Concatenated
+        self,
+        sources: Sequence[SourceAttention],
+        combine: Flat | Hierarchical | Concatenated,
+        sentinel: Sentinel | None = None,
     ) -> None:
         super().__init__()
         if not sources:
             raise ConfigError("sources must have at least one module; got none")
+        if sentinel is not None and (combine.takes is None or not isinstance(sentinel, combine.takes)):
+            wanted = "None" if combine.takes is None else f"a {combine.takes.__name__}, or None,"
+            raise ConfigError(
+                f"sentinel must be {wanted} for {type(combine).__name__}; got {given(sentinel)}"
+            )
         self.sources: Any = nn.ModuleList(sources)
         self.combine = combine
+        self.sentinel = sentinel
         for source in sources:
             source.always = isinstance(combine, Flat)
 
@@ -227,7 +251,8 @@ class MultiSourceAttention(AttentionModule):
         padding: Any = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> list[Sourced]:
+    ) -> tuple[Tensor, list[Sourced]]:
+        """The inputs, zero at padding, and what is found in every source, and in the sentinel."""
         held: tuple[Any, ...] = (cache,) * len(self.sources)
         if isinstance(cache, SourceCaches) and len(cache.layers) == len(self.sources):
             held = cache.layers
@@ -235,24 +260,29 @@ class MultiSourceAttention(AttentionModule):
             raise ConfigError(
                 f"cache must be what new_cache or new_context_cache of this module gives; got {given(cache)}"
             )
-        calls = zip(self.sources, self._each("context", context), self._each("padding", padding), held,
-                    strict=True)  # fmt: skip
-        return [
+        paddings = self._each("padding", padding)
+        calls = zip(self.sources, self._each("context", context), paddings, held, strict=True)
+        found: list[Sourced] = [
             source(x, own, mask=mask, padding=real, positions=positions, cache=kept)
             for source, own, real, kept in calls
         ]
-
-    def forward(self, x: Tensor, context: Any = None, **call: Any) -> Tensor:
-        found = self._found(x, context, **call)
-        if self.training and self.sources[0].loses and isinstance(self.combine, Flat):
-            self._lose(self.combine.shares(x, found))
-        paddings = self._each("padding", call.get("padding"))
         if context is None and all(real is not None for real in paddings):
             x = x.masked_fill(~torch.stack(paddings).any(0)[..., None], 0.0)
+        if self.sentinel is not None:
+            found.append(self.sentinel(x))
+        return x, found
+
+    def forward(self, x: Tensor, context: Any = None, **call: Any) -> Tensor:
+        x, found = self._found(x, context, **call)
+        if self.training and self.sources[0].loses and isinstance(self.combine, Flat):
+            self._lose(self.combine.shares(x, found)[..., : len(self.sources)])
         return self.combine(x, found)
 
     def _lose(self, shares: Tensor) -> None:
-        """Leave with the first source what the regularizers lose by the weights of all sources together."""
+        """Leave with the first source what the regularizers lose by the weights of all sources together.
+
+        The rows are without the weight of a sentinel, which is no token that others could look at too.
+        """
         seen = [source.seen() for source in self.sources]
         parts = [one[0] * share[..., None] for one, share in zip(seen, shares.unbind(-1), strict=True)]
         weights, keys = torch.cat(parts, dim=-1), None
@@ -269,11 +299,11 @@ class MultiSourceAttention(AttentionModule):
         """How much every head of every token takes from each source, `(B, H, L, K)`, for a call as `forward`.
 
         Flat: the sum of its weights over the source's tokens. Hierarchical: the weights of the second
-        attention.
+        attention. With a sentinel it is `(B, H, L, K + 1)`, and the last is the sentinel's.
         """
         if isinstance(self.combine, Concatenated):
             raise ConfigError("contexts that are put side by side have no shares; combine is Concatenated")
-        return self.combine.shares(x, self._found(x, context, **call))
+        return self.combine.shares(*self._found(x, context, **call))
 
     def new_cache(self, batch: int = 1, **options: Any) -> SourceCaches:
         return SourceCaches([source.new_cache(batch, **options) for source in self.sources])
@@ -291,10 +321,14 @@ class MultiSourceAttention(AttentionModule):
         """With all sources `context_length` tokens long; one that is shorter costs less by its share.
 
         Hierarchical with a normaliser of its own asks besides, under a mask, which tokens see anything of a
-        source, by scores of width 1: that is not counted.
+        source, by scores of width 1: that is not counted. A sentinel is made anew in every call, and no cache
+        holds any of it.
         """
         each = [source._cost(call) for source in self.sources]
-        own = self.combine.flops(call.queries, call.batch, len(each))
+        own = self.combine.flops(call.queries, call.batch, len(each) + (self.sentinel is not None))
+        if self.sentinel is not None:
+            beside = self.sentinel.flops(call.queries, call.batch)
+            own = own[0] + beside[0], own[1] + beside[1], own[2] + beside[2]
         return replace(
             each[0],
             parameters=sum(p.numel() for p in self.parameters()),

@@ -25,6 +25,7 @@ def multi_source_attention(
     kv_heads: int,
     sources: int,
     mode: str,
+    sentinel: bool = False,
     mask: Tensor | None = None,
     padding: Any = None,
 ) -> Tensor:
@@ -34,26 +35,36 @@ def multi_source_attention(
         x, parameters, heads, kv_heads, mask, padding: as in `grouped_query`; masks hold for every source.
         context: K sources, or one that stands for all; default x. So with padding.
         sources, mode: K, and "hierarchical", "flat" or "concat".
+        sentinel: whether σ(x W_ψ) ⊗ x is one more context, or one more token that its own query alone sees.
     """
     contexts: Any = (context,) * sources if context is None or isinstance(context, Tensor) else context
     paddings: Any = (padding,) * sources if padding is None or isinstance(padding, Tensor) else padding
     x = real(x, paddings[0] if context is None else None)
+    batch, length = x.shape[:2]
+    rows: list[list[Tensor]] = [[], [], [], []]
+    queries, keys, values, seen = rows
 
     def own(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)}
 
-    queries, keys, values, seen = [], [], [], []
+    def show(state: Mapping[str, Tensor], source: Tensor, visible: Tensor) -> None:
+        for made, name in ((keys, "key"), (values, "value")):
+            made.append(heads_of(source, state, name, kv_heads).repeat_interleave(heads // kv_heads, 1))
+        seen.append(visible.expand(batch, heads, length, source.shape[1]))
+
     for n in range(sources):
-        state, source = own(f"sources.{n}."), real(x if contexts[n] is None else contexts[n], paddings[n])
-        queries.append(heads_of(x, state, "query", heads))
-        made_of = [heads_of(source, state, name, kv_heads) for name in ("key", "value")]
-        keys.append(made_of[0].repeat_interleave(heads // kv_heads, 1))
-        values.append(made_of[1].repeat_interleave(heads // kv_heads, 1))
+        source = real(x if contexts[n] is None else contexts[n], paddings[n])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool) if mask is None else mask
         if paddings[n] is not None:
             visible = visible & paddings[n][:, None, None, :]
-        seen.append(visible.expand(len(x), heads, x.shape[1], source.shape[1]))
+        queries.append(heads_of(x, own(f"sources.{n}."), "query", heads))
+        show(own(f"sources.{n}."), source, visible)
+    itself, state = x, own("sentinel.")
+    if sentinel:
+        itself = (x @ state["gate.weight"].double().T + state.get("gate.bias", 0.0)).sigmoid() * x
     if mode == "flat":
+        if sentinel:
+            show(state, itself, torch.eye(length, dtype=torch.bool))
         every = [torch.cat(parts, 2) for parts in (keys, values)]
         return joined(attend(queries[0], *every, mask=torch.cat(seen, 3)), own("combine."))
     sourced = zip(queries, keys, values, seen, strict=True)
@@ -64,11 +75,15 @@ def multi_source_attention(
             state = {f"output.{name}": t for name, t in own(f"combine.outputs.{n}.").items()}
             total = total + joined(c, state)
         return total
-    made = torch.stack([joined(c, own(f"sources.{k}.")) for k, c in enumerate(found)], dim=2)  # B L K d
-    shown = torch.stack([one.any(3).any(1) for one in seen], dim=2)  # B L K
-    outer, rows = own("combine."), []
-    for i in range(x.shape[1]):
+    made = [joined(c, own(f"sources.{k}.")) for k, c in enumerate(found)]  # each B L d
+    shown = [one.any(3).any(1) for one in seen]  # each B L
+    if sentinel:
+        made.append(joined(itself[:, None], state))
+        shown.append(torch.ones(batch, length, dtype=torch.bool))
+    around, reach = torch.stack(made, 2), torch.stack(shown, 2)  # B L K d, B L K
+    outer, mixed = own("combine."), []
+    for i in range(length):
         q = heads_of(x[:, i : i + 1], outer, "query", heads)
-        pair = [heads_of(made[:, i], outer, name, heads) for name in ("key", "value")]
-        rows.append(attend(q, *pair, mask=shown[:, i][:, None, None]))
-    return joined(torch.cat(rows, dim=2), outer)
+        pair = [heads_of(around[:, i], outer, name, heads) for name in ("key", "value")]
+        mixed.append(attend(q, *pair, mask=reach[:, i][:, None, None]))
+    return joined(torch.cat(mixed, dim=2), outer)
