@@ -11,9 +11,9 @@ from polyhead.attend.function import attend
 from polyhead.attend.masks import And, Documents, Mask, Not, Or, Padding, Prefix, Window, gathered
 from polyhead.attend.scores import GatheredScore
 from polyhead.nn.chosen_rows import Group
-from polyhead.nn.kv_cache.places import PlacedMask
+from polyhead.nn.kv_cache.places import PlacedMask, place_score, place_weight_map
 
-__all__ = ["attend_one", "of_first", "of_lanes", "of_range"]
+__all__ = ["attend_one", "of_first", "of_lanes", "of_range", "of_rows"]
 
 Options = dict[str, Any]
 
@@ -61,6 +61,33 @@ def of_range(options: Options, start: int, stop: int, total: int) -> Options:
         found["mask"] = gathered(mask, heads=torch.arange(start, stop) if start else None)
     if options["score"] is not None:
         found["score"] = GatheredScore(options["score"], None, start, total)
+    return found
+
+
+class RowsMask(PlacedMask):
+    """The mask of a call for some of its queries; it was checked for all of them."""
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, offset: int) -> None:
+        pass
+
+
+def of_rows(options: Options, start: int, count: int, total: int, lacking: int = 0) -> Options:
+    """The options of a call for `count` queries from the `start`-th on, of `total`.
+
+    Args:
+        lacking: how many of the last keys are left out.
+
+    That the mask fits the whole call is taken for granted.
+    """
+    if count == total:
+        return options
+    shift, found = start + count - total + lacking, dict(options)
+    if options["mask"] is not None:
+        found["mask"] = RowsMask(options["mask"], torch.tensor(shift))
+    if options["score"] is not None:
+        found["score"] = place_score(options["score"], shift=shift, keys=None)
+    if "weight_map" in options:
+        found["weight_map"] = place_weight_map(options["weight_map"], shift=shift, keys=None)
     return found
 
 

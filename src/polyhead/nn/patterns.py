@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import And, Mask, Window
 
-__all__ = ["looks_ahead", "never_ahead"]
+__all__ = ["looks_ahead", "looks_back", "never_ahead"]
 
 
 def never_ahead(mask: Mask, first: int, queries: int, keys: int, *, batch: int = 1, heads: int = 1) -> bool:
@@ -31,16 +31,16 @@ def looks_ahead(
     Arguments as of `never_ahead`. A mask that can't say counts as one that shows such a key; `causal()` and a
     mask never does.
     """
-    if max(first, -1) >= min(first + queries, keys - 1) or _looks_back(mask):
+    if max(first, -1) >= min(first + queries, keys - 1) or looks_back(mask):
         return False
     ahead = None if mask is None else _ahead(mask, first, queries, keys, max(batch, 1), heads)
     return ahead is None or bool(ahead.any())
 
 
-def _looks_back(mask: Mask | None) -> bool:
-    """Whether the mask shows by its make that it hides what comes later."""
+def looks_back(mask: Mask | None) -> bool:
+    """Whether the mask shows by its make that it hides what comes later; None hides nothing."""
     if isinstance(mask, And):
-        return any(_looks_back(term) for term in mask.terms)
+        return any(looks_back(term) for term in mask.terms)
     return isinstance(mask, Window) and mask.right is not None and mask.right <= 0
 
 
