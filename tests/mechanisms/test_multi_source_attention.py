@@ -193,7 +193,7 @@ def test_a_mask_costs_a_hierarchical_call_no_more_products() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"mode": "flat", "kv_heads": 2, "value_dim": 5}])
 def test_a_sentinel_keeps_the_whole_contract(options: dict) -> None:
-    assert broken_rules("multi_source_attention", every=True, sentinel=True, **options) == {}
+    assert broken_rules("multi_source_attention", whole=True, sentinel=True, **options) == {}
 
 
 @pytest.mark.parametrize("mode", MODES[:2])

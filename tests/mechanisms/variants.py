@@ -37,17 +37,17 @@ class _Variant(Case):
 
 
 def broken_rules(
-    name: str, *, compiled: bool = False, every: bool = False, without: str = "", **options: Any
+    name: str, *, compiled: bool = False, whole: bool = False, without: str = "", **options: Any
 ) -> dict[str, str]:
     """The checks that the mechanism fails with these options, with why.
 
     Args:
         compiled: check `torch.compile` as well.
-        every: make all checks of the suite, `torch.compile` among them.
+        whole: check all of the contract, as where options change what kind of thing a head receives.
         without: names of checks that do not fit the options.
     """
-    known = contract.CHECKS if every else _CHECKS
-    checks = [check for check in known if check.__name__ not in without.split()]
-    if compiled and not every:
+    every = contract.CHECKS if whole else _CHECKS
+    checks = [check for check in every if check.__name__ not in without.split()]
+    if compiled and not whole:
         checks.append(contract.compiles)
     return failing(_Variant(ph.entry(name), options=tuple(options.items())), checks)

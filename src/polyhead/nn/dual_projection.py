@@ -121,12 +121,13 @@ class DualProjection(Projection):
         return self.symbol(symbols).unflatten(-1, (self.symbol_heads, self.value_dim)).transpose(1, 2)
 
     def flops(self, queries: int, keys: int) -> int:
+        """Operations for so many tokens, but those of `symbol`, which knows of no number of symbols."""
         found = queries * self.query.weight.numel() + keys * self.key.weight.numel()
         if self.own_heads:
             found += keys * self.value.weight.numel()
         if self.relational_heads:
             found += queries * self.relation_query.weight.numel()
-            found += keys * (self.relation_key.weight.numel() + self.symbol.weight.numel())
+            found += keys * self.relation_key.weight.numel()
         return 2 * found
 
 

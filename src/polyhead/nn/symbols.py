@@ -12,7 +12,7 @@ from polyhead.attend.function import attend
 from polyhead.errors import ConfigError, ShapeError
 from polyhead.nn.projections import FanInLinear, at_least_one, divisors
 
-__all__ = ["PositionalSymbols", "SymbolRetriever", "SymbolicAttention"]
+__all__ = ["PositionalSymbols", "RelativeSymbols", "SymbolRetriever", "SymbolicAttention"]
 
 
 class SymbolRetriever(nn.Module):
@@ -89,7 +89,28 @@ class PositionalSymbols(SymbolRetriever):
             if stop > size:
                 raise ShapeError(
                     f"there are symbols for {size} positions, but the call has {stop}; build with a larger "
-                    "library, or with symbols='attention'"
+                    "library, or with symbols='attention' or 'relative'"
                 )
             places = torch.arange(places, stop, device=x.device)
         return self.library[places].expand(len(x), -1, -1)
+
+
+class RelativeSymbols(nn.Module):
+    """A learned symbol for every relative position: s_ij = library[reach + clip(j - i, -reach, reach)].
+
+    They are drawn from the normal distribution. No token has one by itself, so that none is cached. Layers
+    may share them as they do a `SymbolRetriever`.
+
+    Args:
+        dim: width d of a symbol.
+        reach: distance from which on, in either direction, all symbols are the same; at least 1.
+        device, dtype: of the parameters.
+    """
+
+    acts_on = "keys"
+
+    def __init__(self, dim: int, reach: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        at_least_one("RelativeSymbols", dim=dim, reach=reach)
+        self.reach = reach
+        self.library = nn.Parameter(torch.randn(2 * reach + 1, dim, device=device, dtype=dtype))

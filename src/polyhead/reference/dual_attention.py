@@ -31,7 +31,7 @@ def dual_attention(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """head_hi = sum_j w_hij v_gj, for relational heads sum_j w_hij (W_rh r(i, j) + W_s s_j).
+    """head_hi = sum_j w_hij v_gj, for relational heads sum_j w_hij (W_rh r(i, j) + W_s s_j), or s_ij for s_j.
 
     Args:
         x: `(B, L, d)`.
@@ -52,13 +52,18 @@ def dual_attention(
     if own:
         v = heads_of(source, parameters, "value", own // group)
     if relational_heads:
-        library = parameters["symbols.library"].double()
-        s = library[: source.shape[1]].expand(len(x), -1, -1)
+        library, count = parameters["symbols.library"].double(), source.shape[1]
         if symbols == "attention":
             weight, bias, templates = (parameters[f"symbols.{n}"].double() for n in _RETRIEVER)
             asked = source @ weight.T + bias
             parts = zip(*(t.chunk(symbol_heads, -1) for t in (asked, templates, library)), strict=True)
             s = torch.cat([(z @ t.T / t.shape[-1] ** 0.5).softmax(-1) @ one for z, t, one in parts], dim=-1)
+            s = s[:, None]  # B 1 S d
+        elif symbols == "relative":
+            i, j, reach = torch.arange(count - x.shape[1], count), torch.arange(count), len(library) // 2
+            s = library[(j - i[:, None]).clamp(-reach, reach) + reach][None]  # 1 L S d
+        else:
+            s = library[None, None, :count]
         sent = heads_of(s, parameters, "symbol", relational_heads // group)
         a = heads_of(x, parameters, "relation_query", relations)
         b = heads_of(source, parameters, "relation_key", relations)
@@ -71,7 +76,7 @@ def dual_attention(
             outputs.append(w @ v[:, h // group])
             continue
         received = torch.einsum("brij,vr->bijv", r, parameters["relation_map.weight"][h - own].double())
-        received = received + sent[:, None, (h - own) // group]
+        received = received + sent[:, (h - own) // group]
         outputs.append((w[..., None] * received).sum(2))
     found = torch.stack(outputs, dim=1)
     made = []
