@@ -11,7 +11,7 @@ import polyhead as ph
 from conformance import contract
 from conformance.contract import Case, failing
 
-__all__ = ["broken_rules"]
+__all__ = ["broken_rules", "variant"]
 
 # those that options can break; the suite itself runs the others on the defaults
 _CHECKS = (
@@ -36,6 +36,11 @@ class _Variant(Case):
         return super().build(**dict(self.options) | options)
 
 
+def variant(name: str, **options: Any) -> Case:
+    """The mechanism with these options, for single checks."""
+    return _Variant(ph.entry(name), options=tuple(options.items()))
+
+
 def broken_rules(
     name: str, *, compiled: bool = False, whole: bool = False, without: str = "", **options: Any
 ) -> dict[str, str]:
@@ -50,4 +55,4 @@ def broken_rules(
     checks = [check for check in every if check.__name__ not in without.split()]
     if compiled and not whole:
         checks.append(contract.compiles)
-    return failing(_Variant(ph.entry(name), options=tuple(options.items())), checks)
+    return failing(variant(name, **options), checks)

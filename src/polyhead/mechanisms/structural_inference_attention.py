@@ -18,7 +18,7 @@ one wider; 2·H parameters more; its cache. Causal alone: the prior looks back.
 Paper 112: Attention: Marginal Probability is All You Need?, arXiv 2304.04556. The updates of the Beta
 distribution are derived anew (the paper names the idea, expanding attention); a prior over the tokens that a
 mask leaves is not normalised again. That a and b are learned by head, and start at 1, is ours. Attention over
-two hops, hard edges and iterated retrieval are not here.
+several hops is `multihop_attention`; hard edges and iterated retrieval are not here.
 """
 
 from __future__ import annotations
