@@ -69,6 +69,36 @@ def test_sizes(name, sinks, recent):
         torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
 
 
+def some_windows(model):
+    """Windows in which heads differ, longer and shorter than the text and the model's own window."""
+    config = model.config
+    count = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [[(1, 9, 60, 4, 9, 13)[(h + n) % 6] for h in range(count)] for n in range(3)]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_of_their_own(name, chunks):
+    model = MODELS[name]()
+    ids, full, windows = tokens(2, 40), some_heads(model), some_windows(model)
+    expected = masked_forward(model, ids, full, 3, windows)
+    cache = per_head(model, full=full, sink=3, window=windows)
+    torch.testing.assert_close(cached_forward(model, ids, cache, chunks), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_windows_of_their_own_with_left_padding(name, chunks):
+    model = MODELS[name]()
+    ids, mask = left_padded(3, 40, [0, 9, 21])
+    full, windows = some_heads(model), some_windows(model)
+    cache = per_head(model, full=full, sink=3, window=torch.tensor(windows))
+    found = cached_forward(model, ids, cache, chunks, mask)
+    for row, count in enumerate([0, 9, 21]):
+        alone = masked_forward(model, ids[row : row + 1, count:], full, 3, windows)
+        torch.testing.assert_close(found[row : row + 1, count:], alone, **CLOSE)
+
+
 def test_padding_in_the_middle_and_on_the_right_counts_real_tokens():
     model, full = llama(), [[False] * 3, [True, False, True], [False, True, False]]
     ids, mask = left_padded(3, 40, [4, 0, 0])

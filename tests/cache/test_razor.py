@@ -25,7 +25,9 @@ SINK, WINDOW = 2, 5
 
 def run(q, k, v, chunks, *, full=(False, False), dense=False, real=None, cap=None, logits=None, scale=0.5):
     """The answers of a layer with compensation, to tokens that come in chunks."""
-    layer = PerHeadLayer(INFO, full, sink=SINK, window=WINDOW, dense=dense, compensate=True, steps=Steps())
+    layer = PerHeadLayer(
+        INFO, full, sink=SINK, windows=(WINDOW,) * len(full), dense=dense, compensate=True, steps=Steps()
+    )
     answers, start = [], 0
     for count in chunks:
         stop = start + count
@@ -178,7 +180,9 @@ def test_the_whole_model_compensates_alike_in_any_chunks():
 
 def test_refuses_what_it_cannot_compensate():
     q, k, v = inputs()
-    layer = PerHeadLayer(INFO, (False, False), sink=2, window=5, dense=False, compensate=True, steps=Steps())
+    layer = PerHeadLayer(
+        INFO, (False, False), sink=2, windows=(5, 5), dense=False, compensate=True, steps=Steps()
+    )
     keys, values = layer.update(k, v)
     call = Call(INFO, q, keys, values, causal(), None, sparsemax(), 1.0)
     with pytest.raises(UnsupportedModel, match="compensate=True goes with softmax"):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import polyhead as ph
+from cache import tiny
 from hf.tiny import DECODERS, bert, llama, t5, tokens
 from polyhead.cache import spans
 from polyhead.cache.influence import Influence, entries
@@ -301,6 +302,33 @@ def test_a_plan_goes_through_json_into_a_model():
         whole = model(IDS, use_cache=False).logits
     torch.testing.assert_close(whole, dense, atol=1e-5, rtol=1e-4)
     assert (cut - dense).abs().max() > 1e-3
+
+
+def test_a_cache_of_a_plan_keeps_spans_and_frees_the_rest():
+    model, ids = tiny.llama(), tiny.tokens(2, 40)  # 6 heads in 3 pairs, 3 layers
+    alpha = (torch.tensor([8.0, 1.0, 2.0, 2.0, -4.0, 13.0]), None, torch.full((6,), 4.0))
+    beta = (torch.tensor([0.0, 0.0, 0.25, 0.0, 0.25, 0.0]), None, torch.zeros(6))
+    plan = SpanPlan(alpha, beta, 4)
+    windows = [[8, 8, 12], [1, 1, 1], [4, 4, 4]]  # at 30 tokens, of whole blocks, the longer one of a pair
+    full = [[False] * 3, [True] * 3, [False] * 3]
+    cache = plan.cache(model, 30)
+    with torch.no_grad():
+        parts = [ids[:, :30], *ids[:, 30:].split(1, 1)]
+        found = torch.cat([model(one, past_key_values=cache).logits for one in parts], 1)
+    torch.testing.assert_close(found, tiny.masked_forward(model, ids, full, 4, windows), rtol=0, atol=1e-9)
+    assert cache.held() == [[12, 12, 16], [40] * 3, [8] * 3]
+    assert plan.cache(model, 30, prefill="dense").layers[0].dense
+
+
+def test_a_cache_of_a_plan_of_another_model_is_refused():
+    plan = SpanPlan((torch.ones(4),) * 2, (torch.zeros(4),) * 2, 4)
+    with pytest.raises(ConfigError, match="plan is of 2 layers .* LlamaForCausalLM has 3"):
+        plan.cache(tiny.llama(), 30)
+    plan = SpanPlan((torch.ones(4),) * 3, (torch.zeros(4),) * 3, 4)
+    with pytest.raises(ConfigError, match="plan is of 4 heads in layer 0, .* has 6"):
+        plan.cache(tiny.llama(), 30)
+    with pytest.raises(ConfigError, match="length"):
+        plan.cache(tiny.llama(), 0)
 
 
 def test_a_plan_is_known_where_nothing_of_it_was_imported():

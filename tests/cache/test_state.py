@@ -83,6 +83,39 @@ def test_rows_are_not_moved_by_a_step():
     assert [group.rows.keys.data_ptr() for layer in cache.layers for group in layer.groups] == places
 
 
+def test_windows_of_their_own_hold_as_much_as_each_head_keeps():
+    model, windows = llama(), [[8, 30, 8], [1, 2, 3], [90, 90, 500]]
+    cache = per_head(model, full=[[False] * 3, [False, True, False], [False] * 3], sink=2, window=windows)
+    fed(model, cache, tokens(1, 100))
+    assert cache.held() == [[10, 32, 10], [3, 100, 5], [92, 92, 100]]
+    assert cache.nbytes_used() == ROW * sum(map(sum, cache.held()))
+    assert "1 of 9 KV heads in full, the rest 2 + 1 to 500 tokens" in repr(cache)
+    same = per_head(model, full="none", sink=2, window=[[8] * 3] * 3)
+    assert "the rest 2 + 8 tokens" in repr(same)
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (0, "whole number of tokens, at least 1; got 0"),
+        (True, "for each KV head of each layer"),
+        (2.5, "whole number of tokens, at least 1; got 2.5"),
+        ("256", "for each KV head of each layer"),
+        ([8, 8, 8], "for each KV head of each layer"),
+        ([[8] * 3] * 2, "row of numbers for each of the model's 3 layers; got 2 rows"),
+        ([[8] * 3, [8] * 2, [8] * 3], "one number for each KV head: .* has 3 of them; got 2"),
+        ([[8] * 3, [8] * 3, [8, -1, 8]], "at least 1; got -1"),
+        ([[8] * 3, [8] * 3, [8, True, 8]], "at least 1; got True"),
+    ],
+)
+def test_windows_that_do_not_fit(window, said):
+    model = llama()
+    with pytest.raises(ConfigError, match=said):
+        per_head(model, full="none", window=window)
+    with attach(model) as attachment:  # nothing stays attached
+        assert len(attachment.layers) == 3
+
+
 def test_the_models_own_tensors_are_let_go():
     model = llama()
     cache = per_head(model, full=HALF, sink=2, window=8)

@@ -108,12 +108,20 @@ def short_mask(sinks: int, recent: int) -> Mask:
 
 
 def masked_forward(model, ids, full, sinks, recent, short=None):
-    """Logits of one full forward pass without a cache, every head under its own mask."""
-    short = short_mask(sinks, recent) if short is None else short
+    """Logits of one full forward pass without a cache, every head under its own mask.
+
+    `recent` is one number, or one for every KV head of every layer.
+    """
+
+    def own_mask(layer, head):
+        if full[layer][head]:
+            return causal()
+        size = recent if isinstance(recent, int) else recent[layer][head]
+        return short_mask(sinks, size) if short is None else short
 
     def handler(call):
         repeat = call.layer.heads // call.layer.kv_heads
-        heads = [causal() if full[call.layer.index][h // repeat] else short for h in range(call.layer.heads)]
+        heads = [own_mask(call.layer.index, h // repeat) for h in range(call.layer.heads)]
         own = per_head(heads)
         return call.replace(mask=own if call.mask is None else call.mask & own).proceed()
 

@@ -4,7 +4,7 @@
     model.generate(**inputs, past_key_values=cache)
 
 `duo` and `razor` are two ways of finding the heads that need the whole context, `spans` finds how far each
-head has to look. `flux` trains routers that let whole layers look at little, and
+head has to look, and makes a cache of it. `flux` trains routers that let whole layers look at little, and
 keeps what they read. Nothing here imports transformers before it is used.
 """
 

@@ -44,7 +44,8 @@ class PerHeadLayer(CacheLayerMixin):
     Args:
         info: the attention layer.
         full: for each key/value head, whether it keeps the whole context.
-        sink, window: what the others keep.
+        sink: first tokens that the others keep.
+        windows: recent tokens that each of the others keeps.
         dense: whether a chunk sees all that is stored and itself, and rows are dropped after it.
         compensate: whether one token stands for all that a head dropped.
         steps: what is known of the sequence, shared by the layers of a cache.
@@ -59,7 +60,7 @@ class PerHeadLayer(CacheLayerMixin):
         full: tuple[bool, ...],
         *,
         sink: int,
-        window: int,
+        windows: tuple[int, ...],
         dense: bool,
         compensate: bool,
         steps: Steps,
@@ -71,7 +72,7 @@ class PerHeadLayer(CacheLayerMixin):
         self._steps = steps
         self.groups = [
             Group(keep, heads, info, compensate and keep.window is not None and keep.horizon is None)
-            for keep, heads in keeps(full, sink, window, info.window)
+            for keep, heads in keeps(full, sink, windows, info.window)
         ]
         # whether the groups' heads, one group after the other, are the layer's heads in their order
         self.groups.sort(key=lambda group: group.kv_heads)

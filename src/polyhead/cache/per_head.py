@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from polyhead.cache.policy import full_heads
+from polyhead.cache.policy import full_heads, head_windows
 from polyhead.errors import ConfigError, UnsupportedModel
 from polyhead.head_scores import HeadScores
 from polyhead.hf import LayerInfo, attach
@@ -22,7 +22,7 @@ def per_head(
     *,
     full: Any,
     sink: int = 4,
-    window: int = 256,
+    window: Any = 256,
     prefill: Literal["masked", "dense"] = "masked",
     compensate: bool = False,
     scores: HeadScores | None = None,
@@ -34,7 +34,8 @@ def per_head(
     sequence or batch; `reset()` empties it for the next.
 
     A head that forgets sees, at token i, the tokens j <= i with `j < sink` or `i - j < window`: exactly the
-    mask `causal() & (window(window - 1) | sink(sink))`, in addition to the model's own. In a padded batch the
+    mask `causal() & (window(window - 1) | sink(sink))`, with a window of its own where `window` gives one
+    for each head, in addition to the model's own. In a padded batch the
     tokens of each item are counted from its first real one. Positions are not renumbered. What a head drops
     is freed layer by layer as a forward pass goes on: `nbytes()` says what is held. Layers with a sliding
     window of the model's own never keep more than that.
@@ -49,7 +50,9 @@ def per_head(
             with `scores`, `"all"` or `"none"`. Of chosen query heads, every KV head that one of them reads is
             kept in full, which can be many more: `scores.top(0.2)` is not a fifth of the KV heads.
         sink: first tokens that the other heads keep.
-        window: recent tokens that they keep, the current one among them.
+        window: recent tokens that they keep, the current one among them: a number for all, or one for each
+            KV head of each layer (numbers of heads that are kept in full are not looked at), such as
+            `polyhead.cache.spans` finds.
         prefill: "masked": every token sees what it would see if tokens came one by one, so that results do
             not depend on chunks. "dense": the tokens of one forward pass see all that is stored and one
             another, and rows are dropped afterwards, as in the published code of DuoAttention and as
@@ -68,9 +71,8 @@ def per_head(
 
     Papers: DuoAttention, arXiv 2410.10819; RazorAttention, arXiv 2407.15891; StreamingLLM, arXiv 2309.17453.
     """
-    for name, value, least in (("sink", sink, 0), ("window", window, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
+    if isinstance(sink, bool) or not isinstance(sink, int) or sink < 0:
+        raise ConfigError(f"sink must be a whole number of tokens, at least 0; got {sink!r}")
     if prefill not in ("masked", "dense"):
         raise ConfigError(f"prefill must be 'masked' or 'dense'; got {prefill!r}")
     attachment = attach(model)
@@ -78,15 +80,16 @@ def per_head(
         from polyhead.cache.transformers_cache import make
 
         layers = cached_layers(attachment.layers, model)
-        if compensate:
-            _check_compensation(layers, window)
+        windows = head_windows(window, layers)
         rows = full_heads(full, layers, scores)
+        if compensate:
+            _check_compensation(layers, rows, windows)
         return make(
             attachment,
             layers,
             rows,
             sink=sink,
-            window=window,
+            windows=windows,
             dense=prefill == "dense",
             compensate=bool(compensate),
         )
@@ -110,9 +113,12 @@ def cached_layers(layers: list[LayerInfo], model: nn.Module) -> list[LayerInfo]:
     return found
 
 
-def _check_compensation(layers: list[LayerInfo], window: int) -> None:
-    for layer in layers:
-        if layer.window is not None and window < layer.window:
+def _check_compensation(
+    layers: list[LayerInfo], full: list[tuple[bool, ...]], windows: list[tuple[int, ...]]
+) -> None:
+    for layer, kept, sizes in zip(layers, full, windows, strict=True):
+        window = min((size for whole, size in zip(kept, sizes, strict=True) if not whole), default=None)
+        if layer.window is not None and window is not None and window < layer.window:
             raise ConfigError(
                 f"compensate=True does not go with a window below the model's own: {layer.name!r} sees "
                 f"{layer.window} tokens and window is {window}; use window={layer.window} or more, or "

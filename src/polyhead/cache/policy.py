@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from polyhead.checks import given, several
 from polyhead.errors import ConfigError
 from polyhead.head_scores import Heads, HeadScores
 from polyhead.hf import LayerInfo
 
-__all__ = ["Keep", "full_heads", "keeps"]
+__all__ = ["Keep", "full_heads", "head_windows", "keeps"]
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,55 @@ class Keep:
 
 
 def keeps(
-    full: Sequence[bool], sink: int, window: int, horizon: int | None
+    full: Sequence[bool], sink: int, windows: Sequence[int], horizon: int | None
 ) -> list[tuple[Keep, tuple[int, ...]]]:
     """The different rules of one layer's key/value heads, each with its heads in ascending order.
 
     In a layer with a sliding window of the model's own no head keeps more than that window.
     """
-    if horizon is None:
-        whole, short = Keep(), Keep(sink, window)
-    elif window >= horizon:
-        whole = short = Keep(0, horizon, horizon)
-    else:
-        whole, short = Keep(0, horizon, horizon), Keep(sink, window, horizon)
+    whole = Keep() if horizon is None else Keep(0, horizon, horizon)
     groups: dict[Keep, list[int]] = {}
-    for head, kept in enumerate(full):
-        groups.setdefault(whole if kept else short, []).append(head)
+    for head, (kept, window) in enumerate(zip(full, windows, strict=True)):
+        if kept or (horizon is not None and window >= horizon):
+            keep = whole
+        else:
+            keep = Keep(sink, window, horizon)
+        groups.setdefault(keep, []).append(head)
     return [(keep, tuple(heads)) for keep, heads in groups.items()]
+
+
+def head_windows(window: Any, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+    """For each of `layers`, the window of each of its key/value heads.
+
+    Args:
+        window: see `polyhead.cache.per_head`.
+        layers: the layers that a cache serves.
+
+    Raises:
+        ConfigError: `window` is no number of tokens, nor one for each head.
+    """
+    if _is_number(window):
+        size = _tokens(window)
+        return [(size,) * layer.kv_heads for layer in layers]
+    rows: list[Any] = [_plain(row) for row in window] if several(window) else [None]
+    if not all(several(row) for row in rows):
+        raise ConfigError(
+            "window must be a whole number of tokens, at least 1, or such a number for each KV head of each "
+            f"layer, [[256, 1024], [256, 256], ...]; got {given(window)}"
+        )
+    rows = [list(row) for row in rows]
+    _fits("window", "number", rows, layers)
+    return [tuple(_tokens(size) for size in row) for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _tokens(value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"window must be a whole number of tokens, at least 1; got {value!r}")
+    return int(value)
 
 
 def full_heads(
@@ -128,19 +162,22 @@ def _groups(scores: HeadScores, layers: Sequence[LayerInfo]) -> tuple[int, ...]:
 
 
 def _of_rows(rows: list[Any], layers: Sequence[LayerInfo]) -> list[tuple[bool, ...]]:
+    _fits("full", "bool", rows, layers)
+    return [tuple(bool(x) for x in row) for row in rows]
+
+
+def _fits(name: str, what: str, rows: list[Any], layers: Sequence[LayerInfo]) -> None:
     if len(rows) != len(layers):
         raise ConfigError(
-            f"full must have a row of bools for each of the model's {len(layers)} layers; got {len(rows)} "
-            "rows"
+            f"{name} must have a row of {what}s for each of the model's {len(layers)} layers; got "
+            f"{len(rows)} rows"
         )
-    found = [tuple(bool(x) for x in row) for row in rows]
-    for row, layer in zip(found, layers, strict=True):
+    for row, layer in zip(rows, layers, strict=True):
         if len(row) != layer.kv_heads:
             raise ConfigError(
-                f"full must have one bool for each KV head: {layer.name!r} has {layer.kv_heads} of them; "
+                f"{name} must have one {what} for each KV head: {layer.name!r} has {layer.kv_heads} of them; "
                 f"got {len(row)}"
             )
-    return found
 
 
 def _of_pairs(

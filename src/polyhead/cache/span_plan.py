@@ -7,16 +7,19 @@ Fu et al., "MoA: Mixture of Sparse Attention for Automatic Large Language Model 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.attend.selectors import Selector, Spans
+from polyhead.cache.per_head import cached_layers, per_head
 from polyhead.checks import whole
 from polyhead.description import Part
-from polyhead.errors import ShapeError
+from polyhead.errors import ConfigError, ShapeError
 from polyhead.head_scores import HeadScores
+from polyhead.hf import attach
 
 __all__ = ["Array", "Rule", "SpanPlan", "span_blocks"]
 
@@ -65,6 +68,49 @@ class SpanPlan(Part):
             None if a is None or b is None else Spans(a, b, self.block, rows, self.block, length)
             for a, b in zip(self.alpha, self.beta, strict=True)
         ]
+
+    def cache(self, model: nn.Module, length: int, *, prefill: Literal["masked", "dense"] = "masked") -> Any:
+        """A KV cache in which every head keeps the first block and its span, and frees the rest.
+
+        Spans are those at `length`, and stay so while the model decodes: head h keeps the last
+        max(1, ⌊(alpha_h + beta_h · length) / block⌋) · block tokens. Every token sees so many, itself among
+        them, where under `selectors` it sees whole blocks, up to `block - 1` tokens fewer. Of query heads
+        that share keys and values the longest span is kept. Layers that stay dense keep everything.
+
+        Args:
+            model: the one that the plan is of, a transformers decoder.
+            length: of the prompt.
+            prefill: as for `polyhead.cache.per_head`.
+
+        Returns:
+            A `PerHeadCache`, see `polyhead.cache.per_head`.
+
+        Raises:
+            ConfigError: the plan does not fit the model.
+        """
+        whole("SpanPlan.cache: length", length, 1)
+        with attach(model) as attachment:
+            layers = cached_layers(attachment.layers, model)
+        if [layer.index for layer in layers] != list(range(len(self.alpha))):
+            raise ConfigError(
+                f"SpanPlan.cache: the plan is of {len(self.alpha)} layers of causal self-attention, and "
+                f"{type(model).__name__} has {len(layers)}"
+            )
+        full, windows = [], []
+        for layer, a, b in zip(layers, self.alpha, self.beta, strict=True):
+            full.append((a is None,) * layer.kv_heads)
+            if a is None or b is None:
+                windows.append((1,) * layer.kv_heads)
+                continue
+            if a.numel() != layer.heads:
+                raise ConfigError(
+                    f"SpanPlan.cache: the plan is of {a.numel()} heads in layer {layer.index}, and "
+                    f"{layer.name!r} has {layer.heads}"
+                )
+            spans = span_blocks(a.double().numpy(), b.double().numpy(), length, self.block)
+            of_kv = spans.reshape(layer.kv_heads, -1).max(1) * self.block
+            windows.append(tuple(int(size) for size in of_kv))
+        return per_head(model, full=full, sink=self.block, window=windows, prefill=prefill)
 
     def kept(self, length: int) -> HeadScores:
         """How many tokens every head can see from the end of a sequence of `length`; NaN: a dense layer."""

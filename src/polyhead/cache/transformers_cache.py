@@ -153,9 +153,11 @@ class PerHeadCache(Cache):
     def __repr__(self) -> str:
         whole = sum(map(sum, self.full))
         heads = sum(map(len, self.full))
-        keeps = [group.keep for own in self._own for group in own.groups if group.keep.window is not None]
-        short = next((keep for keep in keeps if keep.window != keep.horizon), None)
-        rest = "" if short is None else f", the rest {short.sink} + {short.window} tokens"
+        keeps = [group.keep for own in self._own for group in own.groups]
+        short = [keep for keep in keeps if keep.window != keep.horizon]
+        sizes = sorted({keep.window for keep in short if keep.window is not None})
+        windows = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else ""
+        rest = f", the rest {short[0].sink} + {windows} tokens" if sizes else ""
         return (
             f"PerHeadCache({whole} of {heads} KV heads in full{rest}; {self.get_seq_length()} tokens seen, "
             f"{self.nbytes() / 2**20:.1f} MiB)"
@@ -193,11 +195,11 @@ def make(
     full: list[tuple[bool, ...]],
     *,
     sink: int,
-    window: int,
+    windows: list[tuple[int, ...]],
     dense: bool,
     compensate: bool,
 ) -> PerHeadCache | PerHeadEncoderDecoderCache:
-    """The cache of an attached model, for whose layers `infos` the heads in `full` are known.
+    """The cache of an attached model, for whose layers `infos` the heads in `full` and `windows` are known.
 
     Raises:
         UnsupportedModel: some layer of the model keeps a state of a kind that is not known here.
@@ -208,7 +210,7 @@ def make(
     # transformers' own cache says what the layers without such attention need (recurrent states, nothing)
     layers: list[Any] = list(DynamicCache(config=config).layers)
     replaced = set()
-    for info, row in zip(infos, full, strict=True):
+    for info, row, own in zip(infos, full, windows, strict=True):
         place = info.cache_index
         assert place is not None
         if place >= len(layers) or place in replaced:
@@ -226,7 +228,7 @@ def make(
             )
         replaced.add(place)
         layers[place] = PerHeadLayer(
-            info, row, sink=sink, window=window, dense=dense, compensate=compensate, steps=steps
+            info, row, sink=sink, windows=own, dense=dense, compensate=compensate, steps=steps
         )
     for place, layer in enumerate(layers):
         if place not in replaced and type(layer) not in (DummyLayer, LinearAttentionLayer):
