@@ -110,10 +110,13 @@ def test_windows_of_their_own_hold_as_much_as_each_head_keeps():
 )
 def test_windows_that_do_not_fit(window, said):
     model = llama()
+    before = model.config._attn_implementation
     with pytest.raises(ConfigError, match=said):
         per_head(model, full="none", window=window)
-    with attach(model) as attachment:  # nothing stays attached
-        assert len(attachment.layers) == 3
+    assert model.config._attn_implementation == before  # nothing stays attached
+    cache = per_head(model, full="none", window=8)
+    assert model.config._attn_implementation != before
+    cache.detach()
 
 
 def test_the_models_own_tensors_are_let_go():
