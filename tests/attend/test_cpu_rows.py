@@ -50,7 +50,7 @@ def test_forward_and_backward_are_those_of_attention(
         added.masked_fill_(torch.rand(added.shape) < 0.5, HIDDEN)
         added[:, :, 5] = HIDDEN  # with all keys, a row that sees nothing
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: by_products)
-    assert cpu_rows.pays(q, k) == by_products
+    assert cpu_rows.pays(q.shape[2], k.shape[2], q.dtype) == by_products
     out, lse = fused(q, k, v, added, 0.3)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     scores = leaves[0] @ leaves[1].mT * 0.3
@@ -70,12 +70,31 @@ def test_forward_and_backward_are_those_of_attention(
         torch.testing.assert_close(own, leaf.grad.float(), atol=1e-5, rtol=1e-5)
 
 
-def drawn_blocks(heads: int, queries: int, keys: int) -> ph.masks.Mask:
-    """For every 16 queries of every head some blocks of 8 keys, none twice, at places in no order."""
-    m, n = -(-queries // 16), -(-keys // 8)
+@pytest.mark.parametrize("by_products", [True, False])
+@pytest.mark.parametrize("behind", [1, 3, 30])
+def test_keys_behind_those_that_count_make_no_difference(
+    wanted: None, by_products: bool, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: by_products)
+    torch.manual_seed(0)
+    q, g = drawn(2, 1, 29, 16), drawn(2, 1, 29, 16)
+    k, v = (drawn(2, 1, 37 + behind, 16) * 10 for _ in range(2))
+    added = torch.zeros(2, 1, 29, 11).masked_fill_(torch.rand(2, 1, 29, 11) < 0.5, HIDDEN)
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    for made, keys, values in ((found, k, v), (expected, k[:, :, :37], v[:, :, :37])):
+        out, lse = fused(q, keys, values, added, 0.3, 37)
+        made += [out, lse, *fused_backward(g, q, keys, values, out, lse, added, 0.3, 37)]
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def drawn_blocks(heads: int, queries: int, keys: int, cols: int = 8) -> ph.masks.Mask:
+    """For every 16 queries of every head some blocks of keys, none twice, at places in no order."""
+    m, n = -(-queries // 16), -(-keys // cols)
     index = torch.rand(2, heads, m, n).argsort(-1)
     return ph.chosen(
-        index.masked_fill(torch.rand(2, heads, m, n) < 0.4, -1), rows=16, cols=8, first=keys - queries
+        index.masked_fill(torch.rand(2, heads, m, n) < 0.4, -1), rows=16, cols=cols, first=keys - queries
     )
 
 
@@ -90,12 +109,13 @@ RESTS = {
 
 @pytest.mark.parametrize("queries", [61, 40])
 @pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("cols", [8, 5])  # blocks that fill up rows of keys evenly, and that do not
 @pytest.mark.parametrize(("heads", "alike"), [(1, False), (2, False), (2, True)])
 def test_chosen_blocks_are_those_of_the_reference(
-    wanted: None, queries: int, rest: str, heads: int, alike: bool, monkeypatch: pytest.MonkeyPatch
+    wanted: None, queries: int, rest: str, cols: int, heads: int, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
-    mask = drawn_blocks(1 if alike else heads, queries, 61)
+    mask = drawn_blocks(1 if alike else heads, queries, 61, cols)
     mask = mask if RESTS[rest] is None else RESTS[rest] & mask
     compare("chosen", mask, heads, queries, 61, monkeypatch)
 
@@ -159,15 +179,14 @@ def test_blocks_that_are_seen_in_part_are_read_with_the_others(monkeypatch: pyte
 
 def test_short_rows_few_pairs_and_other_dtypes_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
-    long, short = torch.empty(1, 1, 1024, 64), torch.empty(1, 1, 64, 64)
-    assert cpu_rows.pays(long, long)
-    assert not cpu_rows.pays(long, short)
-    assert not cpu_rows.pays(short[:, :, :32], long)
-    assert not cpu_rows.pays(short[:, :, :8], torch.empty(1, 1, 1 << 16, 64))
+    assert cpu_rows.pays(1024, 1024, torch.float32)
+    assert not cpu_rows.pays(1024, 64, torch.float32)
+    assert not cpu_rows.pays(32, 1024, torch.float32)
+    assert not cpu_rows.pays(8, 1 << 16, torch.float32)
     for dtype in (torch.float64, torch.bfloat16):
-        assert not cpu_rows.pays(long.to(dtype), long.to(dtype))
+        assert not cpu_rows.pays(1024, 1024, dtype)
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: False)
-    assert not cpu_rows.pays(long, long)
+    assert not cpu_rows.pays(1024, 1024, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +217,14 @@ def test_programs_of_onednn_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_rows, "product", noted)
     for rows, keys in zip(range(200, 1000, 7), range(1000, 5000, 35), strict=False):
-        cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0)
+        cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0, keys)
     assert len(shapes) < 2 * 4 * 8 * 3  # two products, parts of 64 to 256 rows, eight widths an octave
 
 
 def test_large_logits_do_not_overflow() -> None:
     torch.manual_seed(2)
     q, k, v = (drawn(1, 1, 64, 16) * 100 for _ in range(3))
-    out, lse = cpu_rows.forward(q, k, v, None, 1.0)
+    out, lse = cpu_rows.forward(q, k, v, None, 1.0, 64)
     scores = q.double() @ k.double().mT
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
     # logits of 10^5 are rounded by some hundredths, and weights that are nearly even with them

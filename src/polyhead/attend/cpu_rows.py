@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyhead.attend.cpu_products import onednn_is_quicker, product
 
-__all__ = ["backward", "forward", "pays", "suits"]
+__all__ = ["backward", "forward", "pays", "suits", "width"]
 
 _LOG2E = math.log2(math.e)
 _PAIRS = 1 << 16  # fewer pairs of a group are not worth the calls,
@@ -34,10 +34,15 @@ def suits(rows: int, dtype: torch.dtype) -> bool:
     return rows >= _ROWS and dtype == torch.float32 and onednn_is_quicker()
 
 
-def pays(q: Float[Tensor, "m h r d"], k: Float[Tensor, "m h c d"]) -> bool:
+def pays(rows: int, keys: int, dtype: torch.dtype) -> bool:
     """Whether it is quicker than torch's fused kernel."""
-    rows, keys = q.shape[2], k.shape[2]
-    return keys >= _KEYS and rows * keys >= _PAIRS and suits(rows, q.dtype)
+    return keys >= _KEYS and rows * keys >= _PAIRS and suits(rows, dtype)
+
+
+def width(keys: int) -> int:
+    """How many keys are multiplied for so many: who gathers keys may fill them up at once."""
+    step = max(_MULTIPLE, (1 << (keys.bit_length() - 1)) // _EIGHTH)
+    return -(-keys // step) * step
 
 
 def forward(
@@ -46,17 +51,19 @@ def forward(
     v: Float[Tensor, "m h c d"],
     added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
+    keys: int,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
     """Output and log-sum-exp.
 
-    `added`, finite, is for the last l keys of every group or, with n = 1, of all.
+    Only the first `keys` of the keys count. `added`, finite, is for the last l of them, of every group or,
+    with n = 1, of all.
     """
-    count, keys = q.shape[2], k.shape[2]
+    count = q.shape[2]
     queries = _filled(q * (scale * _LOG2E), _rows(count))
     out = torch.empty_like(queries)
     tops, totals = (q.new_empty(*queries.shape[:3], 1) for _ in range(2))
     for group, head in _groups(q):
-        own, values = (_filled(x[group, head], _width(keys)) for x in (k, v))
+        own, values = (_filled(x[group, head], width(keys)) for x in (k, v))
         for part in _parts(queries):
             at = group, head, part
             scores = _scores(queries[at], own, keys, added, group, part)
@@ -77,20 +84,21 @@ def backward(
     lse: Float[Tensor, "m h r"],
     added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
-) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h c d"], Float[Tensor, "m h c d"]]:
-    """Gradients for q, k and v, with the output and the log-sum-exp of whole rows:
+    keys: int,
+) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h keys d"], Float[Tensor, "m h keys d"]]:
+    """Gradients for q and the first `keys` of k and v, with the output and the log-sum-exp of whole rows:
 
     dv = Pᵀ g,   ds = P ∘ (g Vᵀ - Σ g · out),   dq = scale · ds K,   dk = scale · dsᵀ q
     """
-    count, keys = q.shape[2], k.shape[2]
+    count = q.shape[2]
     queries, up = (_filled(x, _rows(count)) for x in (q * (scale * _LOG2E), grad))
     logs, past = (
         _filled(x, _rows(count)) for x in (lse[..., None] * _LOG2E, (grad * out).sum(-1, keepdim=True))
     )
     dq = torch.empty_like(queries)
-    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    dk, dv = (x.new_empty(*x.shape[:2], keys, x.shape[3]) for x in (k, v))
     for group, head in _groups(q):
-        own, values = (_filled(x[group, head], _width(keys)) for x in (k, v))
+        own, values = (_filled(x[group, head], width(keys)) for x in (k, v))
         # summed transposed: the products then read the weights in the order of memory
         for_keys, for_values = (x.new_zeros(x.T.shape) for x in (own, values))
         for part in _parts(queries):
@@ -116,14 +124,10 @@ def _rows(count: int) -> int:
     return -(-count // _MULTIPLE) * _MULTIPLE
 
 
-def _width(keys: int) -> int:
-    step = max(_MULTIPLE, (1 << (keys.bit_length() - 1)) // _EIGHTH)
-    return -(-keys // step) * step
-
-
 def _filled(x: Tensor, length: int) -> Tensor:
-    """x `(..., n, d)` with zeros behind its rows, up to a length."""
-    return x if x.shape[-2] == length else F.pad(x, (0, 0, 0, length - x.shape[-2]))
+    """x `(..., n, d)` with zeros behind its rows, up to a length; of more rows the first ones."""
+    missing = length - x.shape[-2]
+    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x[..., :length, :]
 
 
 def _scores(

@@ -25,13 +25,16 @@ def fused(
     v: Float[Tensor, "m h c d"],
     added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
+    keys: int | None = None,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
-    """Output and log-sum-exp of softmax attention.
+    """Output and log-sum-exp of softmax attention over the first `keys` keys; None: all.
 
-    `added` goes to the scores of the last l keys, of each m or, with n = 1, of all.
+    `added` goes to the scores of the last l of these, of each m or, with n = 1, of all.
     """
-    if cpu_rows.pays(q, k):
-        return cpu_rows.forward(q, k, v, added, scale)
+    keys = k.shape[2] if keys is None else keys
+    if cpu_rows.pays(q.shape[2], keys, q.dtype):
+        return cpu_rows.forward(q, k, v, added, scale, keys)
+    k, v = k[:, :, :keys], v[:, :, :keys]
     added = _for_all(added, k)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)
 
@@ -45,10 +48,16 @@ def fused_backward(
     lse: Float[Tensor, "m h r"],
     added: Float[Tensor, "n 1 r l"] | None,
     scale: float,
-) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h c d"], Float[Tensor, "m h c d"]]:
-    """Gradients for q, k and v: shares of them where `out` and `lse` are those of rows with further keys."""
-    if cpu_rows.pays(q, k):
-        return cpu_rows.backward(grad, q, k, v, out, lse, added, scale)
+    keys: int | None = None,
+) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h keys d"], Float[Tensor, "m h keys d"]]:
+    """Gradients for q and the first `keys` of k and v; None: all.
+
+    They are shares of them where `out` and `lse` are those of rows with further keys.
+    """
+    keys = k.shape[2] if keys is None else keys
+    if cpu_rows.pays(q.shape[2], keys, q.dtype):
+        return cpu_rows.backward(grad, q, k, v, out, lse, added, scale, keys)
+    k, v = k[:, :, :keys], v[:, :, :keys]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, False, attn_mask=_for_all(added, k), scale=scale
     )

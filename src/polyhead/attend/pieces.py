@@ -172,6 +172,7 @@ def _by_rows(
     places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
     flat, plain = places.flatten(0, 1), index.flatten(0, 2)
     within = torch.arange(choice.cols, device=device)
+    tables = _Tables(rest, sizes, dtype)
     kinds = (wholly.sum(-1) * (width + 1) + partly.sum(-1)).view(-1)
     for kind in kinds[kinds > 0].unique().tolist():
         whole_ones, hidden = divmod(kind, width + 1)
@@ -184,15 +185,27 @@ def _by_rows(
             added = None
             if hidden:
                 j = (plain[part, whole_ones:count, None] * choice.cols + within).flatten(1)
-                one = slice(1 if bool(inside[part[0]]) and _alike(rows[part], j, sizes) else None)
-                added = _added(rest, rows[part][one], j[one], sizes, dtype)
+                added = tables.of(rows[part], j, inside=bool(inside[part[0]]))
             yield Piece(rows[part], flat[part, :count], added, first=first)
 
 
-def _alike(rows: Tensor, j: Tensor, sizes: Sizes) -> bool:
-    """Whether keys `(m, c)` stand as far from queries `(m, r)` in every group."""
-    away = j - rows[:, :1] % sizes.queries
-    return bool((away == away[0]).all())
+class _Tables:
+    """What hides pairs of queries and keys, made once for groups that lie alike and follow each other."""
+
+    def __init__(self, rest: Mask | None, sizes: Sizes, dtype: torch.dtype) -> None:
+        self._rest, self._sizes, self._dtype = rest, sizes, dtype
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: Tensor, j: Tensor, *, inside: bool) -> Tensor:
+        """Of rows `(m, r)` and keys `(m, c)`; inside: distances alone decide."""
+        if not inside:
+            return _added(self._rest, rows, j, self._sizes, self._dtype)
+        away = j - rows[:, :1] % self._sizes.queries
+        if bool((away != away[0]).any()):
+            return _added(self._rest, rows, j, self._sizes, self._dtype)
+        if self._last is None or not torch.equal(self._last[0], away[0]):
+            self._last = away[0], _added(self._rest, rows[:1], j[:1], self._sizes, self._dtype)
+        return self._last[1]
 
 
 def _rows_of_blocks(length: int, sizes: Sizes, together: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ every gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.attend import cpu_rows
 from polyhead.attend.chosen_row import attend_row
 from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward, unfit
 from polyhead.attend.masks import Chosen, Mask
@@ -91,8 +93,9 @@ class _Chosen(torch.autograd.Function):
         out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
         lse = out.new_full(out.shape[:1], -math.inf)
         for piece in pieces(choice, rest, sizes, q.dtype):
+            count = piece.blocks.shape[1] * choice.cols
             share, own = fused(
-                queries[piece.rows], _gathered(keys, piece), _gathered(values, piece), piece.added, scale
+                queries[piece.rows], *_gathered(keys, values, piece), piece.added, scale, count
             )
             at, own = piece.rows.view(-1), own.reshape(-1)
             share = share.reshape(-1, share.shape[-1]).to(out.dtype)
@@ -131,10 +134,11 @@ class _Chosen(torch.autograd.Function):
         for piece in pieces(choice, rest, sizes, q.dtype):
             rows = piece.rows
             found = fused_backward(
-                *(grads[rows], queries[rows], _gathered(keys, piece), _gathered(values, piece), outs[rows]),
+                *(grads[rows], queries[rows], *_gathered(keys, values, piece), outs[rows]),
                 totals[rows].unsqueeze(1),
                 piece.added,
                 scale,
+                piece.blocks.shape[1] * choice.cols,
             )
             at, blocks = piece.rows.view(-1), piece.blocks.view(-1)
             dq.index_add_(0, at, found[0].reshape(len(at), -1).to(dtype))
@@ -177,10 +181,16 @@ def _joined(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.view(batch, heads, -1, width)[:, :, :keys].to(like.dtype)
 
 
-def _gathered(blocks: Tensor, piece: Piece) -> Tensor:
-    """The keys or values of a piece, `(m, 1, n·C, D)`."""
+def _gathered(keys: Tensor, values: Tensor, piece: Piece) -> Iterator[Tensor]:
+    """The keys and the values of a piece, `(m, 1, n·C, D)`, and behind them what `fused` would fill up with.
+
+    Those are of a block that the piece reads anyway, so that nothing comes in that is not finite.
+    """
     m, n = piece.blocks.shape
     if m == n == 1:
-        return blocks[int(piece.blocks)][None, None]
-    found = blocks.index_select(0, piece.blocks.view(-1))
-    return found.view(m, 1, n * blocks.shape[1], blocks.shape[2])
+        return (x[int(piece.blocks)][None, None] for x in (keys, values))
+    index, cols = piece.blocks, keys.shape[1]
+    if cpu_rows.pays(piece.rows.shape[1], n * cols, keys.dtype):
+        more = -(-cpu_rows.width(n * cols) // cols) - n
+        index = torch.cat((index, index[:, :1].expand(-1, more)), 1) if more else index
+    return (x.index_select(0, index.view(-1)).view(m, 1, -1, x.shape[2]) for x in (keys, values))
