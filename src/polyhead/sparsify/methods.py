@@ -22,6 +22,7 @@ Make = Callable[[float, Case], LayerSelectors | Reader]
 _ROWS, _COLS = 128, 64
 _SAMPLED = 16  # queries of which one is sampled
 _CHUNKS = 16  # of 256 tokens each in the paper of long_heads
+_LEAST_TAU = 1e-12
 _ALWAYS = sink(1) | window(_COLS - 1)
 
 
@@ -93,7 +94,9 @@ def _dhsa(level: float, case: Case) -> LayerSelectors:
 
 
 def _qada(level: float, case: Case) -> LayerSelectors:
-    return s.qada(level, first=1, nearest=_COLS, rows=_ROWS, cols=_COLS)
+    # every query decides for itself, as in the paper: of a block, one query that wants all would decide
+    tau = _LEAST_TAU ** (1 - level)  # far mass is taken much too large, so that useful shares span decades
+    return s.qada(tau, first=16, nearest=max(_COLS, case.tokens // 32), cols=_COLS)
 
 
 def _less_is_more(level: float, case: Case) -> LayerSelectors:

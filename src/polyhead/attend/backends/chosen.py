@@ -11,7 +11,6 @@ every gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -93,10 +92,9 @@ class _Chosen(torch.autograd.Function):
         out = torch.zeros_like(queries.flat, dtype=wide(q.dtype))  # rounded once, when all is merged
         lse = out.new_full(out.shape[:1], -math.inf)
         for piece in pieces(choice, rest, sizes, q.dtype):
+            own_keys, own_values = _gathered(keys, values, piece)
             count = piece.blocks.shape[1] * choice.cols
-            share, own = fused(
-                queries[piece.rows], *_gathered(keys, values, piece), piece.added, scale, count
-            )
+            share, own = fused(queries[piece.rows], own_keys, own_values, piece.added, scale, count)
             at, own = piece.rows.view(-1), own.reshape(-1)
             share = share.reshape(-1, share.shape[-1]).to(out.dtype)
             if not piece.first:
@@ -133,8 +131,9 @@ class _Chosen(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (queries.flat, keys, values))
         for piece in pieces(choice, rest, sizes, q.dtype):
             rows = piece.rows
+            own_keys, own_values = _gathered(keys, values, piece)
             found = fused_backward(
-                *(grads[rows], queries[rows], *_gathered(keys, values, piece), outs[rows]),
+                *(grads[rows], queries[rows], own_keys, own_values, outs[rows]),
                 totals[rows].unsqueeze(1),
                 piece.added,
                 scale,
@@ -181,16 +180,18 @@ def _joined(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.view(batch, heads, -1, width)[:, :, :keys].to(like.dtype)
 
 
-def _gathered(keys: Tensor, values: Tensor, piece: Piece) -> Iterator[Tensor]:
+def _gathered(keys: Tensor, values: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """The keys and the values of a piece, `(m, 1, n·C, D)`, and behind them what `fused` would fill up with.
 
     Those are of a block that the piece reads anyway, so that nothing comes in that is not finite.
     """
     m, n = piece.blocks.shape
     if m == n == 1:
-        return (x[int(piece.blocks)][None, None] for x in (keys, values))
+        one = int(piece.blocks)
+        return keys[one][None, None], values[one][None, None]
     index, cols = piece.blocks, keys.shape[1]
     if cpu_rows.pays(piece.rows.shape[1], n * cols, keys.dtype):
         more = -(-cpu_rows.width(n * cols) // cols) - n
         index = torch.cat((index, index[:, :1].expand(-1, more)), 1) if more else index
-    return (x.index_select(0, index.view(-1)).view(m, 1, -1, x.shape[2]) for x in (keys, values))
+    index, shape = index.view(-1), (m, 1, index.numel() // m * cols, keys.shape[2])
+    return keys.index_select(0, index).view(shape), values.index_select(0, index).view(shape)
