@@ -209,7 +209,7 @@ def test_the_page_stands_alone(folder: Path) -> None:
 
 
 def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = read(folder / "results.json")
+    before = read(folder / "results.json")["rows"]
     levels = [one["level"] for one in read(folder / "levels.json") if one["method"] == "a_shape"]
     (folder / "trials" / f"a_shape.0.3.at.{levels[0]:.12g}.json").unlink()
     tried = []
@@ -227,9 +227,13 @@ def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: 
     assert tried[0][0] == "a_shape"
     monkeypatch.undo()
     more = job.run(model, methods=("a_shape",), shares=(0.3, 0.9), out=folder, console=QUIET, **SIZE)
-    assert [row.label for row in more.rows] == ["dense", "a_shape 0.3", "a_shape 0.9"]
+    labels = [row["method"] and f"{row['method']} {row['share']}" for row in before]
+    assert [row.label for row in more.rows] == ["dense", *labels[1:3], "a_shape 0.9", *labels[3:]]
+    assert "1 round, each" in (folder / "README.md").read_text()
     job.run(model, methods=("a_shape", "block_oracle"), shares=(0.3, 0.6), out=folder, console=QUIET, **SIZE)
-    assert read(folder / "results.json") == before
+    rows = read(folder / "results.json")["rows"]
+    assert rows.pop(3)["share"] == 0.9
+    assert rows[1:] == before[1:]
 
 
 def test_what_an_earlier_version_kept_is_used_at_its_level_only(

@@ -65,7 +65,8 @@ def run(
             reads.
         facts, texts, rounds, seed: see `Settings`.
         out: the folder; empty, not there yet, or holding a comparison under the same settings: it goes on,
-            with the same methods and shares or others.
+            with the same methods and shares or others. The table then has a row for everything in it, but
+            for methods of files that this command does not name.
         quick: a much reduced run.
         console: where the table goes; progress goes to standard error. Default: standard output.
 
@@ -90,12 +91,16 @@ def run(
             levels = _levels(trial, chosen, folder.path, stages)
             outcomes = _outcomes(trial, chosen, levels, folder.path, stages)
             times = _times(settings, chosen, levels, folder.path, stages)
+            outcomes |= _earlier(chosen, folder.path)
+        tried = {name: own for name, own in METHODS.items() if any(name == one for one, _ in outcomes)}
+        tried |= chosen.methods
+        order = ["", *tried]
         rows = [
             Row(method, share, outcomes[method, share], tuple(times.get((method, share), ())))
-            for method, share in outcomes
+            for method, share in sorted(outcomes, key=lambda pair: (order.index(pair[0]), pair[1]))
         ]
         machine = f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}"
-        comparison = Comparison(settings, chosen.methods, tuple(rows), machine)
+        comparison = Comparison(settings, tried, tuple(rows), machine)
         page = _write(comparison, folder.path)
     console.print(comparison.table())
     console.print(comparison.verdict(), markup=False, soft_wrap=True)
@@ -215,7 +220,7 @@ def _levels(trial: Trial, chosen: Chosen, path: Path, stages: Stages) -> dict[Pa
     """
     file = path / "levels.json"
     held = read(file) if file.is_file() else []
-    known = {(one["method"], one["share"]): one["level"] for one in held if isinstance(one, dict)}
+    known = _matched(held)
     missing = [pair for pair in chosen.pairs if pair not in known]
     if missing:
         with stages.stage("matching shares", len(missing)) as advance:
@@ -229,6 +234,20 @@ def _levels(trial: Trial, chosen: Chosen, path: Path, stages: Stages) -> dict[Pa
                 write(file, json.dumps(held, indent=1))
                 advance(f"{name} {share:g}")
     return {pair: known[pair] for pair in chosen.pairs}
+
+
+def _matched(held: list[Any]) -> dict[Pair, float]:
+    return {(one["method"], one["share"]): one["level"] for one in held if isinstance(one, dict)}
+
+
+def _earlier(chosen: Chosen, path: Path) -> dict[Pair, Outcome]:
+    """What commands before this one tried of Polyhead's own methods, in the same folder."""
+    found: dict[Pair, Outcome] = {}
+    for pair, level in _matched(read(path / "levels.json")).items():
+        own = _kept(path / "trials", pair, level) if pair[0] in METHODS else None
+        if own is not None and pair not in chosen.pairs:
+            found[pair] = own
+    return found
 
 
 def _outcomes(
@@ -285,6 +304,12 @@ def _times(
     held = _held_times(path)
     timed = [pair for pair in levels if not chosen.methods[pair[0]].oracle]  # its time would say nothing
     found = {pair: held.setdefault((*pair, levels[pair]), []) for pair in timed}
+    now = _matched(read(path / "levels.json"))
+    earlier = {
+        (name, share): rounds
+        for (name, share, level), rounds in held.items()
+        if (name, share) not in found and now.get((name, share)) == level
+    }
     with stages.stage("timing", settings.rounds * len(timed)) as advance:
         for number in range(settings.rounds):
             same: Taken | None = None  # of the dense model, for all of this round
@@ -302,6 +327,7 @@ def _times(
                     ]
                     write(file, json.dumps(rows, indent=1))
                 advance(f"{name} {share:g}")
+    found |= earlier
     dense = dict.fromkeys(one.dense for rounds in found.values() for one in rounds)
     return found | {("", 1.0): [Round(one, one) for one in dense]}
 

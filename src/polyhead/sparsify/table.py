@@ -113,6 +113,13 @@ class Comparison:
         found = max(known, key=lambda row: row.faster(lambda t: t.prefill), default=None)
         return found if found is not None and found.faster(lambda t: t.prefill) > 1 else None
 
+    @property
+    def rounds(self) -> str:
+        """How many rounds the times of methods are medians of: `3 rounds`, or `2 to 4 rounds`."""
+        counts = sorted({len(row.rounds) for row in self.rows[1:] if row.rounds}) or [0]
+        said = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{said} round{'s' * (counts[-1] != 1)}"
+
     def records(self) -> list[dict[str, Any]]:
         """A flat record for each row."""
         found = []
@@ -221,7 +228,6 @@ class Comparison:
         s = self.settings
         rows = ["| " + " | ".join(self.heads) + " |", "| --- |" + " ---: |" * (len(self.heads) - 1)]
         rows += ["| " + " | ".join(self.cells(row)) + " |" for row in self.rows]
-        rounds = max((len(row.rounds) for row in self.rows), default=0)
         return "\n".join(
             [
                 f"# {s.model}, read sparsely",
@@ -234,7 +240,7 @@ class Comparison:
                 f"{2 * s.texts} of every length. Shares are those of keys at the longest length. "
                 '"Of dense\'s": of the facts that the model finds reading everything, those that are found '
                 "when the text is read under the method and questions are answered densely; "
-                f'"throughout": answered under it too. Times are medians of {rounds} rounds, each beginning '
+                f'"throughout": answered under it too. Times are medians of {self.rounds}, each beginning '
                 f"with the dense model, every measurement in a process of its own. {self.machine}.",
                 "",
                 "![What is kept, and what it takes](pareto.svg)",
