@@ -24,6 +24,7 @@ def build_page(comparison: Comparison) -> str:
         css=asset("polyhead.report", "light.css"),
         script=asset("polyhead.report", "light.js"),
         settings=settings,
+        shares=comparison.shares,
         rounds=comparison.rounds,
         machine=comparison.machine,
         verdict=comparison.verdict(),

@@ -114,6 +114,11 @@ class Comparison:
         return found if found is not None and found.faster(lambda t: t.prefill) > 1 else None
 
     @property
+    def shares(self) -> list[float]:
+        """Those of all rows."""
+        return sorted({row.share for row in self.rows[1:]})
+
+    @property
     def rounds(self) -> str:
         """How many rounds the times of methods are medians of: `3 rounds`, or `2 to 4 rounds`."""
         counts = sorted({len(row.rounds) for row in self.rows[1:] if row.rounds}) or [0]
