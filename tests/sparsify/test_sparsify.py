@@ -314,6 +314,9 @@ def test_what_methods_of_files_gave_is_kept_by_what_the_files_say(
     written("a", 1.0, "  # a comment")
     job.run(model, methods=(a, b), **own)
     assert tried == []
+    more = job.run(model, methods=(a,), **own | {"shares": (0.7,)})  # of b, which it does not name, no row
+    assert [(row.method, row.share) for row in more.rows] == [("", 1.0), (first, 0.4), (first, 0.7)]
+    tried.clear()
     written("a", 0.75)
     changed = job.run(model, methods=(a,), **own)
     assert tried == [0.375]

@@ -241,10 +241,10 @@ def _matched(held: list[Any]) -> dict[Pair, float]:
 
 
 def _earlier(chosen: Chosen, path: Path) -> dict[Pair, Outcome]:
-    """What commands before this one tried of Polyhead's own methods, in the same folder."""
+    """What commands before this one tried in the same folder, but for files that this one does not name."""
     found: dict[Pair, Outcome] = {}
     for pair, level in _matched(read(path / "levels.json")).items():
-        own = _kept(path / "trials", pair, level) if pair[0] in METHODS else None
+        own = _kept(path / "trials", pair, level) if pair[0] in {*METHODS, *chosen.methods} else None
         if own is not None and pair not in chosen.pairs:
             found[pair] = own
     return found

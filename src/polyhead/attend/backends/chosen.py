@@ -183,7 +183,7 @@ def _joined(blocks: Tensor, like: Tensor) -> Tensor:
 def _gathered(keys: Tensor, values: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """The keys and the values of a piece, `(m, 1, n·C, D)`, and behind them what `fused` would fill up with.
 
-    Those are of a block that the piece reads anyway, so that nothing comes in that is not finite.
+    Those are of the first block that each of its rows reads anyway, so that nothing else comes in.
     """
     m, n = piece.blocks.shape
     if m == n == 1:
