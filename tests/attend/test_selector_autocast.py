@@ -16,6 +16,7 @@ SELECTORS: dict[str, Selector] = {
     "mean_keys": PLAIN,
     "key_bounds": ph.select(ph.key_bounds(), ph.keep_mass(0.5), **SIZE),
     "sampled_mass": ph.select(ph.sampled_mass(2), ph.keep_blocks(2), **SIZE),
+    "mean_mass": ph.select(ph.shared(ph.mean_mass(2, 2), by="max"), ph.keep_mass(0.5), **SIZE),
     "sampled_mass, odd": ph.select(ph.sampled_mass(3, 3, 2.0), ph.keep_mass(0.5), **SIZE),
     "keep_last_mass": ph.select(ph.mean_keys(), ph.keep_last_mass(0.5), **SIZE),
     "proxy_attn": ph.proxy_attn(0.5, least=1, **SIZE),

@@ -108,6 +108,84 @@ def test_sampled_mass_asks_every_query_of_a_short_call() -> None:
     torch.testing.assert_close(scores_of(one, q, k, 64, 16), scores_of(other, q, k, 64, 16))
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "rows", "cols", "asked", "taken"),
+    [
+        (37, 90, 8, 16, 4, 8),  # parts divide blocks, not the call
+        (90, 90, 16, 7, 5, 3),  # nor blocks
+        (41, 90, 8, 16, 8, 16),
+        (37, 90, 8, 16, 8, 1),
+        (9, 4, 2, 2, 1, 1),  # queries before the first key
+    ],
+)
+def test_mean_mass_is_the_mass_of_means(
+    queries: int, keys: int, rows: int, cols: int, asked: int, taken: int
+) -> None:
+    q, k, _ = tensors(2, 4, 2, queries, keys)
+    found = scores_of(ph.mean_mass(asked, taken), q, k, rows, cols)
+    means = torch.stack([part.mean(2) for part in blocks(k.repeat_interleave(2, 1), taken)], 2)
+    first = torch.arange(means.shape[2]) * taken
+    for m, block in enumerate(blocks(q, rows)):
+        expected = torch.zeros(2, 4, -(-keys // cols), dtype=torch.float64)
+        end = m * rows
+        for part in blocks(block, asked):
+            end += part.shape[2]
+            logits = (0.25 * part.mean(2, keepdim=True) @ means.mT)[:, :, 0]
+            seen = first <= end - 1 + keys - queries
+            weights = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
+            expected.index_add_(-1, first // cols, weights)
+        torch.testing.assert_close(found[:, :, m].exp(), expected)
+
+
+def test_mean_mass_of_single_queries_and_keys_are_the_weights() -> None:
+    q, k, _ = tensors(1, 4, 2, 37, 37)
+    weights = (0.25 * q @ k.repeat_interleave(2, 1).mT).masked_fill(
+        ~densify(ph.causal(), queries=37, keys=37), -math.inf
+    )
+    torch.testing.assert_close(scores_of(ph.mean_mass(1, 1), q, k, 1, 1).exp(), weights.softmax(-1))
+
+
+def test_mean_mass_of_whole_blocks_ranks_as_mean_keys() -> None:
+    q, k, _ = tensors(1, 4, 2, 64, 64)
+    found, expected = (
+        choose(ph.select(scorer, ph.keep_blocks(2), rows=8, cols=8), q, k, ph.causal(), 0.25)
+        for scorer in (ph.mean_mass(8, 8), ph.mean_keys())
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("over", ["group", "all"])
+@pytest.mark.parametrize("by", ["mean", "max"])
+@pytest.mark.parametrize(
+    "always", [None, ph.sink(1) | ph.window(9), ph.per_head([ph.window(n) for n in (2, 9, 4, 5)])]
+)
+@pytest.mark.parametrize(
+    "mask", [None, ph.causal(), ph.causal() & ph.per_head([ph.window(n) for n in (9, 9, 30, 40)])]
+)
+@pytest.mark.parametrize(
+    "budget", [ph.keep_mass(0.7), ph.keep_mass(torch.tensor([0.2, 0.4, 0.6, 0.8]))], ids=repr
+)
+def test_heads_that_score_alike_choose_what_they_would_alone(
+    over: Any, by: Any, always: Mask | None, mask: Mask | None, budget: Any
+) -> None:
+    q, k, _ = tensors(2, 4, 2, 100, 110)
+    joined = ph.shared(ph.mean_mass(4, 3), over, by)
+    found, expected = (
+        choose(ph.select(scorer, budget, rows=16, cols=5, always=always), q, k, mask, 0.25)
+        for scorer in (joined, _HeadByHead(joined))
+    )
+    assert found == expected
+
+
+class _HeadByHead(Scorer):
+    """A scorer that does not say which heads score alike."""
+
+    scorer: Scorer
+
+    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Any:
+        return self.scorer.prepare(q, k, grid)
+
+
 def test_shared_scores_are_joined_over_heads() -> None:
     q, k, _ = tensors(1, 4, 2, 37, 90)
     each = scores_of(ph.mean_keys(), q, k, 8, 16)
@@ -174,7 +252,7 @@ def test_forced_blocks_are_kept_and_count(budget: Any) -> None:
         assert found == [[0, 1], [1, 3]]
 
 
-SCORERS = [ph.mean_keys(), ph.key_bounds(), ph.shared(ph.mean_keys()), ph.sampled_mass(1)]
+SCORERS = [ph.mean_keys(), ph.key_bounds(), ph.shared(ph.mean_keys()), ph.sampled_mass(1), ph.mean_mass(1, 3)]
 BUDGETS = [ph.keep_blocks(2), ph.keep_share(0.3), ph.keep_mass(0.8), ph.keep_above(0.0), ph.keep_total(0.3)]
 
 
@@ -205,7 +283,7 @@ def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, _ = tensors(2, 4, 2, 100, 100)
     own = ph.select(ph.sampled_mass(3), ph.keep_mass(0.7), rows=8, cols=8)
     whole = choose(own, q, k, ph.causal(), 0.25)
-    monkeypatch.setattr(import_module("polyhead.attend.selectors.scorers"), "_HELD", 500)
+    monkeypatch.setattr(import_module("polyhead.attend.selectors.masses"), "_HELD", 500)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)
     assert choose(own, q, k, ph.causal(), 0.25) == whole
 
@@ -277,7 +355,9 @@ def test_padding_is_never_chosen_and_rows_without_keys_give_zeros() -> None:
 
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize(
-    "scorer", [ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(1), ph.sampled_mass(4)], ids=repr
+    "scorer",
+    [ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(1), ph.sampled_mass(4), ph.mean_mass(2, 3)],
+    ids=repr,
 )
 def test_what_stands_at_padding_counts_in_no_score(scorer: Scorer, left: bool) -> None:
     q, k, _ = tensors(2, 4, 2, 40, 40)
@@ -462,6 +542,10 @@ def test_wrong_input_is_said() -> None:
         attend(*x, select=ph.select(ph.sampled_mass(16), ph.keep_share(0.1), rows=8, cols=8))
     with pytest.raises(ConfigError, match="keys must be at most the length of a block, 8; got 9"):
         attend(*x, select=ph.select(ph.sampled_mass(4, keys=9), ph.keep_share(0.1), rows=8, cols=8))
+    with pytest.raises(ConfigError, match="mean_mass: queries must be at most the length of a block, 8"):
+        attend(*x, select=ph.select(ph.mean_mass(), ph.keep_share(0.1), rows=8, cols=16))
+    with pytest.raises(ConfigError, match="mean_mass: keys must be at least 1"):
+        ph.mean_mass(keys=0)
     with pytest.raises(ConfigError, match="sampled_mass: power"):
         ph.sampled_mass(4, power=0.5)
     with pytest.raises(ConfigError, match="sampled_mass: keys must be at least 1"):
@@ -507,7 +591,13 @@ def test_rows_do_not_share_a_budget_that_is_one_of_rows() -> None:
 
 def test_operations_of_a_choice_are_those_that_torch_counts() -> None:
     q, k, _ = tensors(2, 4, 2, 100, 100)
-    for scorer in (ph.mean_keys(), ph.key_bounds(), ph.sampled_mass(4), ph.shared(ph.key_bounds())):
+    for scorer in (
+        ph.mean_keys(),
+        ph.key_bounds(),
+        ph.sampled_mass(4),
+        ph.shared(ph.key_bounds()),
+        ph.mean_mass(4, 2),
+    ):
         own = ph.select(scorer, ph.keep_blocks(2), rows=16, cols=8)
         probed = 2 * 2 * 4 * 10 * 100 * 16
         for selector, times, more in (

@@ -25,6 +25,7 @@ SCORERS: dict[str, Scorer] = {
     "mean_keys": ph.mean_keys(),
     "key_bounds": ph.key_bounds(),
     "sampled_mass": ph.sampled_mass(1),
+    "mean_mass": ph.mean_mass(1, COLS),
     "band_means": band_means("high", 0.5),
     "proxy_heads": proxy_heads(2, 3),
     "index_scores": ph.index_scores(ph.mean_indexer(2)),

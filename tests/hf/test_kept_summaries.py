@@ -20,6 +20,7 @@ SELECTORS = {
     "key_bounds": OWN,
     "mean_keys": ph.select(ph.mean_keys(), ph.keep_share(0.3), rows=8, cols=4, always=ph.sink(1)),
     "sampled_mass": ph.select(ph.sampled_mass(2), ph.keep_mass(0.6), rows=8, cols=4),
+    "mean_mass": ph.select(ph.mean_mass(4, 2), ph.keep_mass(0.6), rows=8, cols=4),
     "prism": ph.prism(0.6, rows=8, cols=4),
     "proxy_attn": ph.proxy_attn(0.6, least=4, rows=8, cols=4),
     "token_indexer": ph.token_indexer(6),

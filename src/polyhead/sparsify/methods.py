@@ -66,6 +66,11 @@ def _sampled_mass(level: float, case: Case) -> LayerSelectors:
     return s.select(scorer, s.keep_mass(level), rows=16 * _SAMPLED, cols=cols, always=nearest)
 
 
+def _mean_mass(level: float, case: Case) -> LayerSelectors:
+    # a score takes little, so that blocks may be smaller than those of the others
+    return s.select(s.mean_mass(16, 16), s.keep_mass(level), rows=_ROWS // 2, cols=_COLS // 2, always=_ALWAYS)
+
+
 def _prism(level: float, case: Case) -> LayerSelectors:
     return s.prism(level, rows=_ROWS, cols=_COLS)
 
@@ -147,6 +152,12 @@ METHODS = {
             "blocks by their mass for one query of 16, over every second key, until they hold so much of it",
             "2503.16428",
             _sampled_mass,
+        ),
+        Method(
+            "mean_mass",
+            "smaller blocks by their mass by means of 16 queries and 16 keys, until they hold so much",
+            "",
+            _mean_mass,
         ),
         Method(
             "prism", "means in fast and in slow features of rotary positions, each by mass", "064", _prism

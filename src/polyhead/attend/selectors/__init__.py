@@ -68,6 +68,7 @@ from polyhead.attend.selectors.less_is_more import (
     unified_keys,
 )
 from polyhead.attend.selectors.low_rank import LowRankScores, low_rank_scores
+from polyhead.attend.selectors.masses import MeanMass, SampledMass, mean_mass, sampled_mass
 from polyhead.attend.selectors.prism import BandMeans, band_means, prism
 from polyhead.attend.selectors.proxy_attn import (
     KeepLastMass,
@@ -97,12 +98,10 @@ from polyhead.attend.selectors.region_routing import RegionRouting, region_routi
 from polyhead.attend.selectors.scorers import (
     KeyBounds,
     MeanKeys,
-    SampledMass,
     Scorer,
     Shared,
     key_bounds,
     mean_keys,
-    sampled_mass,
     shared,
 )
 from polyhead.attend.selectors.selector import (
@@ -161,6 +160,7 @@ __all__ = [
     "LowRankScores",
     "MeanIndexer",
     "MeanKeys",
+    "MeanMass",
     "NearGaussian",
     "NearOrAll",
     "OpenGate",
@@ -220,6 +220,7 @@ __all__ = [
     "low_rank_scores",
     "mean_indexer",
     "mean_keys",
+    "mean_mass",
     "open_gate",
     "prism",
     "proxy_attn",

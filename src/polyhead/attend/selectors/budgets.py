@@ -65,6 +65,11 @@ class Budget(Part):
         """The rule for this call: itself, unless how much is read depends on the content."""
         return self
 
+    @property
+    def by_head(self) -> bool:
+        """Whether heads have numbers of their own."""
+        return any(tensor.numel() > 1 for tensor in self.tensors())
+
     def best(self, visible: int) -> int | None:
         """How many of so many visible blocks every row reads, the best; None: that depends on more."""
         return None

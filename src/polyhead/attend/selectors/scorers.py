@@ -12,30 +12,24 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.attend.selectors.grid import Grid, by_blocks
-from polyhead.checks import given, number, whole
+from polyhead.checks import given
 from polyhead.description import Part
 from polyhead.errors import ConfigError, unknown_name
 
 __all__ = [
     "KeyBounds",
     "MeanKeys",
-    "SampledMass",
     "Scorer",
     "Shared",
     "key_bounds",
     "mean_keys",
-    "sampled_mass",
     "shared",
 ]
 
 Scores = Callable[[int, int], Tensor]
-
-_HELD = 1 << 24  # products that are held at a time
-_STRIP = 32  # sampled queries that are taken together, with the keys up to the last of them
 
 
 class Scorer(Part):
@@ -58,6 +52,10 @@ class Scorer(Part):
     def flops(self, grid: Grid, width: int) -> int:
         """Operations of the matrix products that score a call with heads so wide; 0 where nothing is said."""
         return 0
+
+    def alike(self, grid: Grid) -> int:
+        """So many heads that follow each other have the same scores, so that they are ranked once."""
+        return 1
 
 
 class MeanKeys(Scorer):
@@ -129,117 +127,6 @@ def key_bounds() -> Scorer:
     return KeyBounds()
 
 
-class SampledMass(Scorer):
-    """The log of the mass of a block, from one query of `stride` and every `keys`-th key."""
-
-    stride: int = 4
-    keys: int | None = None
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        whole("sampled_mass: stride", self.stride, 1)
-        object.__setattr__(self, "power", number("sampled_mass: power", self.power, least=1))
-        if self.keys is not None:
-            whole("sampled_mass: keys", self.keys, 1)
-
-    @property
-    def key_stride(self) -> int:
-        """Keys of which one is taken."""
-        return self.stride if self.keys is None else self.keys
-
-    def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
-        step = self.key_stride
-        for name, each, block in (("stride", self.stride, grid.rows), ("keys", step, grid.cols)):
-            if each > block:
-                raise ConfigError(
-                    f"sampled_mass: {name} must be at most the length of a block, {block}; "
-                    f"got {each}: it would pass over whole blocks"
-                )
-        wide = torch.promote_types(k.dtype, torch.float32)
-        taken = torch.arange(0, grid.keys, step, device=k.device)
-        keys = grid.summarised("first", lambda keys, _: keys[:, :, ::step].to(wide), k, step)
-        hidden = None if grid.real is None else ~grid.real[:, None, None, ::step]
-
-        def scores(start: int, stop: int) -> Tensor:
-            total = keys.new_zeros(grid.batch, grid.heads, stop - start, grid.col_blocks)
-            sampled = self._sampled(grid, start, stop, q.device)
-            strip = min(_STRIP, max(1, _HELD // (grid.batch * grid.heads * len(taken))))
-            whole_block = max(1, grid.cols // step)
-            for at in sampled.split(strip) if len(sampled) else ():
-                # a sampled query weighs its own past alone, or the whole future would share in its mass
-                past = max(0, (int(at[-1]) + grid.offset) // step + 1)
-                past = min(-(-past // whole_block) * whole_block, len(taken))
-                asked = q[:, :, at].to(wide) * grid.scale
-                logits = grid.products(asked, keys[:, :, :past])
-                first = (int(at[0]) + grid.offset) // step + 1  # key that the first of them does not see
-                ends = min(max(first, 0), past)
-                later = taken[ends:past] > (at + grid.offset)[:, None]
-                logits[..., ends:].masked_fill_(later, -math.inf)
-                if hidden is not None:
-                    logits.masked_fill_(hidden[..., :past], -math.inf)
-                weights = logits.softmax(-1)
-                if hidden is not None or int(at[0]) + grid.offset < 0:  # some may see nothing
-                    weights.nan_to_num_(0.0)
-                mass = _by_block(weights, taken[:past], step, grid.cols)
-                if self.power != 1:
-                    mass = mass.pow_(self.power)
-                total[..., : mass.shape[-1]].index_add_(2, at // grid.rows - start, mass)
-            return total.log() / self.power
-
-        return scores
-
-    def _sampled(self, grid: Grid, start: int, stop: int, device: torch.device) -> Tensor:
-        """Equally many queries of every block, those in the middle of its parts."""
-        each = -(-grid.rows // self.stride)
-        full = min(stop, grid.queries // grid.rows)
-        middle = 2 * torch.arange(each, device=device) + 1
-        blocks = torch.arange(start, full, device=device)[:, None]
-        sampled = (blocks * grid.rows + middle * grid.rows // (2 * each)).view(-1)
-        left = grid.queries - full * grid.rows
-        if full < stop and left:  # the last block, with fewer queries
-            each = min(each, left)
-            sampled = torch.cat([sampled, full * grid.rows + middle[:each] * left // (2 * each)])
-        return sampled
-
-    def flops(self, grid: Grid, width: int) -> int:
-        queries = len(self._sampled(grid, 0, grid.row_blocks, torch.device("cpu")))
-        keys = -(-grid.keys // self.key_stride)
-        return 2 * grid.batch * grid.heads * queries * keys * width
-
-
-def _by_block(weights: Tensor, taken: Tensor, step: int, cols: int) -> Tensor:
-    """Weights `(..., n)` of the keys `taken`, every step-th, summed by the blocks up to the last of these."""
-    if cols % step == 0:  # as many of every block
-        each = cols // step
-        missing = -weights.shape[-1] % each
-        weights = F.pad(weights, (0, missing)) if missing else weights
-        return weights.unflatten(-1, (-1, each)).sum(-1)
-    own = taken // cols
-    blocks = int(own[-1]) + 1 if len(own) else 0
-    return weights.new_zeros(*weights.shape[:-1], blocks).index_add_(-1, own, weights)
-
-
-def sampled_mass(stride: int = 4, keys: int | None = None, power: float = 1.0) -> Scorer:
-    """A block is worth the log of its mass over sampled queries and keys, softmax over the causal past.
-
-        (Σ_i m_ij^p)^(1/p)        m_ij: mass of the block j of keys for the sampled query i
-
-    Of a block of R queries ⌈R / stride⌉ are sampled, one from the middle of each part: 1 / (stride · keys) of
-    the products of dense attention. Of a shorter block, such as a question behind a long text that is in the
-    cache, as many are if there are so many. Where every query and key is taken, and p = 1, the mass is exact
-    under a causal mask. Papers that score blocks by their mass differ in which pairs they sample.
-
-    Args:
-        stride: one of so many queries is taken.
-        keys: every so many-th key; default `stride`. A key that is passed over is not seen, however much of
-            the attention it draws, while queries that stand side by side tend to look at the same keys: it
-            is better to take many keys for few queries than as many of both.
-        power: p, at least 1. With 1 a block counts by what all queries look at it together; the larger, the
-            more by those that look at it most.
-    """
-    return SampledMass(stride, keys, power)
-
-
 class Shared(Scorer):
     """The scores of another scorer, joined over heads."""
 
@@ -256,7 +143,7 @@ class Shared(Scorer):
 
     def prepare(self, q: Tensor, k: Tensor, grid: Grid) -> Scores:
         each = self.scorer.prepare(q, k, grid)
-        size = grid.repeat if self.over == "group" else grid.heads
+        size = self.alike(grid)
 
         def scores(start: int, stop: int) -> Tensor:
             own = each(start, stop).unflatten(1, (-1, size))
@@ -268,13 +155,18 @@ class Shared(Scorer):
     def flops(self, grid: Grid, width: int) -> int:
         return self.scorer.flops(grid, width)
 
+    def alike(self, grid: Grid) -> int:
+        return grid.repeat if self.over == "group" else grid.heads
+
 
 def shared(
     scorer: Scorer, over: Literal["group", "all"] = "group", by: Literal["mean", "max"] = "mean"
 ) -> Scorer:
     """Heads score together: the query heads of a key/value head, or all heads of a layer, get one ranking.
 
-    A group that reads the same blocks gathers them once.
+    A group that reads the same blocks gathers them once, and multiplies them once for all its queries. Heads
+    can be compared where scores are those of masses, such as `mean_queries()`: products of one head may be
+    larger than those of another throughout.
 
     Args:
         scorer: whose scores are joined, such as `mean_keys()`.

@@ -140,6 +140,16 @@ class Correcting(Selector):
         raise NotImplementedError
 
 
+def places_of(table: Tensor) -> Tensor:
+    """The blocks that are marked in `(..., blocks)`, ascending, as `(..., K)`, -1 where there are fewer."""
+    count = table.cumsum(-1, dtype=torch.int32)
+    width = int(count[..., -1].amax()) if table.numel() else 0
+    index = torch.full((*table.shape[:-1], width), -1, dtype=torch.int64, device=table.device)
+    at = table.nonzero(as_tuple=True)
+    index[(*at[:-1], count[at].long() - 1)] = at[-1]
+    return index
+
+
 def listed(index: Tensor, blocks: int) -> Tensor:
     """Blocks listed in `(..., K)`, -1 for none, as a table `(..., blocks)` of those that are."""
     table = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
@@ -175,12 +185,28 @@ class Ranked(Selector):
         scores = self.scorer.prepare(q, k, grid)
         budget = self.budget.prepare(q, k, mask, grid)
 
-        def forced(start: int, stop: int, visible: Tensor) -> Tensor:
+        def always(start: int, stop: int) -> Tensor:
             if self.always is None:
-                return torch.zeros_like(visible)
-            return visible & tiles(self.always, grid, start, stop, q.device)
+                return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+            return seen(self.always, grid, start, stop, q.device)
 
-        return kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
+        def forced(start: int, stop: int, visible: Tensor) -> Tensor:
+            return visible & always(start, stop)
+
+        each = kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
+        alike = self.scorer.alike(grid)
+        if alike == 1 or not budget.row_by_row or budget.by_head:
+            return each
+
+        def kept(start: int, stop: int, visible: Tensor) -> Tensor:
+            some = always(start, stop)
+            if visible.stride(1) or some.shape[1] > 1:  # heads do not see the same
+                return each(start, stop, visible)
+            one = visible[:, ::alike]
+            found = budget.kept(scores(start, stop)[:, ::alike], one, one & some)
+            return found.repeat_interleave(alike, 1)
+
+        return kept
 
     def single(self, q: Tensor, k: Tensor, mask: Mask | None, grid: Grid) -> Tensor | None:
         if runs_of_last(mask, grid.keys) != [(0, grid.keys)]:
@@ -414,13 +440,10 @@ def chosen_blocks(selector: Selector, q: Tensor, k: Tensor, mask: Mask | None, g
     kept = selector.prepare(q, k, mask, grid)
     band = max(1, _HELD // max(1, grid.batch * grid.heads * grid.col_blocks * (1 if grid.rows > 1 else 2)))
     found = []
-    places = torch.arange(grid.col_blocks, device=q.device)
     for start in range(0, grid.row_blocks, band):
         stop = min(start + band, grid.row_blocks)
         visible = tiles(mask, grid, start, stop, q.device)
-        here = kept(start, stop, visible) & visible
-        width = int(here.sum(-1).amax()) if here.numel() else 0
-        found.append(torch.where(here, places, -1).sort(-1, descending=True).values[..., :width])
+        found.append(places_of(kept(start, stop, visible) & visible))
     if len(found) == 1:
         return chosen(found[0], rows=grid.rows, cols=grid.cols, first=grid.offset)
     width = max((part.shape[-1] for part in found), default=0)

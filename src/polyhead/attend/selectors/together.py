@@ -39,7 +39,7 @@ class Together(Budget):
             )
         if not isinstance(self.over, str) or self.over not in _OVER:
             raise unknown_name("together: over", self.over, _OVER)
-        if self.over != "head" and any(tensor.numel() > 1 for tensor in self.budget.tensors()):
+        if self.over != "head" and self.budget.by_head:
             raise ConfigError(
                 f"together: all heads share one budget over a {self.over}, which must hold one number; got "
                 f"{given(self.budget)}. Numbers by head go with over='head'"
