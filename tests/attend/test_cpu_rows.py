@@ -21,7 +21,14 @@ pytestmark = pytest.mark.skipif(
 def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By products, whatever the processor and the size; in several parts."""
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
-    for name, value in (("_PAIRS", 1), ("_ROWS", 1), ("_KEYS", 1), ("_PART", 16), ("_MULTIPLE", 8)):
+    for name, value in (
+        ("_PAIRS", 1),
+        ("_ROWS", 1),
+        ("_KEYS", 1),
+        ("_PART", 16),
+        ("_MULTIPLE", 8),
+        ("_SCORES", 2500),
+    ):
         monkeypatch.setattr(cpu_rows, name, value)
 
 
@@ -29,32 +36,41 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
 
 
+@pytest.mark.parametrize("large", [1, 1 << 20])  # pairs, from which groups are taken one at a time
+@pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("last", [37, 11])
-@pytest.mark.parametrize("tables", [0, 1, 3])
+@pytest.mark.parametrize("tables", [None, (1, 1), (3, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("by_products", [True, False])
 def test_forward_and_backward_are_those_of_attention(
     wanted: None,
     by_products: bool,
     shared: bool,
-    tables: int,
+    tables: tuple[int, int] | None,
     last: int,
+    skips: bool,
+    large: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     q, g = drawn(3, 2, 29, 16), drawn(3, 2, 29, 16)
-    k, v = (drawn(3, 1 if shared else 2, 37, 16).expand(3, 2, 37, 16) for _ in range(2))
+    k, v = (drawn(3, 1 if shared else 2, 37, 16) for _ in range(2))
     added = None
     if tables:
-        added = torch.zeros(tables, 1, 29, last)
+        added = torch.zeros(*tables, 29, last)
         added.masked_fill_(torch.rand(added.shape) < 0.5, HIDDEN)
         added[:, :, 5] = HIDDEN  # with all keys, a row that sees nothing
+    skipped = torch.tensor([0, 3, 20]) if skips else None
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: by_products)
+    monkeypatch.setattr(cpu_rows, "_LARGE", large)
     assert cpu_rows.pays(q.shape[2], k.shape[2], q.dtype) == by_products
-    out, lse = fused(q, k, v, added, 0.3)
+    keys, values = (x.expand(3, 2, 37, 16) for x in (k, v))
+    out, lse = fused(q, keys, values, added, 0.3, skipped)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     scores = leaves[0] @ leaves[1].mT * 0.3
     scores = scores if added is None else scores + F.pad(added.double(), (37 - last, 0))
+    if skipped is not None:
+        scores = scores.masked_fill((torch.arange(37) < skipped[:, None])[:, None, None], -torch.inf)
     expected = scores.softmax(-1) @ leaves[2]
     seen = torch.ones(29, dtype=torch.bool)
     if tables and last == 37:
@@ -63,30 +79,11 @@ def test_forward_and_backward_are_those_of_attention(
     torch.testing.assert_close(out[:, :, seen], expected[:, :, seen].float().detach())
     torch.testing.assert_close(lse[:, :, seen], scores.logsumexp(-1)[:, :, seen].float().detach())
     g[:, :, ~seen], lse[:, :, ~seen] = 0.0, 0.0
-    found = fused_backward(g, q, k, v, out, lse, added, 0.3)
+    found = fused_backward(g, q, keys, values, out, lse, added, 0.3, skipped)
     expected.backward(g.double())
     for own, leaf in zip(found, leaves, strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(own, leaf.grad.float(), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("by_products", [True, False])
-@pytest.mark.parametrize("behind", [1, 3, 30])
-def test_keys_behind_those_that_count_make_no_difference(
-    wanted: None, by_products: bool, behind: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: by_products)
-    torch.manual_seed(0)
-    q, g = drawn(2, 1, 29, 16), drawn(2, 1, 29, 16)
-    k, v = (drawn(2, 1, 37 + behind, 16) * 10 for _ in range(2))
-    added = torch.zeros(2, 1, 29, 11).masked_fill_(torch.rand(2, 1, 29, 11) < 0.5, HIDDEN)
-    found: list[Tensor] = []
-    expected: list[Tensor] = []
-    for made, keys, values in ((found, k, v), (expected, k[:, :, :37], v[:, :, :37])):
-        out, lse = fused(q, keys, values, added, 0.3, 37)
-        made += [out, lse, *fused_backward(g, q, keys, values, out, lse, added, 0.3, 37)]
-    for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other)
 
 
 def drawn_blocks(heads: int, queries: int, keys: int, cols: int = 8) -> ph.masks.Mask:
@@ -128,6 +125,16 @@ def test_neighborhoods_are_those_of_the_reference(
     compare("neighborhood", ph.neighborhood((8, 8), (3, 5)), 2, 64, 64, monkeypatch, kv_heads=kv_heads)
 
 
+def test_neighborhoods_of_heads_with_masks_of_their_own_are_those_of_the_reference(
+    wanted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    apart = ph.per_head([ph.window(9), ph.causal()])
+    for kv_heads in (1, 2):
+        mask = ph.neighborhood((8, 8), (3, 5)) & apart
+        compare("neighborhood", mask, 2, 64, 64, monkeypatch, kv_heads=kv_heads)
+
+
 def compare(
     backend: str,
     mask: ph.masks.Mask,
@@ -138,14 +145,14 @@ def compare(
     kv_heads: int = 1,
 ) -> None:
     """Output and gradients of a backend, which must have asked for products, against the dense form."""
-    calls = 0
+    calls, by_products = 0, cpu_rows._products
 
     def counted(*given: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return cpu_products.product(*given)
+        return by_products(*given)
 
-    monkeypatch.setattr(cpu_rows, "product", counted)
+    monkeypatch.setattr(cpu_rows, "_products", counted)
     q, g = drawn(2, heads, queries, 16), drawn(2, heads, queries, 16)
     k, v = drawn(2, kv_heads, keys, 16), drawn(2, kv_heads, keys, 16)
     found: list[Tensor | None] = []
@@ -180,6 +187,7 @@ def test_blocks_that_are_seen_in_part_are_read_with_the_others(monkeypatch: pyte
 def test_short_rows_few_pairs_and_other_dtypes_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "onednn_is_quicker", lambda: True)
     assert cpu_rows.pays(1024, 1024, torch.float32)
+    assert cpu_rows.pays(64, 128, torch.float32)
     assert not cpu_rows.pays(1024, 64, torch.float32)
     assert not cpu_rows.pays(32, 1024, torch.float32)
     assert not cpu_rows.pays(8, 1 << 16, torch.float32)
@@ -217,14 +225,14 @@ def test_programs_of_onednn_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_rows, "product", noted)
     for rows, keys in zip(range(200, 1000, 7), range(1000, 5000, 35), strict=False):
-        cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0, keys)
+        cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0)
     assert len(shapes) < 2 * 4 * 8 * 3  # two products, parts of 64 to 256 rows, eight widths an octave
 
 
 def test_large_logits_do_not_overflow() -> None:
     torch.manual_seed(2)
     q, k, v = (drawn(1, 1, 64, 16) * 100 for _ in range(3))
-    out, lse = cpu_rows.forward(q, k, v, None, 1.0, 64)
+    out, lse = cpu_rows.forward(q, k, v, None, 1.0)
     scores = q.double() @ k.double().mT
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
     # logits of 10^5 are rounded by some hundredths, and weights that are nearly even with them

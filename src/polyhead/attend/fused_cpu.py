@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from polyhead.attend import cpu_rows
 from polyhead.attend.plan import Request
+from polyhead.attend.precision import wide
 from polyhead.attend.refusals import ONE_STEP, beyond_softmax, inside_transform
 
 __all__ = ["HIDDEN", "fused", "fused_backward", "unfit"]
@@ -23,19 +24,18 @@ def fused(
     q: Float[Tensor, "m h r d"],
     k: Float[Tensor, "m h c d"],
     v: Float[Tensor, "m h c d"],
-    added: Float[Tensor, "n 1 r l"] | None,
+    added: Float[Tensor, "n g r l"] | None,
     scale: float,
-    keys: int | None = None,
+    skipped: Int[Tensor, " m"] | None = None,
 ) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h r"]]:
-    """Output and log-sum-exp of softmax attention over the first `keys` keys; None: all.
+    """Output and log-sum-exp of softmax attention.
 
-    `added` goes to the scores of the last l of these, of each m or, with n = 1, of all.
+    `added` goes to the scores of the last l keys, of each m or, with n = 1, of all, and of each h or, with
+    g = 1, of all. Of each m the first `skipped` keys do not count; None: all do.
     """
-    keys = k.shape[2] if keys is None else keys
-    if cpu_rows.pays(q.shape[2], keys, q.dtype):
-        return cpu_rows.forward(q, k, v, added, scale, keys)
-    k, v = k[:, :, :keys], v[:, :, :keys]
-    added = _for_all(added, k)
+    if cpu_rows.pays(q.shape[2], k.shape[2], q.dtype):
+        return cpu_rows.forward(q, k, v, added, scale, skipped)
+    added = _for_all(added, k, skipped)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)
 
 
@@ -46,27 +46,35 @@ def fused_backward(
     v: Float[Tensor, "m h c d"],
     out: Float[Tensor, "m h r d"],
     lse: Float[Tensor, "m h r"],
-    added: Float[Tensor, "n 1 r l"] | None,
+    added: Float[Tensor, "n g r l"] | None,
     scale: float,
-    keys: int | None = None,
-) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m h keys d"], Float[Tensor, "m h keys d"]]:
-    """Gradients for q and the first `keys` of k and v; None: all.
+    skipped: Int[Tensor, " m"] | None = None,
+) -> tuple[Float[Tensor, "m h r d"], Float[Tensor, "m e c d"], Float[Tensor, "m e c d"]]:
+    """Gradients for q, k and v; of keys that all heads share, one tensor expanded, summed over heads (e = 1).
 
     They are shares of them where `out` and `lse` are those of rows with further keys.
     """
-    keys = k.shape[2] if keys is None else keys
-    if cpu_rows.pays(q.shape[2], keys, q.dtype):
-        return cpu_rows.backward(grad, q, k, v, out, lse, added, scale, keys)
-    k, v = k[:, :, :keys], v[:, :, :keys]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, attn_mask=_for_all(added, k), scale=scale
+    if cpu_rows.pays(q.shape[2], k.shape[2], q.dtype):
+        return cpu_rows.backward(grad, q, k, v, out, lse, added, scale, skipped)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=_for_all(added, k, skipped), scale=scale
     )
+    if q.shape[1] > 1 and k.stride(1) == 0:
+        dk, dv = dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)
+    return dq, dk, dv
 
 
-def _for_all(added: Tensor | None, k: Tensor) -> Tensor | None:
-    """With zeros for the keys before the last ones."""
-    missing = 0 if added is None else k.shape[2] - added.shape[-1]
-    return added if added is None or not missing else F.pad(added, (missing, 0))
+def _for_all(added: Tensor | None, k: Tensor, skipped: Tensor | None) -> Tensor | None:
+    """A table for all keys, which the kernel wants."""
+    keys = k.shape[2]
+    if added is not None and added.shape[-1] < keys:
+        added = F.pad(added, (keys - added.shape[-1], 0))
+    if skipped is None:
+        return added
+    nothing = (torch.arange(keys, device=k.device) < skipped[:, None])[:, None, None]
+    if added is None:
+        return torch.zeros(nothing.shape, dtype=wide(k.dtype)).masked_fill_(nothing, HIDDEN)
+    return added.expand(len(k), -1, -1, -1).masked_fill(nothing, HIDDEN)
 
 
 def unfit(request: Request) -> str:

@@ -54,15 +54,18 @@ class Piece:
 
     Attributes:
         rows: `(m, r)`, queries as places in the flat `(B·H·L)`; `Sizes.nobody`: none.
-        blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`.
+        blocks: `(m, n)`, blocks of keys as places in the flat `(B·G·blocks)`. Groups that read fewer than n
+            begin with one of their blocks again and again.
         added: `(m, 1, r, h)`, or `(1, 1, r, h)` for every group, what is added to the scores of the last h
             keys; None: nothing is hidden.
+        skipped: `(m,)`, how many keys of each group do not count, its first ones; None: all count.
         first: whether no piece before had any of these queries.
     """
 
     rows: Tensor
     blocks: Tensor
     added: Tensor | None
+    skipped: Tensor | None = None
     first: bool = False
 
 
@@ -131,7 +134,7 @@ def pieces(choice: Chosen, rest: Mask | None, sizes: Sizes, own_dtype: torch.dty
         none = torch.zeros_like(wholly)
         apart = ((wholly, none), (none, partly))
         for n, seen in enumerate(((wholly, partly),) if cpu_rows.suits(shared, own_dtype) else apart):
-            yield from _by_rows(choice, rest, found.index, *seen, sizes, together, dtype, first=n == 0)
+            yield from _by_rows(choice, rest, found.index, *seen, sizes, together, own_dtype, first=n == 0)
     else:
         yield from _by_blocks(choice, None, found.index, wholly, sizes, dtype)
         yield from _by_blocks(choice, rest, found.index, partly, sizes, dtype)
@@ -150,11 +153,11 @@ def _by_rows(
     partly: Tensor,
     sizes: Sizes,
     together: int,
-    dtype: torch.dtype,
+    own_dtype: torch.dtype,
     *,
     first: bool,
 ) -> Iterator[Piece]:
-    """Blocks of queries that read equally many blocks of keys, some of them at a time."""
+    """Blocks of queries that read about as many blocks of keys, some of them at a time."""
     index, wholly, partly = (x[:, ::together] for x in (index, wholly, partly))
     groups, width, blocks = index.shape[1], index.shape[3], -(-sizes.keys // choice.cols)
     device = index.device
@@ -172,21 +175,34 @@ def _by_rows(
     places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
     flat, plain = places.flatten(0, 1), index.flatten(0, 2)
     within = torch.arange(choice.cols, device=device)
+    dtype = wide(own_dtype)
     tables = _Tables(rest, sizes, dtype)
-    kinds = (wholly.sum(-1) * (width + 1) + partly.sum(-1)).view(-1)
+    some, counts = partly.sum(-1).view(-1), (wholly | partly).sum(-1).view(-1)
+    filled = [_filled(n, choice.cols, rows.shape[1], own_dtype) for n in range(width + 1)]
+    kinds = counts.new_tensor(filled)[counts] * (width + 1) + some
     for kind in kinds[kinds > 0].unique().tolist():
-        whole_ones, hidden = divmod(kind, width + 1)
-        count = whole_ones + hidden
+        count, hidden = divmod(kind, width + 1)
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
         if hidden:  # scores as large as the table are held besides
             step = max(1, min(step, _BYTES // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
         sorts = (own.nonzero().view(-1) for own in ((kinds == kind) & inside, (kinds == kind) & ~inside))
         for part in (part for own in sorts if len(own) for part in own.split(step)):
+            missing = count - counts[part, None]
+            own = (torch.arange(count, device=device) - missing).clamp(min=0)
+            skipped = missing[:, 0] * choice.cols if bool(missing.any()) else None
             added = None
             if hidden:
-                j = (plain[part, whole_ones:count, None] * choice.cols + within).flatten(1)
+                j = plain[part].gather(1, own[:, count - hidden :])
+                j = (j[..., None] * choice.cols + within).flatten(1)
                 added = tables.of(rows[part], j, inside=bool(inside[part[0]]))
-            yield Piece(rows[part], flat[part, :count], added, first=first)
+            yield Piece(rows[part], flat[part].gather(1, own), added, skipped, first)
+
+
+def _filled(blocks: int, cols: int, rows: int, dtype: torch.dtype) -> int:
+    """How many blocks are gathered for so many: groups with about as many then go together."""
+    if not cpu_rows.pays(rows, blocks * cols, dtype):
+        return blocks
+    return max(blocks, cpu_rows.width(blocks * cols) // cols)
 
 
 class _Tables:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.attend import cpu_rows
 from polyhead.attend.chosen_row import attend_row
 from polyhead.attend.fused_cpu import HIDDEN, fused, fused_backward, unfit
 from polyhead.attend.masks import Chosen, Mask
@@ -93,8 +92,7 @@ class _Chosen(torch.autograd.Function):
         lse = out.new_full(out.shape[:1], -math.inf)
         for piece in pieces(choice, rest, sizes, q.dtype):
             own_keys, own_values = _gathered(keys, values, piece)
-            count = piece.blocks.shape[1] * choice.cols
-            share, own = fused(queries[piece.rows], own_keys, own_values, piece.added, scale, count)
+            share, own = fused(queries[piece.rows], own_keys, own_values, piece.added, scale, piece.skipped)
             at, own = piece.rows.view(-1), own.reshape(-1)
             share = share.reshape(-1, share.shape[-1]).to(out.dtype)
             if not piece.first:
@@ -137,7 +135,7 @@ class _Chosen(torch.autograd.Function):
                 totals[rows].unsqueeze(1),
                 piece.added,
                 scale,
-                piece.blocks.shape[1] * choice.cols,
+                piece.skipped,
             )
             at, blocks = piece.rows.view(-1), piece.blocks.view(-1)
             dq.index_add_(0, at, found[0].reshape(len(at), -1).to(dtype))
@@ -181,17 +179,10 @@ def _joined(blocks: Tensor, like: Tensor) -> Tensor:
 
 
 def _gathered(keys: Tensor, values: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-    """The keys and the values of a piece, `(m, 1, n·C, D)`, and behind them what `fused` would fill up with.
-
-    Those are of the first block that each of its rows reads anyway, so that nothing else comes in.
-    """
+    """The keys and the values of a piece, `(m, 1, n·C, D)`."""
     m, n = piece.blocks.shape
     if m == n == 1:
         one = int(piece.blocks)
         return keys[one][None, None], values[one][None, None]
-    index, cols = piece.blocks, keys.shape[1]
-    if cpu_rows.pays(piece.rows.shape[1], n * cols, keys.dtype):
-        more = -(-cpu_rows.width(n * cols) // cols) - n
-        index = torch.cat((index, index[:, :1].expand(-1, more)), 1) if more else index
-    index, shape = index.view(-1), (m, 1, index.numel() // m * cols, keys.shape[2])
+    index, shape = piece.blocks.reshape(-1), (m, 1, n * keys.shape[1], keys.shape[2])
     return keys.index_select(0, index).view(shape), values.index_select(0, index).view(shape)
