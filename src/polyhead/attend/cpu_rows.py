@@ -71,10 +71,9 @@ def forward(
     tops, totals = (q.new_empty(*queries.shape[:2], 1) for _ in range(2))
     for at in call.parts():
         scores = call.scores(queries[at], keys, *at)
-        top = torch.amax(scores, -1, keepdim=True)
-        weights = scores.sub_(top).exp2_()
-        tops[at], totals[at] = top, weights.sum(-1, keepdim=True)
-        out[at] = _products(weights, call.filled(values[at[0]]).mT)
+        weights = scores.sub_(torch.amax(scores, -1, keepdim=True, out=tops[at])).exp2_()
+        torch.sum(weights, -1, keepdim=True, out=totals[at])
+        _products(weights, call.filled(values[at[0]]).mT, out[at])
         del scores, weights  # or the next ones come to lie elsewhere, out of the caches
     lse = totals.log2().add_(tops).div_(_LOG2E)
     return call.unfold(out.div_(totals)), call.unfold(lse)[..., 0]
@@ -116,11 +115,14 @@ def backward(
     return call.unfold(dq).mul_(scale), call.unfold_keys(dk).div_(_LOG2E), call.unfold_keys(dv)
 
 
-def _products(a: Float[Tensor, "g r k"], b: Float[Tensor, "g c k"]) -> Float[Tensor, "g r c"]:
+def _products(
+    a: Float[Tensor, "g r k"], b: Float[Tensor, "g c k"], into: Tensor | None = None
+) -> Float[Tensor, "g r c"]:
     """a bᵀ of every group; that of a single one by oneDNN."""
-    if len(a) == 1:
-        return product(a[0].contiguous(), b[0])[None]
-    return torch.bmm(a, b.mT)
+    if len(a) > 1:
+        return torch.bmm(a, b.mT) if into is None else torch.bmm(a, b.mT, out=into)
+    found = product(a[0].contiguous(), b[0])[None]
+    return found if into is None else into.copy_(found)
 
 
 @dataclass

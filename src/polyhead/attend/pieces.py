@@ -159,7 +159,7 @@ def _by_rows(
 ) -> Iterator[Piece]:
     """Blocks of queries that read about as many blocks of keys, some of them at a time."""
     index, wholly, partly = (x[:, ::together] for x in (index, wholly, partly))
-    groups, width, blocks = index.shape[1], index.shape[3], -(-sizes.keys // choice.cols)
+    own_heads, width = index.shape[1], index.shape[3]
     device = index.device
     rows = _rows_of_blocks(choice.rows, sizes, together, device)
     # of what distances alone decide one table serves all groups that lie alike; those at the ends do not
@@ -171,8 +171,8 @@ def _by_rows(
     rank = 3 - 2 * wholly.to(torch.int8) - partly.to(torch.int8)
     order = rank.sort(dim=-1, stable=True).indices
     index = index.gather(-1, order)
-    base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * blocks
-    places = base.repeat_interleave(groups // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
+    base = torch.arange(sizes.batch * sizes.kv_heads, device=device) * -(-sizes.keys // choice.cols)
+    places = base.repeat_interleave(own_heads // sizes.kv_heads)[:, None, None] + index.flatten(0, 1)
     flat, plain = places.flatten(0, 1), index.flatten(0, 2)
     within = torch.arange(choice.cols, device=device)
     dtype = wide(own_dtype)
@@ -185,17 +185,22 @@ def _by_rows(
         step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
         if hidden:  # scores as large as the table are held besides
             step = max(1, min(step, _BYTES // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
-        sorts = (own.nonzero().view(-1) for own in ((kinds == kind) & inside, (kinds == kind) & ~inside))
-        for part in (part for own in sorts if len(own) for part in own.split(step)):
-            missing = count - counts[part, None]
-            own = (torch.arange(count, device=device) - missing).clamp(min=0)
+        for own in ((kinds == kind) & inside, (kinds == kind) & ~inside):
+            groups = own.nonzero().view(-1)
+            if not len(groups):
+                continue
+            alike = bool(inside[groups[0]])
+            missing = count - counts[groups, None]
+            place = (torch.arange(count, device=device) - missing).clamp(min=0)
+            blocks = flat[groups].gather(1, place)
+            partly_seen = plain[groups].gather(1, place[:, count - hidden :])
             skipped = missing[:, 0] * choice.cols if bool(missing.any()) else None
-            added = None
-            if hidden:
-                j = plain[part].gather(1, own[:, count - hidden :])
-                j = (j[..., None] * choice.cols + within).flatten(1)
-                added = tables.of(rows[part], j, inside=bool(inside[part[0]]))
-            yield Piece(rows[part], flat[part].gather(1, own), added, skipped, first)
+            for part in (slice(start, start + step) for start in range(0, len(groups), step)):
+                queries, added = rows[groups[part]], None
+                if hidden:
+                    j = (partly_seen[part, :, None] * choice.cols + within).flatten(1)
+                    added = tables.of(queries, j, inside=alike)
+                yield Piece(queries, blocks[part], added, None if skipped is None else skipped[part], first)
 
 
 def _filled(blocks: int, cols: int, rows: int, dtype: torch.dtype) -> int:

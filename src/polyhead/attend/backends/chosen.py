@@ -98,7 +98,8 @@ class _Chosen(torch.autograd.Function):
             if not piece.first:
                 both = torch.logaddexp(lse[at], own)
                 share, own = out[at].lerp_(share, (own - both).exp_()[:, None]), both
-            out[at], lse[at] = share, own
+            out.index_copy_(0, at, share)
+            lse.index_copy_(0, at, own)
         nothing = lse < HIDDEN / 2
         if bool(nothing.any()):
             out, lse = out.masked_fill_(nothing[:, None], 0.0), lse.masked_fill_(nothing, -math.inf)
