@@ -16,6 +16,7 @@ from polyhead.attend import attend
 from polyhead.attend.function import explain
 from polyhead.attend.masks import Chosen, Mask, densify
 from polyhead.attend.selectors import Grid, Scorer, Selector, choose
+from polyhead.attend.selectors.selector import places_of
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 
 SHAPES = [
@@ -324,6 +325,15 @@ def test_choice_is_causal_where_queries_choose_for_themselves() -> None:
     for x in (q, k, v):
         x[:, :, 40:] += torch.randn_like(x[:, :, 40:])
     torch.testing.assert_close(attend(q, k, v, mask=ph.causal(), select=own)[:, :, :40], before[:, :, :40])
+
+
+def test_places_of_a_table() -> None:
+    table = torch.tensor(
+        [[[True, False, True, True], [False, False, False, False], [False, False, False, True]]]
+    )
+    assert places_of(table).tolist() == [[[0, 2, 3], [-1, -1, -1], [3, -1, -1]]]
+    assert places_of(torch.zeros(2, 0, 4, dtype=torch.bool)).shape == (2, 0, 0)
+    assert places_of(torch.zeros(2, 3, 4, dtype=torch.bool)).shape == (2, 3, 0)
 
 
 def test_either_reads_what_any_reads() -> None:
