@@ -226,6 +226,7 @@ def test_programs_of_onednn_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "product", noted)
     for rows, keys in zip(range(200, 1000, 7), range(1000, 5000, 35), strict=False):
         cpu_rows.forward(drawn(1, 1, rows, 8), *(drawn(1, 1, keys, 8) for _ in range(2)), None, 1.0)
+    assert shapes
     assert len(shapes) < 2 * 4 * 8 * 3  # two products, parts of 64 to 256 rows, eight widths an octave
 
 

@@ -280,9 +280,14 @@ def test_everything_kept_is_plain_attention() -> None:
         torch.testing.assert_close(attend(*x, mask=ph.causal(), select=own), attend(*x, mask=ph.causal()))
 
 
-def test_bands_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "scorer",
+    [ph.sampled_mass(3), ph.mean_mass(2, 2), ph.mean_mass(3, 5), ph.shared(ph.mean_mass(2, 2), by="max")],
+    ids=repr,
+)
+def test_bands_do_not_change_the_choice(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = tensors(2, 4, 2, 100, 100)
-    own = ph.select(ph.sampled_mass(3), ph.keep_mass(0.7), rows=8, cols=8)
+    own = ph.select(scorer, ph.keep_mass(0.7), rows=8, cols=8)
     whole = choose(own, q, k, ph.causal(), 0.25)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.masses"), "_HELD", 500)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)

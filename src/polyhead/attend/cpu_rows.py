@@ -2,9 +2,9 @@
 
     s_i = log2(e) · scale · q_i Kᵀ + added_i,   p_ij = 2^(s_ij - l_i),   out_i = Σ_j p_ij v_j
 
-with l_i the binary logarithm of Σ_j 2^s_ij. The same as torch's fused kernel, in half of its time or less
-where processors are as `onednn_is_quicker` has them: powers of two take a quarter of MKL's exponentials, many
-groups in one call of MKL's keep all cores busy, and large products go to oneDNN.
+with l_i the binary logarithm of Σ_j 2^s_ij. The same as torch's fused kernel, in less time where
+processors are as `onednn_is_quicker` has them: powers of two are quicker than MKL's exponentials, many groups
+in one call of MKL's keep all cores busy, and large products go to oneDNN.
 """
 
 from __future__ import annotations
