@@ -67,7 +67,7 @@ def test_bands_and_strips_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
     q, k, _ = tensors(2, 4, 2, 90, 90)
     selector = ph.qada(0.5, first=2, nearest=20, cols=8)
     whole = pairs(selector, q, k)
-    monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)
+    monkeypatch.setattr(import_module("polyhead.attend.selectors.choice"), "_HELD", 100)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.qada"), "_STRIP", 7)
     assert torch.equal(pairs(selector, q, k), whole)
     assert 0.1 < whole.float().mean() < 0.5

@@ -12,7 +12,7 @@ from torch import Tensor
 import polyhead as ph
 from polyhead.attend.masks import Chosen, densify
 from polyhead.attend.selectors import Rectified, Selector, choose
-from polyhead.attend.selectors.selector import listed
+from polyhead.attend.selectors.lists import listed
 from polyhead.errors import ConfigError, ShapeError
 
 OWN = ph.window(0)

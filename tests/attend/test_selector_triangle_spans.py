@@ -179,7 +179,7 @@ def test_spans_depend_on_what_was_read_until_the_next_chunk():
 
 
 def grid_calls(own, index, q, k, ends):
-    from polyhead.attend.selectors.selector import grid_of
+    from polyhead.attend.selectors.choice import grid_of
 
     start = 0
     for end in ends:

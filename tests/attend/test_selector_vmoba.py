@@ -10,7 +10,7 @@ from torch import Tensor
 
 import polyhead as ph
 from polyhead.attend.masks import densify
-from polyhead.attend.selectors import choose, selector
+from polyhead.attend.selectors import choice, choose
 from polyhead.attend.selectors.partition import Partition
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 from polyhead.reference.vmoba import block_of, chosen_pairs
@@ -148,7 +148,7 @@ def test_bands_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     for own in (ph.vmoba((2, 3), (7, 9)), ph.vmoba((2, 3), (7, 9), over="query")):
         whole = table(own, q, k)
         with monkeypatch.context() as patch:
-            patch.setattr(selector, "_HELD", 1)
+            patch.setattr(choice, "_HELD", 1)
             assert torch.equal(table(own, q, k), whole)
 
 

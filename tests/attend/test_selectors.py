@@ -16,7 +16,7 @@ from polyhead.attend import attend
 from polyhead.attend.function import explain
 from polyhead.attend.masks import Chosen, Mask, densify
 from polyhead.attend.selectors import Grid, Scorer, Selector, choose
-from polyhead.attend.selectors.selector import places_of
+from polyhead.attend.selectors.lists import places_of
 from polyhead.errors import ConfigError, ShapeError, UnknownName
 
 SHAPES = [
@@ -290,7 +290,7 @@ def test_bands_do_not_change_the_choice(scorer: Scorer, monkeypatch: pytest.Monk
     own = ph.select(scorer, ph.keep_mass(0.7), rows=8, cols=8)
     whole = choose(own, q, k, ph.causal(), 0.25)
     monkeypatch.setattr(import_module("polyhead.attend.selectors.masses"), "_HELD", 500)
-    monkeypatch.setattr(import_module("polyhead.attend.selectors.selector"), "_HELD", 100)
+    monkeypatch.setattr(import_module("polyhead.attend.selectors.choice"), "_HELD", 100)
     assert choose(own, q, k, ph.causal(), 0.25) == whole
 
 

@@ -14,7 +14,7 @@ import polyhead as ph
 from attend.operands import draw
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors import Grid, Scorer, Summaries, band_means, choose, proxy_heads
-from polyhead.attend.selectors.selector import real_keys
+from polyhead.attend.selectors.visible import real_keys
 
 B, H, G, D, COLS = 2, 4, 2, 16, 4
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from polyhead.attend import attend
 from polyhead.attend.masks import some_of
-from polyhead.attend.selectors.selector import real_keys
+from polyhead.attend.selectors.visible import real_keys
 from polyhead.checks import given, is_integer_tensor, several, whole
 from polyhead.errors import ConfigError, ShapeError, unknown_name
 from polyhead.heads.clustering import average_linkage, cosine_distances, medoids

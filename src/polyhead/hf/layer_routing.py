@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.attend.masks import Mask, prefix, sink, window
-from polyhead.attend.selectors.selector import real_keys
+from polyhead.attend.selectors.visible import real_keys
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError, UnsupportedModel
 from polyhead.hf.attachment import attach

@@ -25,6 +25,7 @@ from polyhead.attend.selectors.budgets import (
     keep_similarity,
     keep_total,
 )
+from polyhead.attend.selectors.choice import choose
 from polyhead.attend.selectors.chunks import (
     AttentionChunks,
     BoundaryPredictor,
@@ -85,6 +86,7 @@ from polyhead.attend.selectors.qada import (
     NearOrAll,
     qada,
 )
+from polyhead.attend.selectors.ranked import Ranked, select
 from polyhead.attend.selectors.rectified import (
     GainGate,
     OpenGate,
@@ -104,15 +106,7 @@ from polyhead.attend.selectors.scorers import (
     mean_keys,
     shared,
 )
-from polyhead.attend.selectors.selector import (
-    Correcting,
-    Either,
-    Listing,
-    Ranked,
-    Selector,
-    choose,
-    select,
-)
+from polyhead.attend.selectors.selector import Correcting, Either, Listing, Selector
 from polyhead.attend.selectors.spans import Spans, spans
 from polyhead.attend.selectors.summaries import Summaries, unchanged
 from polyhead.attend.selectors.together import Together, together

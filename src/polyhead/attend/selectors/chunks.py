@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import real_keys, seen_pairs
+from polyhead.attend.selectors.visible import real_keys, seen_pairs
 from polyhead.checks import floating, given, number, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError

@@ -12,7 +12,8 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.budgets import ordered
 from polyhead.attend.selectors.chunks import Chunks, even_chunks
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Listing, Selector, seen
+from polyhead.attend.selectors.selector import Listing, Selector
+from polyhead.attend.selectors.visible import seen
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError, unknown_name
 from polyhead.shapes import broadcast_shape

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from polyhead.attend.masks import Mask, sink, window
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Kept, Selector, tiles
+from polyhead.attend.selectors.selector import Kept, Selector
+from polyhead.attend.selectors.visible import tiles
 from polyhead.checks import given, whole
 from polyhead.errors import ConfigError
 

@@ -13,9 +13,11 @@ from polyhead.attend.masks.checks import per_axis
 from polyhead.attend.selectors.budgets import Budget, keep_similarity
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.partition import Partition
+from polyhead.attend.selectors.ranked import kept_by
 from polyhead.attend.selectors.scorers import Scorer, mean_keys
-from polyhead.attend.selectors.selector import Kept, Selector, kept_by, tiles
+from polyhead.attend.selectors.selector import Kept, Selector
 from polyhead.attend.selectors.together import together
+from polyhead.attend.selectors.visible import tiles
 from polyhead.checks import given, several, whole
 from polyhead.errors import ConfigError, ShapeError, unknown_name
 

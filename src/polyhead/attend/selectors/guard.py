@@ -14,9 +14,11 @@ from polyhead.attend.across_pairs import check_single_pairs
 from polyhead.attend.masks import Chosen, Mask
 from polyhead.attend.normalizers import Softmax
 from polyhead.attend.selectors.around import Around
+from polyhead.attend.selectors.choice import chosen_blocks
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.lists import listed
 from polyhead.attend.selectors.probes import Probes, even_probes
-from polyhead.attend.selectors.selector import Correcting, Kept, Selector, chosen_blocks, listed
+from polyhead.attend.selectors.selector import Correcting, Kept, Selector
 from polyhead.checks import given, number, whole
 from polyhead.errors import ConfigError
 

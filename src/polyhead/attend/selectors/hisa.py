@@ -18,7 +18,8 @@ from polyhead.attend.selectors.indexer import (
     index_products,
     mean_indexer,
 )
-from polyhead.attend.selectors.selector import Listing, Selector, seen, seen_pairs
+from polyhead.attend.selectors.selector import Listing, Selector
+from polyhead.attend.selectors.visible import seen, seen_pairs
 from polyhead.checks import whole
 from polyhead.errors import ConfigError
 from polyhead.shapes import broadcast_shape

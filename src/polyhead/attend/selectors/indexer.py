@@ -17,9 +17,11 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.budgets import keep_blocks
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.ranked import select
 from polyhead.attend.selectors.scorers import Scorer, Scores
-from polyhead.attend.selectors.selector import Selector, real_keys, seen_pairs, select
+from polyhead.attend.selectors.selector import Selector
 from polyhead.attend.selectors.summaries import Same
+from polyhead.attend.selectors.visible import real_keys, seen_pairs
 from polyhead.checks import floating, given, whole
 from polyhead.description import Part
 from polyhead.errors import ConfigError, ShapeError

@@ -13,7 +13,8 @@ from polyhead.attend.masks import Mask
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.budgets import ranks
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Kept, Listing, Selector, seen_pairs
+from polyhead.attend.selectors.selector import Kept, Listing, Selector
+from polyhead.attend.selectors.visible import seen_pairs
 from polyhead.checks import given, number, several, whole
 from polyhead.errors import ConfigError
 

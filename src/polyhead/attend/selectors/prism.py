@@ -12,8 +12,9 @@ from polyhead.attend.masks import sink, window
 from polyhead.attend.selectors.budgets import keep_mass
 from polyhead.attend.selectors.fixed import fixed
 from polyhead.attend.selectors.grid import Grid
+from polyhead.attend.selectors.ranked import select
 from polyhead.attend.selectors.scorers import Scorer, Scores, mean_of_blocks
-from polyhead.attend.selectors.selector import Selector, select
+from polyhead.attend.selectors.selector import Selector
 from polyhead.checks import flag, number
 from polyhead.errors import ShapeError, unknown_name
 

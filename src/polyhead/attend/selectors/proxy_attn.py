@@ -12,8 +12,9 @@ from polyhead.attend.selectors.budgets import Budget, ranks
 from polyhead.attend.selectors.fixed import fixed
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.probes import last_probes
+from polyhead.attend.selectors.ranked import select
 from polyhead.attend.selectors.scorers import Scorer, Scores
-from polyhead.attend.selectors.selector import Selector, select
+from polyhead.attend.selectors.selector import Selector
 from polyhead.checks import number, whole
 from polyhead.errors import ConfigError
 

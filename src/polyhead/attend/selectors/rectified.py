@@ -12,7 +12,9 @@ from polyhead.attend.precision import exact
 from polyhead.attend.selectors.around import Around
 from polyhead.attend.selectors.grid import Grid
 from polyhead.attend.selectors.less_is_more import Follow, Lead
-from polyhead.attend.selectors.selector import Correcting, Selector, listed, looked_at, real_keys
+from polyhead.attend.selectors.lists import listed
+from polyhead.attend.selectors.selector import Correcting, Selector
+from polyhead.attend.selectors.visible import looked_at, real_keys
 from polyhead.checks import given
 from polyhead.description import Part
 from polyhead.errors import ConfigError

@@ -34,9 +34,11 @@ from torch import Tensor
 from polyhead.attend.masks import Mask
 from polyhead.attend.precision import exact, wide
 from polyhead.attend.selectors.around import Around
+from polyhead.attend.selectors.choice import grid_of
 from polyhead.attend.selectors.grid import Grid
-from polyhead.attend.selectors.selector import Listing, Selector, grid_of, seen_pairs
+from polyhead.attend.selectors.selector import Listing, Selector
 from polyhead.attend.selectors.triangles import cover, detect_spans
+from polyhead.attend.selectors.visible import seen_pairs
 from polyhead.checks import flag, number, whole
 from polyhead.errors import ConfigError, ShapeError
 
