@@ -451,6 +451,12 @@ def test_the_best_is_the_fastest_that_keeps_what_dense_finds(settings: Settings)
     assert made.kept(made.rows[1]) == (3, 3)
     assert "prefill of 448 tokens 2.00 times as fast" in made.verdict()
     assert made.records()[1]["prefill faster"] == 2.0
+    assert "be they others" not in made.verdict()
+    made = Comparison(own, methods, (dense, row("prism", "yyyy", 4.0), row("a_shape", "nyyy", 2.0)), "")
+    assert made.best is made.rows[1]
+    assert "as many, be they others: a_shape 0.1, 4.00 x" in made.verdict()
+    fewer = replace(made, rows=(dense, row("prism", "yyyy", 4.0), row("a_shape", "nnyy", 2.0)))
+    assert "be they others" not in fewer.verdict()
 
 
 def run(model: str, *options: object) -> str:
