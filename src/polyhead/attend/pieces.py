@@ -21,7 +21,8 @@ from polyhead.attend.precision import wide
 
 __all__ = ["Piece", "Sizes", "pieces", "split", "whole"]
 
-_BYTES = 1 << 22  # of gathered keys and values: more does not stay in the cache of a core
+_BYTES = 1 << 22  # of gathered keys and values: more does not stay in the cache of a core,
+_AT_ONCE = 1 << 23  # but products of whole rows take many groups in a call, and fewer calls are quicker
 _ROWS = 16  # fewer queries that share their blocks are too few to gather keys for,
 _COLS = 16  # unless a block has at most so many keys for each of them
 
@@ -177,14 +178,15 @@ def _by_rows(
     within = torch.arange(choice.cols, device=device)
     dtype = wide(own_dtype)
     tables = _Tables(rest, sizes, dtype)
+    held = _AT_ONCE if cpu_rows.suits(rows.shape[1], own_dtype) else _BYTES
     some, counts = partly.sum(-1).view(-1), (wholly | partly).sum(-1).view(-1)
     filled = [_filled(n, choice.cols, rows.shape[1], own_dtype) for n in range(width + 1)]
     kinds = counts.new_tensor(filled)[counts] * (width + 1) + some
     for kind in kinds[kinds > 0].unique().tolist():
         count, hidden = divmod(kind, width + 1)
-        step = max(1, _BYTES // (count * choice.cols * sizes.row_bytes))
+        step = max(1, held // (count * choice.cols * sizes.row_bytes))
         if hidden:  # scores as large as the table are held besides
-            step = max(1, min(step, _BYTES // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
+            step = max(1, min(step, held // (hidden * choice.cols * rows.shape[1] * dtype.itemsize)))
         for own in ((kinds == kind) & inside, (kinds == kind) & ~inside):
             groups = own.nonzero().view(-1)
             if not len(groups):
