@@ -280,6 +280,26 @@ def test_what_an_earlier_version_kept_is_used_at_its_level_only(
     }
 
 
+def test_the_dense_model_is_timed_before_every_other_method(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str | None] = []
+
+    def measured(_: str, name: str | None, level: float | None, **size: int) -> Taken:
+        timed.append(name)
+        return Taken(float(len(timed)), 1.0, None)
+
+    monkeypatch.setattr(job, "measure", measured)
+    methods = ("a_shape", "mean_keys", "prism")
+    small = SIZE | {"shares": (0.3,), "rounds": 2}
+    found = job.run(model, methods=methods, out=tmp_path / "out", console=QUIET, **small)
+    assert timed == 2 * [None, "a_shape", "mean_keys", None, "prism"]
+    of = {row.method: [(one.own.prefill, one.dense.prefill) for one in row.rounds] for row in found.rows}
+    assert of["mean_keys"] == [(3, 1), (8, 6)]
+    assert of["prism"] == [(5, 4), (10, 9)]
+    assert sorted(of[""]) == [(n, n) for n in (1, 4, 6, 9)]
+
+
 def test_what_methods_of_files_gave_is_kept_by_what_the_files_say(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ class Row:
         return _median([of(one.own) for one in self.rounds])
 
     def faster(self, of: Callable[[Taken], float]) -> float:
-        """How many times less the row takes than the dense model of the same round; NaN without rounds."""
+        """How many times less the row takes than the dense model beside it; NaN without rounds."""
         return _median([of(one.dense) / of(one.own) for one in self.rounds])
 
 
@@ -247,8 +247,9 @@ class Comparison:
                 f"{2 * s.texts} of every length. Shares are those of keys at the longest length. "
                 '"Of dense\'s": of the facts that the model finds reading everything, those that are found '
                 "when the text is read under the method and questions are answered densely; "
-                f'"throughout": answered under it too. Times are medians of {self.rounds}, each beginning '
-                f"with the dense model, every measurement in a process of its own. {self.machine}.",
+                f'"throughout": answered under it too. Times are medians of {self.rounds}, with '
+                "the dense model at most two measurements before; each in a process of its own. "
+                f"{self.machine}.",
                 "",
                 "![What is kept, and what it takes](pareto.svg)",
                 "",

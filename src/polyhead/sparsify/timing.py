@@ -38,7 +38,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Round:
-    """What a method took, and what the dense model took in the same round."""
+    """What a method took, and what the dense model took just before."""
 
     own: Taken
     dense: Taken
