@@ -471,6 +471,9 @@ def test_the_best_is_the_fastest_that_keeps_what_dense_finds(settings: Settings)
     assert made.kept(made.rows[1]) == (3, 3)
     assert "prefill of 448 tokens 2.00 times as fast" in made.verdict()
     assert made.records()[1]["prefill faster"] == 2.0
+    assert "3 facts leave open that up to 56% of others are lost" in made.verdict()
+    blind = replace(made, rows=(row("", "nnnn", 8.0), row("prism", "yyyy", 4.0)))
+    assert "The dense model finds no fact" in blind.verdict()
     assert "be they others" not in made.verdict()
     made = Comparison(own, methods, (dense, row("prism", "yyyy", 4.0), row("a_shape", "nyyy", 2.0)), "")
     assert made.best is made.rows[1]

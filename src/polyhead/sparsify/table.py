@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyhead.description import to_json
+from polyhead.report.interval import wilson
 from polyhead.sparsify.methods import Method
 from polyhead.sparsify.settings import Settings
 from polyhead.sparsify.timing import Round, Taken
@@ -268,10 +269,19 @@ class Comparison:
                 f"Fastest of those that keep {rule}: {self.best.label}, prefill of {self.settings.longest:,} "
                 f"tokens {_prefill(self.best):.2f} times as fast as dense."
             )
+            said += self._unsaid(self.best)
         other = self._fastest(self.matches)
         if other is None or other is self.best:
             return said
         return f"{said} Of those that find as many, be they others: {other.label}, {_prefill(other):.2f} x."
+
+    def _unsaid(self, row: Row) -> str:
+        """How much so many facts leave open."""
+        kept, of = self.kept(row)
+        if not of:
+            return " The dense model finds no fact, so that none could be lost."
+        low, _ = wilson(kept / of, of)
+        return f" {of} facts leave open that up to {1 - low:.0%} of others are lost (95% interval)."
 
 
 def _median(values: Sequence[float | None]) -> float:
