@@ -56,18 +56,16 @@ class Ranked(Selector):
         def forced(start: int, stop: int, visible: Tensor) -> Tensor:
             return visible & always(start, stop)
 
-        each = kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
         alike = self.scorer.alike(grid)
         if alike == 1 or not budget.row_by_row or budget.by_head:
-            return each
+            return kept_by(budget, scores, forced, lambda: tiles(mask, grid, 0, grid.row_blocks, q.device))
 
         def kept(start: int, stop: int, visible: Tensor) -> Tensor:
             some = always(start, stop)
-            if visible.stride(1) or some.shape[1] > 1:  # heads do not see the same
-                return each(start, stop, visible)
-            one = visible[:, ::alike]
-            found = budget.kept(scores(start, stop)[:, ::alike], one, one & some)
-            return found.repeat_interleave(alike, 1)
+            each = 1 if visible.stride(1) or some.shape[1] > 1 else alike  # or heads see unlike things
+            one = visible[:, ::each]
+            found = budget.kept(scores(start, stop)[:, ::each], one, one & some)
+            return found.repeat_interleave(each, 1)
 
         return kept
 
