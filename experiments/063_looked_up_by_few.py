@@ -123,9 +123,10 @@ if __name__ == "__main__":
         __doc__,
         run,
         {
-            f"{name} less means: {what}": (f"{name}: {what}", f"means: {what}")
+            f"{name} less {other}: {what}": (f"{name}: {what}", f"{other}: {what}")
+            for other in ("means", "means of parts")
             for name in METHODS
-            if name != "means"
+            if name != other
             for what in ("% missed", "read again")
         },
     )
