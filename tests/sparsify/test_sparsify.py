@@ -231,7 +231,7 @@ def test_it_goes_on_where_it_was_cut_off(folder: Path, model: str, monkeypatch: 
     assert [row.label for row in more.rows] == ["dense", *labels[1:3], "a_shape 0.9", *labels[3:]]
     assert more.shares == [0.3, 0.6, 0.9]
     assert "<dd>0.3, 0.6, 0.9</dd>" in (folder / "sparsify.html").read_text()
-    assert "1 round, each" in (folder / "README.md").read_text()
+    assert "1 round, with" in (folder / "README.md").read_text()
     job.run(model, methods=("a_shape", "block_oracle"), shares=(0.3, 0.6), out=folder, console=QUIET, **SIZE)
     rows = read(folder / "results.json")["rows"]
     assert rows.pop(3)["share"] == 0.9
