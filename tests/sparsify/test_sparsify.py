@@ -474,10 +474,12 @@ def test_the_best_is_the_fastest_that_keeps_what_dense_finds(settings: Settings)
     assert "3 facts leave open that up to 56% of others are lost" in made.verdict()
     blind = replace(made, rows=(row("", "nnnn", 8.0), row("prism", "yyyy", 4.0)))
     assert "The dense model finds no fact" in blind.verdict()
+    assert "Times are medians of 1 round, with" in made.to_markdown()
+    assert "Times" not in replace(made, rows=(dense, row("prism", "yyyy", None))).to_markdown()
     assert "be they others" not in made.verdict()
     made = Comparison(own, methods, (dense, row("prism", "yyyy", 4.0), row("a_shape", "nyyy", 2.0)), "")
     assert made.best is made.rows[1]
-    assert "as many, be they others: a_shape 0.1, 4.00 x" in made.verdict()
+    assert "as many facts as dense, be they others: a_shape 0.1, 4.00 x" in made.verdict()
     fewer = replace(made, rows=(dense, row("prism", "yyyy", 4.0), row("a_shape", "nnyy", 2.0)))
     assert "be they others" not in fewer.verdict()
 

@@ -234,6 +234,12 @@ class Comparison:
     def to_markdown(self) -> str:
         """What came out, as a page of text."""
         s = self.settings
+        timed = ""
+        if any(row.rounds for row in self.rows[1:]):
+            timed = (
+                f" Times are medians of {self.rounds}, with the dense model at most two measurements before; "
+                "each in a process of its own."
+            )
         rows = ["| " + " | ".join(self.heads) + " |", "| --- |" + " ---: |" * (len(self.heads) - 1)]
         rows += ["| " + " | ".join(self.cells(row)) + " |" for row in self.rows]
         return "\n".join(
@@ -248,8 +254,7 @@ class Comparison:
                 f"{2 * s.texts} of every length. Shares are those of keys at the longest length. "
                 '"Of dense\'s": of the facts that the model finds reading everything, those that are found '
                 "when the text is read under the method and questions are answered densely; "
-                f'"throughout": answered under it too. Times are medians of {self.rounds}, with '
-                "the dense model at most two measurements before; each in a process of its own. "
+                f'"throughout": answered under it too.{timed} '
                 f"{self.machine}.",
                 "",
                 "![What is kept, and what it takes](pareto.svg)",
@@ -273,7 +278,10 @@ class Comparison:
         other = self._fastest(self.matches)
         if other is None or other is self.best:
             return said
-        return f"{said} Of those that find as many, be they others: {other.label}, {_prefill(other):.2f} x."
+        return (
+            f"{said} Of those that find as many facts as dense, be they others: {other.label}, "
+            f"{_prefill(other):.2f} x."
+        )
 
     def _unsaid(self, row: Row) -> str:
         """How much so many facts leave open."""
